@@ -1,0 +1,2 @@
+from efficient_densenet.block import EfficientDenseBlock
+from efficient_densenet.models import *

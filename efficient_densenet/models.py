@@ -1,0 +1,181 @@
+"""DenseNet and its named variants, with torchvision's constructor and state-dict keys."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efficient_densenet.block import EfficientDenseBlock, Recompute
+from efficient_densenet.reference import (
+    CONVS,
+    MAX_POOLS,
+    NORMS,
+    Transition,
+    check_dims,
+    compressed,
+)
+
+STEMS = ("imagenet", "cifar")
+
+
+class DenseNet(nn.Module):
+    """DenseNet whose dense blocks keep only their features for the backward pass.
+
+    Maps images ``(N, in_channels, *spatial)`` to logits ``(N, num_classes)``. The positional
+    arguments and the state-dict keys are those of ``torchvision.models.DenseNet``.
+
+    Args:
+        growth_rate: channels ``k`` that each layer adds.
+        block_config: layers of each dense block.
+        num_init_features: channels that leave the first convolution.
+        bn_size: bottleneck width in units of ``k``; ``None`` makes basic layers (BN-ReLU-Conv3x3).
+        drop_rate: dropout probability after each layer.
+        num_classes: number of logits.
+        in_channels: channels of the image.
+        stem: ``"imagenet"`` (7x7 stride 2, BN, ReLU, 3x3 max-pool stride 2) or ``"cifar"`` (3x3).
+        compression: share θ of the channels that a transition keeps.
+        bias: whether convolutions have a bias.
+        dims: spatial dimensions, 1, 2 or 3.
+        recompute: what the backward pass recomputes, see :class:`EfficientDenseBlock`.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int | None = 4,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        *,
+        in_channels: int = 3,
+        stem: str = "imagenet",
+        compression: float = 0.5,
+        bias: bool = False,
+        dims: int = 2,
+        recompute: Recompute = "bottleneck",
+    ) -> None:
+        super().__init__()
+        check_dims(dims)
+        self.features = nn.Sequential(_stem(stem, in_channels, num_init_features, dims, bias))
+        channels = num_init_features
+        for i, num_layers in enumerate(block_config, start=1):
+            block = EfficientDenseBlock(
+                num_layers,
+                channels,
+                bn_size,
+                growth_rate,
+                drop_rate,
+                dims=dims,
+                bias=bias,
+                recompute=recompute,
+            )
+            self.features.add_module(f"denseblock{i}", block)
+            channels += num_layers * growth_rate
+            if i < len(block_config):
+                kept = compressed(channels, compression)
+                transition = Transition(channels, kept, dims=dims, bias=bias)
+                self.features.add_module(f"transition{i}", transition)
+                channels = kept
+        self.features.add_module(f"norm{len(block_config) + 1}", NORMS[dims](channels))
+        self.classifier = nn.Linear(channels, num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                nn.init.kaiming_normal_(module.weight)
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.features(x), inplace=True)
+        return self.classifier(features.flatten(2).mean(2))
+
+
+def _stem(
+    name: str, in_channels: int, num_features: int, dims: int, bias: bool
+) -> OrderedDict[str, nn.Module]:
+    if name == "cifar":
+        conv = CONVS[dims](in_channels, num_features, kernel_size=3, padding=1, bias=bias)
+        return OrderedDict(conv0=conv)
+    if name == "imagenet":
+        return OrderedDict(
+            conv0=CONVS[dims](
+                in_channels, num_features, kernel_size=7, stride=2, padding=3, bias=bias
+            ),
+            norm0=NORMS[dims](num_features),
+            relu0=nn.ReLU(inplace=True),
+            pool0=MAX_POOLS[dims](kernel_size=3, stride=2, padding=1),
+        )
+    raise ValueError(f"stem must be one of {STEMS}, got {name!r}")
+
+
+def densenet121(**options: Any) -> DenseNet:
+    """DenseNet-121 (k=32, blocks of 6, 12, 24, 16 layers); options as for :class:`DenseNet`."""
+    return DenseNet(32, (6, 12, 24, 16), 64, **options)
+
+
+def densenet161(**options: Any) -> DenseNet:
+    """DenseNet-161 (k=48, blocks of 6, 12, 36, 24 layers); options as for :class:`DenseNet`."""
+    return DenseNet(48, (6, 12, 36, 24), 96, **options)
+
+
+def densenet169(**options: Any) -> DenseNet:
+    """DenseNet-169 (k=32, blocks of 6, 12, 32, 32 layers); options as for :class:`DenseNet`."""
+    return DenseNet(32, (6, 12, 32, 32), 64, **options)
+
+
+def densenet201(**options: Any) -> DenseNet:
+    """DenseNet-201 (k=32, blocks of 6, 12, 48, 32 layers); options as for :class:`DenseNet`."""
+    return DenseNet(32, (6, 12, 48, 32), 64, **options)
+
+
+def densenet264(**options: Any) -> DenseNet:
+    """DenseNet-264 (k=32, blocks of 6, 12, 64, 48 layers); options as for :class:`DenseNet`."""
+    return DenseNet(32, (6, 12, 64, 48), 64, **options)
+
+
+def densenet_cifar(
+    depth: int,
+    growth_rate: int,
+    bottleneck: bool = True,
+    compression: float = 0.5,
+    **options: Any,
+) -> DenseNet:
+    """DenseNet of the paper's CIFAR experiments: three blocks of equal depth on 32x32 images.
+
+    ``depth = 3 * n * (2 if bottleneck else 1) + 4`` for a whole number ``n`` of layers per block.
+    With bottleneck and ``compression < 1`` (DenseNet-BC) the first convolution has ``2k`` channels,
+    otherwise 16. Options as for :class:`DenseNet`; ``num_classes`` is 10 unless given.
+
+    Raises:
+        ValueError: if no such network has ``depth`` layers.
+    """
+    step = 6 if bottleneck else 3
+    layers, remainder = divmod(depth - 4, step)
+    if layers < 1 or remainder:
+        nearest = max(round((depth - 4) / step), 1) * step + 4
+        raise ValueError(
+            f"depth must be {step} * n + 4 for a whole n >= 1, got {depth!r}; the nearest is {nearest}"
+        )
+    init = 2 * growth_rate if bottleneck and compression < 1.0 else 16
+    options = {"num_classes": 10, "stem": "cifar", "compression": compression, **options}
+    return DenseNet(growth_rate, (layers,) * 3, init, 4 if bottleneck else None, **options)
+
+
+def fashion_densenet(**options: Any) -> DenseNet:
+    """The small network for 1-channel images: four blocks of 4 basic layers, k=32, with biases.
+
+    758,226 parameters; a ``(1, 1, 224, 224)`` input has 64, 192, 224, 240 and 248 channels after
+    the stem and each block. Options as for :class:`DenseNet`. Source: Zhang et al., "Dive into Deep
+    Learning", section on DenseNet.
+    """
+    options = {"num_classes": 10, "in_channels": 1, "bias": True, **options}
+    return DenseNet(32, (4, 4, 4, 4), 64, None, **options)

@@ -1,0 +1,29 @@
+"""Package metadata. Imports no torch and compiles nothing."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="efficient_densenet",
+    version="0.1.0",
+    description="DenseNets trained in O(kL) memory: only the features themselves are kept",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["efficient_densenet", "efficient_densenet.*"]),
+    package_data={"efficient_densenet": ["py.typed"]},
+    install_requires=["torch>=2.6", "torchvision"],
+    extras_require={
+        "train": ["lightning>=2.4", "matplotlib", "rich"],
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"],
+        "compat": ["timm", "monai", "torchxrayvision", "segmentation-models-pytorch"],
+    },
+    entry_points={"console_scripts": ["efficient-densenet = efficient_densenet.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
