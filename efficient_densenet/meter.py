@@ -1,0 +1,179 @@
+"""The live-storage meter: watches tensors be born and die, on any device, ``meta`` included."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efficient_densenet.timeline import Event
+
+_ADD = torch.ops.aten.add.Tensor
+
+
+class LiveMeter(TorchDispatchMode):
+    """Context manager that records every storage that is born inside it, until its death.
+
+    Counts the bytes of live tensors, each storage once: a lower bound of what an allocator hands
+    out, since what an operator allocates and frees inside itself is invisible here. So are the
+    insides of a ``torch.library.custom_op`` and a direct ``UntypedStorage.resize_``. Storages that
+    are older than the meter are not counted.
+
+    :attr:`events` grows as operators run.
+
+    Args:
+        granularity: every size is rounded up to a multiple of this many bytes, as allocators do.
+    """
+
+    def __init__(self, granularity: int = 1) -> None:
+        super().__init__()
+        self._phase = "forward"
+        self.events: list[Event] = []
+        self._granularity = granularity
+        self._operator = ""
+        self._born = 0
+        self._live: dict[int, _Record] = {}
+        self._exclusive = _exclusive_counts()
+
+    @contextmanager
+    def enter(self, phase: str) -> Iterator[None]:
+        """Context manager that marks a phase of the step."""
+        self._phase = phase
+        yield
+
+    def storages_of(self, tensors: Iterable[Tensor]) -> set[int]:
+        """Numbers of the recorded storages of ``tensors``."""
+        keys = {_key(tensor) for tensor in tensors}
+        return {self._live[key].number for key in keys if key in self._live}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        in_place = func is _ADD and self._engine_would_add_in_place(args[0])
+        self._operator = str(func)
+        result = func(*args, **kwargs)
+        if in_place and _key(args[0]) in self._live:
+            self._hand_over(args[0], result)
+            return result
+        for tensor in _tensors((result,)):
+            self._see(tensor, args, kwargs)
+        return result
+
+    def _engine_would_add_in_place(self, old: Tensor) -> bool:
+        # A dispatch mode makes the autograd engine add gradients out of place which it otherwise
+        # adds into the older one: those are charged as the in-place additions that they stand for.
+        return (
+            not torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() != -1
+            and _is_dense(old)
+            and _counts(old) == self._exclusive
+        )
+
+    def _hand_over(self, old: Tensor, new: Tensor) -> None:
+        record = self._live.pop(_key(old))
+        self._remember(new, record.number, record.size)
+
+    def _see(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        key = _key(tensor)
+        record = self._live.get(key)
+        if record is None and any(_key(given) == key for given in _given(args, kwargs)):
+            return  # a view of something older than the meter
+        size = -(-tensor.untyped_storage().nbytes() // self._granularity) * self._granularity
+        if record is None:
+            self._remember(tensor, self._born, size)
+            self._log(self._born, size)
+            self._born += 1
+        elif size != record.size:
+            self._log(record.number, size - record.size)
+            record.size = size
+
+    def _remember(self, tensor: Tensor, number: int, size: int) -> None:
+        key = _key(tensor)
+        watch = weakref.ref(tensor.untyped_storage(), lambda _: self._bury(key))
+        self._live[key] = _Record(number, size, watch)
+
+    def _bury(self, key: int) -> None:
+        record = self._live.pop(key)
+        self._log(record.number, -record.size)
+
+    def _log(self, storage: int, size: int) -> None:
+        self.events.append(Event(self._phase, self._operator, storage, size))
+
+
+class _Record:
+    __slots__ = ("number", "size", "watch")
+
+    def __init__(self, number: int, size: int, watch: weakref.ref[Any]) -> None:
+        self.number, self.size, self.watch = number, size, watch
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    yield from _tensors(args)
+    yield from _tensors(kwargs.values())
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() == 1 + sum((size - 1) * stride for size, stride in strides)
+
+
+def _counts(tensor: Tensor) -> tuple[int, int, int]:
+    return (
+        tensor._use_count(),  # type: ignore[attr-defined]
+        sys.getrefcount(tensor),
+        torch._C._storage_Use_Count(_key(tensor)),
+    )
+
+
+def _exclusive_counts() -> tuple[int, int, int]:
+    """Reference counts of a gradient that only the engine holds, as a dispatch mode sees them.
+
+    Learned from a tiny backward pass, because they differ between versions of torch.
+    """
+    with torch.enable_grad(), _CountProbe() as probe:
+        x = torch.ones(2, requires_grad=True)
+        y = x * 2
+        torch.autograd.backward(y.exp() + y.exp(), torch.ones(2))
+    return probe.counts
+
+
+class _CountProbe(TorchDispatchMode):
+    counts = (0, 0, 0)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is _ADD and not torch.is_grad_enabled():
+            self.counts = self._seen(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _seen(self, old: Tensor) -> tuple[int, int, int]:
+        # As deep in calls as the meter's own look, since each call may hold one more reference.
+        return _counts(old)
