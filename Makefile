@@ -1,0 +1,38 @@
+# make setup | data | train | test | lint | bench
+
+VENV ?= .venv
+PYTHON ?= python3
+DATA ?= data
+OUT ?= runs/deep
+
+bin := $(VENV)/bin
+stamp := $(VENV)/.installed
+
+.PHONY: setup data train test lint bench
+
+setup: $(stamp)
+
+$(stamp): setup.py pyproject.toml
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet -e '.[train,dev]'
+	touch $@
+
+# Without the Debian package, `efficient-densenet train` downloads the data itself.
+data:
+	test -e $(DATA)/FashionMNIST/raw || sh scripts/debian_data.sh $(DATA)/FashionMNIST/raw || true
+
+# Takes the same run up again if it was interrupted.
+train: setup data
+	$(bin)/efficient-densenet train --model cifar-bc --depth 250 --growth-rate 6 --resize 28 \
+		--batch-size 64 --train-size 3200 --epochs 1 --data-dir $(DATA) --out $(OUT) --resume
+
+test: setup
+	$(bin)/python -m pytest
+
+lint: setup
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+
+bench: setup
+	$(bin)/python -m pytest benchmarks/ --benchmark-only

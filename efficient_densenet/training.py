@@ -1,0 +1,317 @@
+"""Training on Fashion-MNIST with Lightning's ``Trainer``.
+
+The ``Trainer`` does the loop, progress bar, checkpoints, resume, precision and devices. What is
+here makes a resumed run end with the very weights of an uninterrupted one: the order of the images
+is a function of seed and epoch, the dropout masks of seed and step, and the checkpoint carries the
+finished epochs' metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import warnings
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from efficient_densenet import curves, fashion_mnist, memory
+from efficient_densenet.config import ConfigError, TrainConfig
+from efficient_densenet.fashion_mnist import FASHION_MNIST, Manifest
+
+make_optimizer = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+CHECKPOINT = "last.ckpt"
+METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+TEST_BATCH = 256
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class Classifier(L.LightningModule):
+    """A DenseNet in training: SGD, Nesterov momentum 0.9, weight decay 1e-4, the paper's schedule.
+
+    The learning rate is divided by 10 after half and after three quarters of the steps. The network
+    itself is :attr:`model`. Source: Huang et al., "Densely Connected Convolutional Networks",
+    CVPR 2017, section 4.2.
+
+    Args:
+        options: the fields of :class:`TrainConfig`; a checkpoint holds them too, so that
+            ``Classifier.load_from_checkpoint(path)`` needs no more.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters(options)
+        self.config = TrainConfig(**options)
+        self.model = self.config.build_model()
+        self.history: list[dict[str, float]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, 10)`` of uint8 images ``(N, 28, 28)``, resized and normalised here."""
+        x = images.unsqueeze(1).to(next(self.model.parameters()).dtype) / 255
+        size = self.config.resize
+        if x.shape[-1] != size:
+            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        return self.model((x - fashion_mnist.MEAN) / fashion_mnist.STD)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = make_optimizer(self.parameters(), lr=self.config.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        milestones = [math.ceil(steps * share) for share in (0.5, 0.75)]
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        # Lightning's CSV logger starts an empty file: the epochs of the checkpoint go in again.
+        for row in self.history:
+            self._write(row)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._epoch_start = time.perf_counter()
+        torch.manual_seed(_step_seed(self.config.seed, self.global_step, self.global_rank))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate("train", batch)
+
+    def on_validation_epoch_start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._epoch_seconds = time.perf_counter() - self._epoch_start
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def on_train_epoch_end(self) -> None:
+        metrics = self.trainer.callback_metrics
+        batches = int(self.trainer.num_training_batches)
+        images = batches * self.config.batch_size * self.trainer.world_size
+        row = {
+            "epoch": self.current_epoch + 1,
+            **{name: metrics[name].item() for name in METRICS},
+            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": images / self._epoch_seconds,
+        }
+        self.history.append(row)
+        self._write(row)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = checkpoint["history"]
+
+    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        self.log_dict(
+            {f"{split}_loss": loss, f"{split}_accuracy": accuracy},
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            logger=False,
+            sync_dist=True,
+            batch_size=len(labels),
+        )
+        return loss
+
+    def _write(self, row: dict[str, float]) -> None:
+        logger = self.trainer.loggers[0]
+        logger.log_metrics(row, step=int(row["epoch"]))
+        logger.save()
+
+
+class FashionMNISTData(L.LightningDataModule):
+    """Fashion-MNIST, each device its share.
+
+    Each epoch visits the first ``train_size`` training images in an order that only seed and epoch
+    decide; what does not fill a batch is left out. The test images are never repeated to even out
+    the devices' shares.
+
+    Args:
+        config: batch size, train size and seed.
+        data_dir: where to look for the data, or to download them to.
+        manifest: the files that are expected.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data_dir: Path, manifest: Manifest = FASHION_MNIST
+    ) -> None:
+        super().__init__()
+        self.config, self.data_dir, self.manifest = config, data_dir, manifest
+
+    def prepare_data(self) -> None:
+        if fashion_mnist.find(self.data_dir, self.manifest) is None:
+            fashion_mnist.download(self.data_dir)
+
+    def setup(self, stage: str) -> None:
+        """Load the data.
+
+        Raises:
+            DataError: if they are missing or damaged.
+            ConfigError: if there are fewer images than asked for, or than one step needs.
+        """
+        data = fashion_mnist.load(self.data_dir, self.manifest)
+        available = len(data.train_images)
+        size = self.config.train_size or available
+        if size > available:
+            raise ConfigError(f"--train-size must be at most {available}, got {size}")
+        step = self.config.batch_size * self.trainer.world_size  # type: ignore[union-attr]
+        if step > size:
+            raise ConfigError(f"--batch-size: a step takes {step} images, there are only {size}")
+        self.train_set = TensorDataset(data.train_images[:size], data.train_labels[:size])
+        self.test_set = TensorDataset(data.test_images, data.test_labels)
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world = self._place()
+        sampler: DistributedSampler = DistributedSampler(
+            self.train_set, world, rank, shuffle=True, seed=self.config.seed
+        )
+        return DataLoader(self.train_set, self.config.batch_size, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        rank, world = self._place()
+        return DataLoader(self.test_set, TEST_BATCH, sampler=range(rank, len(self.test_set), world))
+
+    def _place(self) -> tuple[int, int]:
+        return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
+
+
+def run(
+    config: TrainConfig,
+    out: Path,
+    data_dir: Path,
+    resume: bool = False,
+    manifest: Manifest = FASHION_MNIST,
+) -> None:
+    """Train, evaluate after every epoch, and leave everything in ``out``.
+
+    Args:
+        config: what to train.
+        out: folder for configuration, metrics, checkpoint, curves and summary.
+        data_dir: as for :class:`FashionMNISTData`.
+        resume: go on from the checkpoint in ``out``, or from the start if it has none yet.
+        manifest: as for :class:`FashionMNISTData`.
+
+    Raises:
+        ConfigError: if ``config`` cannot be trained here, or ``out`` cannot take the run.
+        DataError: if the data are missing or damaged.
+    """
+    _quieten()
+    L.seed_everything(config.seed, verbose=False)
+    classifier = Classifier(**asdict(config))
+    data = FashionMNISTData(config, data_dir, manifest)
+    _open_folder(out, config, resume)
+    checkpoint = out / CHECKPOINT
+    trainer = _trainer(config, out)
+    ckpt_path = checkpoint if resume and checkpoint.exists() else None
+    trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
+    if trainer.is_global_zero:
+        device = trainer.strategy.root_device
+        result = curves.summarise(config, classifier.history, *step_memory(config, device), device)
+        curves.plot(classifier.history, out / "curves.png")
+        curves.write(result, out / "summary.json")
+        curves.show(result)
+
+
+def step_memory(config: TrainConfig, device: torch.device) -> tuple[int, int]:
+    """Peak bytes of a training step of ``config``, and of the naive network in the same step.
+
+    Parameters, gradients, optimizer state and the batch are included. The first is measured on
+    ``device``; the second is estimated from shapes, without running the step, as a lower bound.
+    """
+    dtype = torch.float64 if config.precision == "64-true" else torch.float32
+    shape = (config.batch_size, 1, config.resize, config.resize)
+    images = torch.randn(shape, device=device, dtype=dtype)
+    options: dict[str, Any] = {
+        "target": torch.arange(len(images), device=device) % 10,
+        "optimizer": partial(make_optimizer, lr=config.lr),
+        "autocast": AUTOCAST.get(config.precision),
+    }
+    model, naive = (config.build_model(how).to(device, dtype) for how in (None, "none"))
+    ours = memory.measure(model, images, **options).peak.total
+    return ours, memory.estimate(naive, images, **options).peak.total
+
+
+def _trainer(config: TrainConfig, out: Path) -> L.Trainer:
+    # "warn" would otherwise fill every fresh tensor, which costs time and decides nothing here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    checkpoint = ModelCheckpoint(
+        out, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    try:
+        return L.Trainer(
+            max_epochs=config.epochs,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            precision=config.precision,  # type: ignore[arg-type]
+            logger=CSVLogger(out, name="", version=""),
+            callbacks=checkpoint,
+            deterministic="warn",
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            enable_model_summary=False,
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(
+            f"--devices {config.devices} --precision {config.precision}: {error}".replace("\n", " ")
+        ) from error
+
+
+@rank_zero_only
+def _open_folder(out: Path, config: TrainConfig, resume: bool) -> None:
+    """Write the configuration into ``out``, or see that the run to resume there has the same."""
+    path = out / "config.json"
+    options = asdict(config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / CHECKPOINT).exists():
+            path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+            return
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--out {str(out)!r} cannot hold a run: {error}") from error
+    if not resume:
+        raise ConfigError(f"--out {str(out)!r} holds a run: add --resume, or name another folder")
+    for name, value in options.items():
+        if earlier.get(name) != value:
+            option = name.replace("_", "-")
+            raise ConfigError(
+                f"--resume: the run in {str(out)!r} has --{option} {earlier.get(name)}, not {value}"
+            )
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed of its own for each step on each device, far from those of neighbouring seeds."""
+    return ((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63
+
+
+def _quieten() -> None:
+    """Silence Lightning's advertisements and the warnings that do not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)
