@@ -198,7 +198,7 @@ class _Step:
         requested: int | None = None,
         granularity: int = 1,
     ) -> StepReport:
-        events = record.events
+        events = tuple(record.events)  # a meter logs deaths after the step, too
         gradients = record.storages_of(self.gradients())
         return StepReport(
             source=source,

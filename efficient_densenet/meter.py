@@ -60,29 +60,26 @@ class LiveMeter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        in_place = func is _ADD and self._engine_would_add_in_place(args[0])
+        if func is _ADD and not kwargs and self._engine_would_add_in_place(*args):
+            return _add_in_place(*args)
         self._operator = str(func)
         result = func(*args, **kwargs)
-        if in_place and _key(args[0]) in self._live:
-            self._hand_over(args[0], result)
-            return result
         for tensor in _tensors((result,)):
             self._see(tensor, args, kwargs)
         return result
 
-    def _engine_would_add_in_place(self, old: Tensor) -> bool:
+    def _engine_would_add_in_place(self, old: Tensor, new: Any) -> bool:
         # A dispatch mode makes the autograd engine add gradients out of place which it otherwise
-        # adds into the older one: those are charged as the in-place additions that they stand for.
+        # adds into the older one. Nobody else holds that one, so the meter may add into it too.
         return (
             not torch.is_grad_enabled()
             and torch._C._current_graph_task_id() != -1
+            and isinstance(new, Tensor)
+            and old.shape == new.shape
+            and old.dtype == new.dtype
             and _is_dense(old)
             and _counts(old) == self._exclusive
         )
-
-    def _hand_over(self, old: Tensor, new: Tensor) -> None:
-        record = self._live.pop(_key(old))
-        self._remember(new, record.number, record.size)
 
     def _see(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         key = _key(tensor)
@@ -91,17 +88,13 @@ class LiveMeter(TorchDispatchMode):
             return  # a view of something older than the meter
         size = -(-tensor.untyped_storage().nbytes() // self._granularity) * self._granularity
         if record is None:
-            self._remember(tensor, self._born, size)
+            watch = weakref.ref(tensor.untyped_storage(), lambda _: self._bury(key))
+            self._live[key] = _Record(self._born, size, watch)
             self._log(self._born, size)
             self._born += 1
         elif size != record.size:
             self._log(record.number, size - record.size)
             record.size = size
-
-    def _remember(self, tensor: Tensor, number: int, size: int) -> None:
-        key = _key(tensor)
-        watch = weakref.ref(tensor.untyped_storage(), lambda _: self._bury(key))
-        self._live[key] = _Record(number, size, watch)
 
     def _bury(self, key: int) -> None:
         record = self._live.pop(key)
@@ -133,6 +126,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     yield from _tensors(args)
     yield from _tensors(kwargs.values())
+
+
+def _add_in_place(old: Tensor, new: Tensor) -> Tensor:
+    return old if old.is_meta else old.add_(new)  # on meta there is nothing to add
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""Time and memory of dense blocks and networks: ``pytest benchmarks/ --benchmark-only``."""

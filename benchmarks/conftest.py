@@ -1,0 +1,49 @@
+"""Hooks: hardware in pytest-benchmark's own records, the suite's report beneath its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from benchmarks.cases import Competitor
+from benchmarks.instruments import Row
+from benchmarks.provenance import provenance
+
+HERE = Path(__file__).parent
+RESULTS = pytest.StashKey[dict[str, dict[Competitor, Row]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--publish",
+        action="store_true",
+        help="write the report to docs/results/ as well as to benchmarks/out/",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = {}
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    machine_info["efficient_densenet"] = provenance()
+
+
+# After pytest-benchmark's own table.
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    results = list(config.stash[RESULTS].values())
+    if not results:
+        return
+    conditions = provenance()
+    terminalreporter.section("memory and time of one training step")
+    terminalreporter.write_line(report.markdown(results, conditions))
+    folders = [HERE / "out"]
+    if config.getoption("publish"):
+        folders.append(HERE.parent / "docs" / "results")
+    for folder in folders:
+        report.write(results, conditions, folder)
+        terminalreporter.write_line(f"written to {folder}")

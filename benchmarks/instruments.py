@@ -1,0 +1,145 @@
+"""The instruments: is it right, how much memory does it take, how long does it take."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import COMPETITORS, DEVICE, NAIVE, Case, Competitor, Subject
+from efficient_densenet.memory import measure
+
+TOLERANCE = 1e-3
+"""Relative error (2-norm) of an output or gradient in float32 against the naive model."""
+SECONDS_PER_CASE = 12.0
+ROUNDS = (3, 15)
+"""Fewest and most interleaved rounds; between them, as many as ``SECONDS_PER_CASE`` allows."""
+
+
+@dataclass
+class Row:
+    """What one competitor did on one case; bytes are above parameters, buffers and input."""
+
+    case: str
+    competitor: Competitor
+    failure: str | None = None
+    error: float = 0.0
+    kept: int = 0
+    peak: int = 0
+    operator: str = ""
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+
+@cache
+def run(case: Case) -> dict[Competitor, Row]:
+    """Every competitor on ``case``: those that are right are measured, then timed interleaved."""
+    rows = {competitor: Row(case.name, competitor) for competitor in COMPETITORS}
+    truth = results(case.subject(NAIVE))
+    subjects = {}
+    for competitor, row in rows.items():
+        try:
+            subject = case.subject(competitor)
+            row.error, row.failure = check(subject, truth)
+            if row.failure is None:
+                weigh(subject, row)
+                subjects[competitor] = subject
+        except torch.OutOfMemoryError:
+            row.failure = "out of memory"
+    for competitor, seconds in interleaved(subjects).items():
+        rows[competitor].seconds = seconds
+    return rows
+
+
+def results(subject: Subject) -> dict[str, Tensor]:
+    """Output and all gradients of one step, by name."""
+    subject.clear()
+    found = {"output": subject.step().detach(), "input.grad": subject.x.grad}
+    for name, parameter in subject.model.named_parameters():
+        found[f"{name}.grad"] = parameter.grad
+    subject.clear()
+    return found
+
+
+def check(subject: Subject, truth: dict[str, Tensor]) -> tuple[float, str | None]:
+    """Largest relative error of ``subject``'s step, and what is wrong if it is too large."""
+    found = results(subject)
+    errors = {name: relative_error(found[name], expected) for name, expected in truth.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    if errors[worst] <= TOLERANCE:
+        return errors[worst], None
+    return errors[worst], f"wrong: {worst} differs by {errors[worst]:.1e} of its norm"
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """2-norm of the difference over that of ``expected``; infinite if there is a NaN."""
+    error = ((found - expected).norm() / expected.norm()).item()
+    return error if error == error else float("inf")
+
+
+def weigh(subject: Subject, row: Row) -> None:
+    """Fill in the memory of one step."""
+    report = measure(subject.model, subject.x)
+    row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
+
+
+def interleaved(subjects: dict[Competitor, Subject]) -> dict[Competitor, list[float]]:
+    """Seconds per step, in rounds that each run everybody once, in an order of their own."""
+    order = list(subjects)
+    shuffle = random.Random(0).shuffle
+    times: dict[Competitor, list[float]] = {competitor: [] for competitor in order}
+    for _ in range(rounds(subjects.values())):
+        shuffle(order)
+        for competitor in order:
+            times[competitor].append(timed(subjects[competitor]))
+    return times
+
+
+def rounds(subjects: Iterable[Subject]) -> int:
+    """How many rounds fit, judged by one which is the warm-up too."""
+    seconds = sum(timed(subject) for subject in subjects)
+    fewest, most = ROUNDS
+    return min(max(int(SECONDS_PER_CASE / max(seconds, 1e-9)), fewest), most)
+
+
+def timed(subject: Subject) -> float:
+    """Seconds of one step, gradients set to ``None`` before, garbage collected outside."""
+    subject.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        return _seconds_cuda(subject) if DEVICE.type == "cuda" else _seconds(subject)
+    finally:
+        gc.enable()
+        subject.clear()
+
+
+def _seconds(subject: Subject) -> float:
+    start = time.perf_counter()
+    subject.step()
+    return time.perf_counter() - start
+
+
+def _seconds_cuda(subject: Subject) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    subject.step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000

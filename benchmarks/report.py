@@ -1,0 +1,150 @@
+"""The suite's report: a table that is Markdown and reads well in a terminal, JSON, and a chart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.cases import KINDS, NAIVE, NAIVE_CHANNELS_LAST, Competitor, make_block
+from benchmarks.instruments import Row
+from efficient_densenet.memory import StepReport, estimate
+
+MIB = 2**20
+HEADER = (
+    "competitor",
+    "kept MiB",
+    "peak MiB",
+    "time ms (quartiles)",
+    "kept / naive",
+    "peak / naive",
+    "time / naive",
+    "time / naive c.l.",
+    "note",
+)
+DEPTHS = range(12, 97, 12)
+DEPTH_SHAPE = (8, 24, 32, 32)
+GROWTH = 12
+
+Results = Sequence[dict[Competitor, Row]]
+
+
+def markdown(results: Results, conditions: dict[str, str]) -> str:
+    """One table per case and the conditions of the run."""
+    tables = [f"### {name(rows)}\n\n{table(rows)}" for rows in results]
+    lines = [f"- {key}: {value}" for key, value in conditions.items()]
+    return "\n\n".join([*tables, "Conditions:\n\n" + "\n".join(lines)]) + "\n"
+
+
+def name(rows: dict[Competitor, Row]) -> str:
+    return next(iter(rows.values())).case
+
+
+def table(rows: dict[Competitor, Row]) -> str:
+    return aligned([HEADER, *(cells(row, rows) for row in rows.values())])
+
+
+def cells(row: Row, rows: dict[Competitor, Row]) -> tuple[str, ...]:
+    """The columns of :data:`HEADER`; a row without numbers says why in its note."""
+    if row.failure:
+        return (str(row.competitor), *[""] * (len(HEADER) - 2), row.failure)
+    low, high = row.quartiles
+    against = ratios(row, rows)
+    return (
+        str(row.competitor),
+        f"{row.kept / MIB:.1f}",
+        f"{row.peak / MIB:.1f}",
+        f"{row.median * 1e3:.0f} ({low * 1e3:.0f}–{high * 1e3:.0f})",
+        *(f"{against[key]:.2f}" if key in against else "" for key in HEADER[4:8]),
+        losses(row.competitor, against),
+    )
+
+
+def ratios(row: Row, rows: dict[Competitor, Row]) -> dict[str, float]:
+    """Of ``row`` to the naive rows, where those have numbers; times are medians."""
+    found = {}
+    naive, channels_last = rows[NAIVE], rows[NAIVE_CHANNELS_LAST]
+    if naive.seconds:
+        found["kept / naive"] = row.kept / naive.kept
+        found["peak / naive"] = row.peak / naive.peak
+        found["time / naive"] = row.median / naive.median
+    if channels_last.seconds:
+        found["time / naive c.l."] = row.median / channels_last.median
+    return found
+
+
+def losses(competitor: Competitor, against: dict[str, float]) -> str:
+    """Where a row of ours is beaten by a naive one."""
+    lost = [key for key, ratio in against.items() if ratio > 1.0]
+    return "LOSES: " + ", ".join(lost) if competitor.ours and lost else ""
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with padded columns, names to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if i in (0, last) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [
+        "-" * width if i in (0, last) else "-" * (width - 1) + ":" for i, width in enumerate(widths)
+    ]
+    return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])
+
+
+def as_json(results: Results, conditions: dict[str, str]) -> str:
+    """Everything that was measured; bytes and seconds, each round of its own."""
+    rows = [
+        {
+            "case": row.case,
+            "competitor": str(row.competitor),
+            "failure": row.failure,
+            "error": row.error,
+            "kept_bytes": row.kept,
+            "peak_bytes": row.peak,
+            "operator_at_peak": row.operator,
+            "seconds": row.seconds,
+        }
+        for by_competitor in results
+        for row in by_competitor.values()
+    ]
+    return json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
+
+
+def depth_chart(path: Path) -> None:
+    """Draw the estimated memory of one training step against the depth of a block, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    kept_axes, peak_axes = figure.subplots(1, 2)
+    for kind in KINDS:
+        reports = [estimate_block(kind, layers) for layers in DEPTHS]
+        label = str(Competitor(kind))
+        kept_axes.plot(DEPTHS, [r.kept / MIB for r in reports], marker="o", label=label)
+        peak_axes.plot(DEPTHS, [r.peak.step / MIB for r in reports], marker="o", label=label)
+    for axes, title in ((kept_axes, "kept after the forward pass"), (peak_axes, "peak of a step")):
+        axes.set(title=title, xlabel="layers", ylabel="MiB", yscale="log", xticks=DEPTHS)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    batch, channels, size, _ = DEPTH_SHAPE
+    figure.suptitle(
+        f"Dense block, c0={channels}, k={GROWTH}, batch {batch}, {size}², float32, estimated"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def estimate_block(kind: str, layers: int) -> StepReport:
+    return estimate(make_block(kind, layers, DEPTH_SHAPE[1], GROWTH), DEPTH_SHAPE)
+
+
+def write(results: Results, conditions: dict[str, str], folder: Path) -> None:
+    """Write ``steps.md``, ``steps.json`` and ``memory-against-depth.png`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "steps.md").write_text(markdown(results, conditions), encoding="utf-8")
+    (folder / "steps.json").write_text(as_json(results, conditions), encoding="utf-8")
+    depth_chart(folder / "memory-against-depth.png")
