@@ -63,14 +63,23 @@ class Case:
 
     def subject(self, competitor: Competitor) -> Subject:
         """The case as ``competitor``: same weights, input and upstream gradient for all."""
+        return self._subject(competitor, self.shape, torch.float32)
+
+    def small_subject(self, competitor: Competitor) -> Subject:
+        """The same in float64 with a batch of 2, to be judged without float32's noise."""
+        return self._subject(competitor, (2, *self.shape[1:]), torch.float64)
+
+    def _subject(
+        self, competitor: Competitor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Subject:
         torch.manual_seed(0)
         weights = self.make("naive").state_dict()
-        x = torch.randn(self.shape)
+        x = torch.randn(shape)
         model = self.make(competitor.kind)
         model.load_state_dict(weights)
         layout = torch.channels_last if competitor.channels_last else torch.contiguous_format
-        model = model.to(DEVICE, memory_format=layout)
-        return Subject(model, x.to(DEVICE, memory_format=layout).requires_grad_())
+        model = model.to(DEVICE, dtype, memory_format=layout)
+        return Subject(model, x.to(DEVICE, dtype, memory_format=layout).requires_grad_())
 
 
 @dataclass

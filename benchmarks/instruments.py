@@ -16,10 +16,16 @@ from torch import Tensor
 from benchmarks.cases import COMPETITORS, DEVICE, NAIVE, Case, Competitor, Subject
 from efficient_densenet.memory import measure
 
-TOLERANCE = 1e-3
-"""Relative error (2-norm) of an output or gradient in float32 against the naive model."""
-SECONDS_PER_CASE = 12.0
-ROUNDS = (3, 15)
+SHARP = 1e-9
+"""Relative error (2-norm) allowed in the output and each gradient in float64."""
+COARSE = {"output": 1e-4, "input.grad": 3e-2, "parameters.grad": 3e-2}
+"""The same in float32, where all parameters' gradients are compared as one vector.
+
+In float32 a rectifier whose input is all but zero opens in one model and not in the other, so
+that the naive DenseNet-121's own gradients differ by 1.5% between its two memory formats.
+"""
+SECONDS_PER_CASE = 8.0
+ROUNDS = (5, 15)
 """Fewest and most interleaved rounds; between them, as many as ``SECONDS_PER_CASE`` allows."""
 
 
@@ -30,7 +36,6 @@ class Row:
     case: str
     competitor: Competitor
     failure: str | None = None
-    error: float = 0.0
     kept: int = 0
     peak: int = 0
     operator: str = ""
@@ -50,12 +55,13 @@ class Row:
 def run(case: Case) -> dict[Competitor, Row]:
     """Every competitor on ``case``: those that are right are measured, then timed interleaved."""
     rows = {competitor: Row(case.name, competitor) for competitor in COMPETITORS}
-    truth = results(case.subject(NAIVE))
+    truth, small_truth = coarse(case.subject(NAIVE)), results(case.small_subject(NAIVE))
     subjects = {}
     for competitor, row in rows.items():
         try:
             subject = case.subject(competitor)
-            row.error, row.failure = check(subject, truth)
+            row.failure = check(results(case.small_subject(competitor)), small_truth, SHARP)
+            row.failure = row.failure or check(coarse(subject), truth, COARSE)
             if row.failure is None:
                 weigh(subject, row)
                 subjects[competitor] = subject
@@ -76,14 +82,25 @@ def results(subject: Subject) -> dict[str, Tensor]:
     return found
 
 
-def check(subject: Subject, truth: dict[str, Tensor]) -> tuple[float, str | None]:
-    """Largest relative error of ``subject``'s step, and what is wrong if it is too large."""
+def coarse(subject: Subject) -> dict[str, Tensor]:
+    """As :func:`results`, with the gradients of all parameters in one vector."""
     found = results(subject)
-    errors = {name: relative_error(found[name], expected) for name, expected in truth.items()}
-    worst = max(errors, key=lambda name: errors[name])
-    if errors[worst] <= TOLERANCE:
-        return errors[worst], None
-    return errors[worst], f"wrong: {worst} differs by {errors[worst]:.1e} of its norm"
+    output, of_input, *of_parameters = found.values()
+    together = torch.cat([gradient.flatten() for gradient in of_parameters])
+    return {"output": output, "input.grad": of_input, "parameters.grad": together}
+
+
+def check(
+    found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float | dict[str, float]
+) -> str | None:
+    """What is wrong with ``found``, or ``None`` if all of it is as near to ``truth`` as it must."""
+    for name, expected in truth.items():
+        error = relative_error(found[name], expected)
+        allowed = tolerance[name] if isinstance(tolerance, dict) else tolerance
+        if error > allowed:
+            dtype = str(expected.dtype).removeprefix("torch.")
+            return f"wrong: {name} differs by {error:.1e} of its norm in {dtype}"
+    return None
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

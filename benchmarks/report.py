@@ -104,7 +104,6 @@ def as_json(results: Results, conditions: dict[str, str]) -> str:
             "case": row.case,
             "competitor": str(row.competitor),
             "failure": row.failure,
-            "error": row.error,
             "kept_bytes": row.kept,
             "peak_bytes": row.peak,
             "operator_at_peak": row.operator,

@@ -28,4 +28,4 @@ def test_step(
     benchmark.group = case.name
     benchmark.extra_info.update(kept_bytes=row.kept, peak_bytes=row.peak, device=DEVICE.type)
     subject = case.subject(competitor)
-    benchmark.pedantic(timed, (subject,), rounds=2, warmup_rounds=1)
+    benchmark.pedantic(timed, (subject,), rounds=1)

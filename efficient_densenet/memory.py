@@ -80,7 +80,7 @@ def measure(
         autocast: dtype of automatic mixed precision, none by default.
 
     Raises:
-        ValueError: if an input lies on another device than the model.
+        ValueError: if there is no input, or one on another device than the model.
         TypeError: if the output is no tensor and there is no loss.
     """
     step = _real_step(model, inputs, target, loss, optimizer, autocast)
@@ -161,6 +161,8 @@ class _Step:
         make_optimizer: MakeOptimizer | None,
         autocast: torch.dtype | None,
     ) -> None:
+        if not inputs:
+            raise ValueError("a step needs at least one input, got none")
         self.model, self.inputs, self.target, self.autocast = model, inputs, target, autocast
         self.loss: Loss | None = loss
         if loss is None and target is not None:
@@ -262,9 +264,9 @@ def _real_step(
     autocast: torch.dtype | None,
 ) -> _Step:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), *inputs)}
-    if len(devices) != 1:
+    if len(devices) > 1:
         found = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"model and inputs must be on one device, got {found or 'no input'}")
+        raise ValueError(f"model and inputs must be on one device, got {found}")
     own = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     return _Step(copy.deepcopy(model), own, target, loss, optimizer, autocast)
 

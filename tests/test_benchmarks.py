@@ -1,0 +1,163 @@
+"""The benchmark suite's own machinery, on blocks small enough for a second."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
+
+from benchmarks import instruments, report
+from benchmarks.cases import CASES, COMPETITORS, KINDS, NAIVE, Case, Competitor, block, make_block
+from benchmarks.provenance import provenance
+
+NORM = Competitor("norm")
+
+
+@pytest.fixture(scope="module")
+def small() -> Case:
+    return block("small", 3, 8, 4, 4, 8)
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instruments, "COMPETITORS", (NAIVE, Competitor("naive", True), NORM))
+    monkeypatch.setattr(instruments, "SECONDS_PER_CASE", 0.0)
+
+
+class DoubledGradient(nn.Module):
+    """A block that is right forward and wrong backward."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = self.inner(x)
+        return output + (output - output.detach())
+
+    def state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return self.inner.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return self.inner.load_state_dict(*args, **kwargs)
+
+    def named_parameters(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return self.inner.named_parameters(*args, **kwargs)
+
+
+def test_every_competitor_has_the_same_weights_and_input(small: Case) -> None:
+    subjects = [small.subject(competitor) for competitor in COMPETITORS]
+    reference = subjects[0].model.state_dict()
+    for subject in subjects[1:]:
+        assert torch.equal(subject.x, subjects[0].x)
+        state = subject.model.state_dict()
+        assert state.keys() == reference.keys()
+        assert all(torch.equal(state[name], reference[name]) for name in reference)
+
+
+def test_subject_starts_backward_from_a_random_gradient_in_the_layout_of_its_output(
+    small: Case,
+) -> None:
+    subject = small.subject(NAIVE)
+    output = subject.step()
+    assert subject.upstream is not None
+    assert subject.upstream.std() > 0.5
+    assert subject.upstream.stride() == output.stride()
+
+
+@pytest.mark.parametrize("competitor", COMPETITORS, ids=str)
+def test_check_passes_what_is_right(small: Case, competitor: Competitor) -> None:
+    truth = instruments.results(small.small_subject(NAIVE))
+    found = instruments.results(small.small_subject(competitor))
+    assert instruments.check(found, truth, instruments.SHARP) is None
+    truth = instruments.coarse(small.subject(NAIVE))
+    found = instruments.coarse(small.subject(competitor))
+    assert instruments.check(found, truth, instruments.COARSE) is None
+
+
+def test_what_is_wrong_is_not_timed(small: Case, brief: None) -> None:
+    def make(kind):  # type: ignore[no-untyped-def]
+        right = small.make(kind)
+        return DoubledGradient(right) if kind == "norm" else right
+
+    rows = instruments.run(Case("one is wrong", small.shape, make))
+    failure = rows[NORM].failure
+    assert failure is not None and "input.grad" in failure and "float64" in failure
+    assert rows[NORM].seconds == []
+    assert len(rows[NAIVE].seconds) == instruments.ROUNDS[0]
+    assert failure in report.markdown([rows], {})
+
+
+def test_nan_is_an_infinite_error() -> None:
+    nan = torch.tensor([1.0, float("nan")])
+    assert instruments.relative_error(nan, torch.ones(2)) == float("inf")
+
+
+def test_out_of_memory_is_a_result(small: Case, brief: None) -> None:
+    def make(kind):  # type: ignore[no-untyped-def]
+        if kind == "norm":
+            raise torch.OutOfMemoryError("full")
+        return small.make(kind)
+
+    rows = instruments.run(Case("one is too large", small.shape, make))
+    assert rows[NORM].failure == "out of memory"
+    assert rows[NAIVE].peak > rows[NAIVE].kept > 0
+
+
+def test_rounds_are_shuffled_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    monkeypatch.setattr(instruments, "rounds", lambda subjects: 8)
+    monkeypatch.setattr(instruments, "timed", lambda subject: order.append(subject) or 1.0)
+    times = instruments.interleaved({NAIVE: "a", NORM: "b"})  # type: ignore[dict-item]
+    assert [len(seconds) for seconds in times.values()] == [8, 8]
+    pairs = {tuple(order[i : i + 2]) for i in range(0, 16, 2)}
+    assert pairs == {("a", "b"), ("b", "a")}
+
+
+def rows_with(norm_seconds: float) -> dict[Competitor, instruments.Row]:
+    channels_last = Competitor("naive", channels_last=True)
+    seconds = {NAIVE: 2.0, channels_last: 1.0, NORM: norm_seconds}
+    return {
+        competitor: instruments.Row("case", competitor, kept=100, peak=200, seconds=[time] * 3)
+        for competitor, time in seconds.items()
+    }
+
+
+def test_lost_comparisons_are_marked_and_only_those() -> None:
+    assert report.cells(rows_with(0.5)[NORM], rows_with(0.5))[-1] == ""
+    note = report.cells(rows_with(1.5)[NORM], rows_with(1.5))[-1]
+    assert note == "LOSES: time / naive c.l."
+
+
+def test_table_is_rectangular_markdown() -> None:
+    lines = report.table(rows_with(1.5)).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert {line.count("|") for line in lines} == {len(report.HEADER) + 1}
+    assert "0.75" in lines[-1] and "1.50" in lines[-1]
+
+
+def test_written_report_carries_rows_and_conditions(tmp_path: Path) -> None:
+    conditions = provenance()
+    report.write([rows_with(1.5)], conditions, tmp_path)
+    written = json.loads((tmp_path / "steps.json").read_text(encoding="utf-8"))
+    assert written["conditions"] == conditions
+    assert {"device", "threads", "torch", "commit", "dtype", "layout", "date"} <= set(conditions)
+    assert [row["seconds"] for row in written["rows"]] == [[2.0] * 3, [1.0] * 3, [1.5] * 3]
+    assert conditions["date"] in (tmp_path / "steps.md").read_text(encoding="utf-8")
+    assert (tmp_path / "memory-against-depth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cases_are_what_the_documentation_lists() -> None:
+    listed = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert all(case.name.split(":")[0] in listed for case in CASES)
+
+
+def test_kinds_of_a_block_have_one_set_of_keys() -> None:
+    keys = [set(make_block(kind, 2, 6, 3).state_dict()) for kind in KINDS]
+    assert all(found == keys[0] for found in keys)
