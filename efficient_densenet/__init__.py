@@ -1,2 +1,28 @@
+"""DenseNets trained in O(kL) memory: only the features themselves are kept."""
+
 from efficient_densenet.block import EfficientDenseBlock
-from efficient_densenet.models import *
+from efficient_densenet.memory import estimate, measure
+from efficient_densenet.models import (
+    DenseNet,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet264,
+    densenet_cifar,
+    fashion_densenet,
+)
+
+__all__ = [
+    "DenseNet",
+    "EfficientDenseBlock",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "densenet_cifar",
+    "estimate",
+    "fashion_densenet",
+    "measure",
+]

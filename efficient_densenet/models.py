@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,9 +89,12 @@ class DenseNet(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 nn.init.kaiming_normal_(module.weight)
-            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if (
+                isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+                and bias is not None
+            ):
+                nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(self.features(x), inplace=True)
@@ -163,7 +165,8 @@ def densenet_cifar(
     if layers < 1 or remainder:
         nearest = max(round((depth - 4) / step), 1) * step + 4
         raise ValueError(
-            f"depth must be {step} * n + 4 for a whole n >= 1, got {depth!r}; the nearest is {nearest}"
+            f"depth must be {step} * n + 4 for a whole n >= 1, got {depth!r}; "
+            f"the nearest is {nearest}"
         )
     init = 2 * growth_rate if bottleneck and compression < 1.0 else 16
     options = {"num_classes": 10, "stem": "cifar", "compression": compression, **options}

@@ -1,0 +1,1 @@
+"""The operations that the recomputing functions are written against."""
