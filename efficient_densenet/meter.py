@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from efficient_densenet.timeline import Event
 
 _ADD = torch.ops.aten.add.Tensor
+_BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
 
 
 class LiveMeter(TorchDispatchMode):
@@ -64,6 +65,8 @@ class LiveMeter(TorchDispatchMode):
             return _add_in_place(*args)
         self._operator = str(func)
         result = func(*args, **kwargs)
+        if func is _BATCH_NORM_BACKWARD:
+            result = _asked_for(result, *args)
         for tensor in _tensors((result,)):
             self._see(tensor, args, kwargs)
         return result
@@ -129,7 +132,13 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _add_in_place(old: Tensor, new: Tensor) -> Tensor:
-    return old if old.is_meta else old.add_(new)  # on meta there is nothing to add
+    hollow = old.untyped_storage().device.type == "meta"  # a meta or a fake tensor has no values
+    return old if hollow else old.add_(new)
+
+
+def _asked_for(gradients: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
+    # On meta torch makes gradients that its output mask, the last argument, declines.
+    return tuple(g if wanted else None for g, wanted in zip(gradients, args[-1], strict=True))
 
 
 def _is_dense(tensor: Tensor) -> bool:

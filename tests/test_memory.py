@@ -86,8 +86,8 @@ def test_step_of_known_size(instrument) -> None:
     assert report.kept == bytes_  # the exponential, which is the output
     assert report.peak.parameters == report.peak.inputs == report.peak.optimizer == bytes_
     assert report.peak.buffers == 0
-    # exp's backward: the output, the random gradient, and their product
-    assert report.peak.step == 3 * bytes_
+    # the output, its random gradient, exp's gradient and the weight's
+    assert report.peak.step == 4 * bytes_
 
 
 def test_loss_and_target_are_part_of_the_step() -> None:
