@@ -185,7 +185,9 @@ class _MapGradient:
         self, spec: BlockSpec, maps: Tensor, mean: Tensor | None, workspace: ops.Workspace
     ) -> None:
         self.spec, self.maps, self.mean, self.workspace = spec, maps, mean, workspace
-        self.grad = _empty_map(maps, maps.shape[1], workspace.memory_format)
+        # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
+        # before the correction would cost the precision that the naive block has.
+        self.grad = _empty_map(maps, maps.shape[1], workspace.memory_format, spec.statistics_dtype)
         self.s1, self.s2 = maps.new_zeros(2, maps.shape[1], dtype=spec.statistics_dtype)
         self.written = False
         self.corrected = 0
@@ -370,9 +372,15 @@ def _workspace(spec: BlockSpec, x: Tensor, memory_format: torch.memory_format) -
     return ops.Workspace(x, spec.widest, spec.compute_dtype, spec.statistics_dtype, memory_format)
 
 
-def _empty_map(like: Tensor, channels: int, memory_format: torch.memory_format) -> Tensor:
+def _empty_map(
+    like: Tensor,
+    channels: int,
+    memory_format: torch.memory_format,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     shape = (len(like), channels, *like.shape[2:])
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    dtype = dtype or like.dtype
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 def _like(gradient: Tensor | None, tensor: Tensor | None, needed: bool) -> Tensor | None:

@@ -91,8 +91,10 @@ class EfficientDenseBlock(DenseBlock):
             return "the block is being compiled, exported or traced"
         if nn_module._has_any_global_hook():
             return "there are global module hooks"
-        if x.numel() <= x.shape[1]:
-            return "there is at most one value per channel"
+        if x.numel() <= x.shape[1] and any(
+            _uses_batch_statistics(norm) for layer in self.values() for norm in _norms(layer)
+        ):
+            return "there is at most one value per channel to take batch statistics of"
         channels = x.shape[1]
         for name, layer in self.items():
             reason = _unsupported_layer(layer, channels)
@@ -147,13 +149,13 @@ def _unsupported_layer(layer: nn.Module, channels: int) -> str | None:
     """What about a dense layer the efficient path does not know, as the end of a sentence."""
     if type(layer) not in (BottleneckLayer, BasicLayer):
         return f" is a {type(layer).__name__}"
-    if _has_hooks(layer):
-        return " has hooks"
+    if _is_patched(layer):
+        return " has hooks or a forward of its own"
     for name, child in layer.named_children():
         if type(child) not in (*NORM_TYPES, *CONV_TYPES, nn.ReLU):
             return f".{name} is a {type(child).__name__}"
-        if _has_hooks(child):
-            return f".{name} has hooks"
+        if _is_patched(child):
+            return f".{name} has hooks or a forward of its own"
         if type(child) in CONV_TYPES and not _keeps_size(child):
             return f".{name} has a stride, padding or padding mode that changes the map's size"
     expected = _norms(layer)[0].num_features
@@ -162,9 +164,10 @@ def _unsupported_layer(layer: nn.Module, channels: int) -> str | None:
     return None
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _is_patched(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -81,7 +81,7 @@ class DenseNet(nn.Module):
                 transition = Transition(channels, kept, dims=dims, bias=bias)
                 self.features.add_module(f"transition{i}", transition)
                 channels = kept
-        self.features.add_module(f"norm{len(block_config) + 1}", NORMS[dims](channels))
+        self.features.add_module("norm5", NORMS[dims](channels))
         self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
 

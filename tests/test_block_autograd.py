@@ -235,11 +235,17 @@ HOOKS = {
     "backward": lambda m, calls: m.register_full_backward_hook(recorded(calls)),
     "backward-pre": lambda m, calls: m.register_full_backward_pre_hook(recorded(calls)),
 }
+# PyTorch refuses backward hooks on a norm whose output an in-place ReLU overwrites.
+HOOKED = [
+    pytest.param(path, hook, id=f"{path}-{name}")
+    for path in ("denselayer2", "denselayer2.norm1", "denselayer3.conv2")
+    for name, hook in HOOKS.items()
+    if not ("norm1" in path and "backward" in name)
+]
 
 
 @either_mode
-@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
-@pytest.mark.parametrize("path", ["denselayer2", "denselayer2.norm1", "denselayer3.conv2"])
+@pytest.mark.parametrize(("path", "hook"), HOOKED)
 def test_hook_on_an_inner_module_fires(recompute, hook, path):
     efficient, reference = block_pair(recompute=recompute)
     calls = []
@@ -558,7 +564,7 @@ def test_concurrent_threads_get_their_own_results(kinds):
     def train(pair, x):
         try:
             for _ in range(4):
-                assert_same_training(*pair, x, steps=2)
+                assert_same_training(*pair, x, steps=2, rtol=1e-9)
         except Exception as error:  # a thread's failure does not reach pytest by itself
             failures.append(error)
 

