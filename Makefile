@@ -23,7 +23,7 @@ data:
 
 # Takes the same run up again if it was interrupted.
 train: setup data
-	$(bin)/efficient-densenet train --model cifar-bc --depth 250 --growth-rate 6 --resize 28 \
+	$(bin)/efficient-densenet train --model cifar-bc --depth 250 --growth-rate 6 --resize 14 \
 		--batch-size 64 --train-size 3200 --epochs 1 --data-dir $(DATA) --out $(OUT) --resume
 
 test: setup

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from statistics import median, quantiles
@@ -56,18 +55,18 @@ def run(case: Case) -> dict[Competitor, Row]:
     """Every competitor on ``case``: those that are right are measured, then timed interleaved."""
     rows = {competitor: Row(case.name, competitor) for competitor in COMPETITORS}
     truth, small_truth = coarse(case.subject(NAIVE)), results(case.small_subject(NAIVE))
-    subjects = {}
+    subjects, seconds_per_round = {}, 0.0
     for competitor, row in rows.items():
         try:
             subject = case.subject(competitor)
             row.failure = check(results(case.small_subject(competitor)), small_truth, SHARP)
             row.failure = row.failure or check(coarse(subject), truth, COARSE)
             if row.failure is None:
-                weigh(subject, row)
+                seconds_per_round += weigh(subject, row)
                 subjects[competitor] = subject
         except torch.OutOfMemoryError:
             row.failure = "out of memory"
-    for competitor, seconds in interleaved(subjects).items():
+    for competitor, seconds in interleaved(subjects, rounds(seconds_per_round)).items():
         rows[competitor].seconds = seconds
     return rows
 
@@ -109,29 +108,32 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def weigh(subject: Subject, row: Row) -> None:
-    """Fill in the memory of one step."""
+def weigh(subject: Subject, row: Row) -> float:
+    """Fill in the memory of one step; returns about how many seconds it takes."""
     report = measure(subject.model, subject.x)
     row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
+    return report.seconds or 0.0
 
 
-def interleaved(subjects: dict[Competitor, Subject]) -> dict[Competitor, list[float]]:
-    """Seconds per step, in rounds that each run everybody once, in an order of their own."""
+def rounds(seconds_per_round: float) -> int:
+    """How many interleaved rounds a case gets."""
+    fewest, most = ROUNDS
+    return min(max(int(SECONDS_PER_CASE / max(seconds_per_round, 1e-9)), fewest), most)
+
+
+def interleaved(subjects: dict[Competitor, Subject], count: int) -> dict[Competitor, list[float]]:
+    """Seconds per step, in rounds that each run everybody once, in an order of their own.
+
+    Nobody starts cold: the check and the memory measurement have run every step before.
+    """
     order = list(subjects)
     shuffle = random.Random(0).shuffle
     times: dict[Competitor, list[float]] = {competitor: [] for competitor in order}
-    for _ in range(rounds(subjects.values())):
+    for _ in range(count):
         shuffle(order)
         for competitor in order:
             times[competitor].append(timed(subjects[competitor]))
     return times
-
-
-def rounds(subjects: Iterable[Subject]) -> int:
-    """How many rounds fit, judged by one which is the warm-up too."""
-    seconds = sum(timed(subject) for subject in subjects)
-    fewest, most = ROUNDS
-    return min(max(int(SECONDS_PER_CASE / max(seconds, 1e-9)), fewest), most)
 
 
 def timed(subject: Subject) -> float:

@@ -129,7 +129,7 @@ def depth_chart(path: Path) -> None:
     for axes, title in ((kept_axes, "kept after the forward pass"), (peak_axes, "peak of a step")):
         axes.set(title=title, xlabel="layers", ylabel="MiB", yscale="log", xticks=DEPTHS)
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*peak_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     batch, channels, size, _ = DEPTH_SHAPE
     figure.suptitle(
         f"Dense block, c0={channels}, k={GROWTH}, batch {batch}, {size}², float32, estimated"

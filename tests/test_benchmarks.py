@@ -27,7 +27,7 @@ def small() -> Case:
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instruments, "COMPETITORS", (NAIVE, Competitor("naive", True), NORM))
-    monkeypatch.setattr(instruments, "SECONDS_PER_CASE", 0.0)
+    monkeypatch.setattr(instruments, "ROUNDS", (2, 2))
 
 
 class DoubledGradient(nn.Module):
@@ -112,12 +112,18 @@ def test_out_of_memory_is_a_result(small: Case, brief: None) -> None:
 
 def test_rounds_are_shuffled_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
-    monkeypatch.setattr(instruments, "rounds", lambda subjects: 8)
     monkeypatch.setattr(instruments, "timed", lambda subject: order.append(subject) or 1.0)
-    times = instruments.interleaved({NAIVE: "a", NORM: "b"})  # type: ignore[dict-item]
+    times = instruments.interleaved({NAIVE: "a", NORM: "b"}, 8)  # type: ignore[dict-item]
     assert [len(seconds) for seconds in times.values()] == [8, 8]
     pairs = {tuple(order[i : i + 2]) for i in range(0, 16, 2)}
     assert pairs == {("a", "b"), ("b", "a")}
+
+
+def test_rounds_fill_the_time_of_a_case_within_bounds() -> None:
+    fewest, most = instruments.ROUNDS
+    assert instruments.rounds(0.0) == most
+    assert instruments.rounds(1e6) == fewest
+    assert fewest < instruments.rounds(instruments.SECONDS_PER_CASE / (fewest + 1)) < most
 
 
 def rows_with(norm_seconds: float) -> dict[Competitor, instruments.Row]:
