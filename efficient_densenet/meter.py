@@ -146,9 +146,9 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.numel() == 1 + sum((size - 1) * stride for size, stride in strides)
 
 
-def _counts(tensor: Tensor) -> tuple[int, int, int]:
+def _counts(tensor: Any) -> tuple[int, int, int]:
     return (
-        tensor._use_count(),  # type: ignore[attr-defined]
+        tensor._use_count(),
         sys.getrefcount(tensor),
         torch._C._storage_Use_Count(_key(tensor)),
     )

@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from efficient_densenet import lowering, sequence
 from efficient_densenet.block import EfficientDenseBlock, Recompute
 from efficient_densenet.reference import (
     CONVS,
@@ -17,7 +18,10 @@ from efficient_densenet.reference import (
     Transition,
     check_dims,
     compressed,
+    global_average,
 )
+from efficient_densenet.sequence import EfficientSequential, EfficientTransition
+from efficient_densenet.stage import Exit
 
 STEMS = ("imagenet", "cifar")
 
@@ -61,7 +65,10 @@ class DenseNet(nn.Module):
     ) -> None:
         super().__init__()
         check_dims(dims)
-        self.features = nn.Sequential(_stem(stem, in_channels, num_init_features, dims, bias))
+        efficient = recompute != "none"
+        sequential = EfficientSequential if efficient else nn.Sequential
+        transitions = EfficientTransition if efficient else Transition
+        self.features = sequential(_stem(stem, in_channels, num_init_features, dims, bias))
         channels = num_init_features
         for i, num_layers in enumerate(block_config, start=1):
             block = EfficientDenseBlock(
@@ -78,7 +85,7 @@ class DenseNet(nn.Module):
             channels += num_layers * growth_rate
             if i < len(block_config):
                 kept = compressed(channels, compression)
-                transition = Transition(channels, kept, dims=dims, bias=bias)
+                transition = transitions(channels, kept, dims=dims, bias=bias)
                 self.features.add_module(f"transition{i}", transition)
                 channels = kept
         self.features.add_module("norm5", NORMS[dims](channels))
@@ -97,8 +104,19 @@ class DenseNet(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = F.relu(self.features(x), inplace=True)
-        return self.classifier(features.flatten(2).mean(2))
+        return self.classifier(self._pooled(x).flatten(1))
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """ReLU and global average of the features."""
+        if type(self.features) is EfficientSequential and not lowering.is_patched(self.features):
+            modules: list[Any] = list(self.features)
+            *modules, block, norm = modules
+            if type(norm) in lowering.NORM_TYPES and not lowering.is_patched(norm):
+                x = sequence.run(modules, x)
+                if sequence.shares_features(block, x):
+                    return block.run(x, Exit(norm, global_average))
+                return global_average(F.relu(norm(block(x)), inplace=True))
+        return global_average(F.relu(self.features(x), inplace=True))
 
 
 def _stem(

@@ -163,3 +163,8 @@ def compressed(channels: int, compression: float) -> int:
     if not 0.0 < compression <= 1.0:
         raise ValueError(f"compression must be in (0, 1], got {compression!r}")
     return math.floor(channels * compression)
+
+
+def global_average(x: Tensor) -> Tensor:
+    """Mean over all positions: ``(N, channels, *spatial)`` to ``(N, channels, 1...)``."""
+    return x.mean(tuple(range(2, x.dim())), keepdim=True)

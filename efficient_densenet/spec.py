@@ -1,4 +1,4 @@
-"""What a dense block is, apart from its tensors: what the autograd function walks."""
+"""What is computed, apart from its tensors: what the recomputing functions walk."""
 
 from __future__ import annotations
 
@@ -9,26 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ConvSpec:
-    """A convolution of stride 1."""
-
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+from efficient_densenet.kernels.interface import Geometry
 
 
 @dataclass(frozen=True)
 class UnitSpec:
-    """BN - ReLU [- pool] [- convolution].
+    """BN - ReLU [- pool] [- convolution], with at least one of the last two.
 
     ``batch_statistics`` says whether the norm uses the batch's statistics or running ones.
     """
 
     eps: float
     batch_statistics: bool
-    conv: ConvSpec | None
+    conv: Geometry | None
     pool: Callable[[Tensor], Tensor] | None = None
 
 
@@ -62,21 +55,32 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class Types:
+    """Convolutions compute in ``compute``; features are stored in ``features``."""
+
+    compute: torch.dtype
+    features: torch.dtype
+
+    @property
+    def statistics(self) -> torch.dtype:
+        """Type of means, variances and of all that is summed over a batch."""
+        return torch.promote_types(self.features, torch.float32)
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """A dense block, what is recomputed, and in which types.
 
     ``exit`` is a last unit that reads all features (a transition, or the norm before the
     classifier); with it the block returns its result and the features stay inside.
     ``recompute_bottleneck`` drops the bottleneck maps too and convolves again in the backward pass.
-    Convolutions compute in ``compute_dtype``; features are stored in ``features_dtype``.
     """
 
     layers: tuple[LayerSpec, ...]
     exit: UnitSpec | None
     input_channels: int
     recompute_bottleneck: bool
-    compute_dtype: torch.dtype
-    features_dtype: torch.dtype
+    types: Types
 
     @property
     def channels(self) -> int:
@@ -87,11 +91,6 @@ class BlockSpec:
     def widest(self) -> int:
         """Channels of the widest map that is normalised."""
         return max([self.channels, *(layer.width for layer in self.layers)])
-
-    @property
-    def statistics_dtype(self) -> torch.dtype:
-        """Type of means, variances and of all that is summed over a batch."""
-        return torch.promote_types(self.features_dtype, torch.float32)
 
     def reads_statistics(self, layer: int) -> bool:
         """Whether a norm reads the statistics of the map that ``layer`` writes (-1: the input)."""
@@ -105,3 +104,12 @@ class BlockSpec:
         groups = iter([UnitTensors(*flat[i : i + width]) for i in range(0, len(flat), width)])
         layers = [[next(groups) for _ in layer.units] for layer in self.layers]
         return layers, next(groups, UnitTensors())
+
+
+@dataclass(frozen=True)
+class StemSpec:
+    """Convolution - BN - ReLU - pool: a convolution of the image, and the unit that reads it."""
+
+    conv: Geometry
+    unit: UnitSpec
+    types: Types

@@ -4,33 +4,33 @@ import pytest
 import torch
 from compare import KINDS, MODES, assert_efficient, assert_same_training, block_pair, image
 
-from efficient_densenet import autograd, block
+from efficient_densenet import backward, lowering
 from efficient_densenet.kernels import eager
 
 
 def update_statistics_twice(monkeypatch):
-    update = block._update_running_statistics
+    update = lowering.update_running_statistics
     monkeypatch.setattr(
-        block, "_update_running_statistics", lambda *args: (update(*args), update(*args))
+        lowering, "update_running_statistics", lambda *args: (update(*args), update(*args))
     )
 
 
 def drop_second_sum(monkeypatch):
-    collect = autograd._MapGradient._collect
+    collect = backward.MapGradient._collect
 
     def without_s2(self, norm, sum_d, dgamma):
         collect(self, norm, sum_d, torch.zeros_like(dgamma))
 
-    monkeypatch.setattr(autograd._MapGradient, "_collect", without_s2)
+    monkeypatch.setattr(backward.MapGradient, "_collect", without_s2)
 
 
 def drop_first_sum(monkeypatch):
-    collect = autograd._MapGradient._collect
+    collect = backward.MapGradient._collect
 
     def without_s1(self, norm, sum_d, dgamma):
         collect(self, norm, torch.zeros_like(sum_d), dgamma)
 
-    monkeypatch.setattr(autograd._MapGradient, "_collect", without_s1)
+    monkeypatch.setattr(backward.MapGradient, "_collect", without_s1)
 
 
 def forget_the_rectifiers_mask(monkeypatch):
@@ -45,9 +45,9 @@ def forget_the_rectifiers_mask(monkeypatch):
 
 
 def use_biased_running_variance(monkeypatch):
-    update = block._update_running_statistics
+    update = lowering.update_running_statistics
     monkeypatch.setattr(
-        block, "_update_running_statistics", lambda norm, batch, _: update(norm, batch, 10**12)
+        lowering, "update_running_statistics", lambda norm, batch, _: update(norm, batch, 10**12)
     )
 
 

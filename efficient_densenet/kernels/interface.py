@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,21 +21,32 @@ class Norm(NamedTuple):
     bias: Tensor
 
 
-class Conv(NamedTuple):
-    """A convolution of stride 1."""
+class Geometry(NamedTuple):
+    """How a convolution moves over its input."""
 
-    weight: Tensor
-    bias: Tensor | None
+    stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 
 
+class Conv(NamedTuple):
+    """A convolution with its tensors."""
+
+    weight: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+
+
 class Tail(NamedTuple):
-    """What reads a normalised and rectified map: optional pooling, then an optional convolution."""
+    """What reads a normalised and rectified map: pooling, a convolution, or one after the other.
+
+    It computes in ``dtype``.
+    """
 
     pool: Callable[[Tensor], Tensor] | None
     conv: Conv | None
+    dtype: torch.dtype
 
 
 class UnitGradients(NamedTuple):

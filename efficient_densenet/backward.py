@@ -1,0 +1,243 @@
+"""The backward passes: recompute what was not kept, and correct every map's gradient once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from efficient_densenet.forward import (
+    Saved,
+    Statistics,
+    dropout_mask,
+    forward_unit,
+    ready_norm,
+    ready_tail,
+)
+from efficient_densenet.kernels import eager as ops
+from efficient_densenet.kernels.interface import Conv, Norm, per_channel
+from efficient_densenet.layout import empty_map, inner_format, outer_format
+from efficient_densenet.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTensors
+
+
+class MapGradient:
+    """Gradient of a map, summed over the units that read it: ``G``, ``S1`` and ``S2``.
+
+    Batch norm's correction is the same for every reader, so it waits until the map is finished.
+    """
+
+    def __init__(
+        self, maps: Tensor, statistics: Statistics | None, types: Types, workspace: ops.Workspace
+    ) -> None:
+        self.maps, self.statistics, self.types = maps, statistics, types
+        self.workspace = workspace
+        # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
+        # before the correction would cost the precision that the naive block has.
+        channels = maps.shape[1]
+        self.grad = empty_map(maps, channels, workspace.memory_format, types.statistics)
+        self.s1, self.s2 = maps.new_zeros(2, channels, dtype=types.statistics)
+        self.written = False
+        self.corrected = 0
+
+    def start(self, grad: Tensor) -> None:
+        """Begin with the gradient that arrives from outside the block."""
+        self.grad.copy_(grad)
+        self.written = True
+
+    def back_through(
+        self,
+        grad: Tensor,
+        unit: UnitSpec,
+        tensors: UnitTensors,
+        channels: int,
+        needs: UnitTensors,
+        needs_maps: bool,
+    ) -> UnitTensors:
+        """Add the gradient through ``unit``, which reads the first ``channels``; return its own."""
+        x = self.maps[:, :channels]
+        statistics = self.statistics and self.statistics.first(channels)
+        norm = ready_norm(unit, tensors, statistics, self.types, x.dim())
+        corrects = needs_maps and unit.batch_statistics
+        weight, bias, sum_d, sum_dx = ops.norm_relu_tail_backward(
+            grad,
+            x,
+            norm,
+            ready_tail(unit, tensors, self.types),
+            self.workspace,
+            need_weight=needs.conv_weight,
+            need_bias=needs.conv_bias,
+            need_sums=needs.weight or needs.bias or corrects,
+            target=self.grad[:, :channels] if needs_maps else None,
+            accumulate=self.written,
+        )
+        self.written = self.written or needs_maps
+        dgamma = None
+        if sum_d is not None and sum_dx is not None:
+            dgamma = norm.invstd.flatten() * sum_dx
+            if corrects:
+                self._collect(norm, sum_d, dgamma)
+        return UnitTensors(
+            weight=_like(dgamma, tensors.weight, needs.weight),
+            bias=_like(sum_d, tensors.bias, needs.bias),
+            conv_weight=_like(weight, tensors.conv_weight, needs.conv_weight),
+            conv_bias=_like(bias, tensors.conv_bias, needs.conv_bias),
+        )
+
+    def _collect(self, norm: Norm, sum_d: Tensor, dgamma: Tensor) -> None:
+        scale, invstd = norm.scale.flatten(), norm.invstd.flatten()
+        channels = len(scale)
+        self.corrected = max(self.corrected, channels)
+        self.s1[:channels].addcmul_(scale, sum_d)
+        self.s2[:channels].addcmul_(scale * invstd, dgamma)
+
+    def finish(self, start: int, stop: int) -> Tensor:
+        """The gradient of the channels ``[start, stop)``, whose readers have all been walked."""
+        grad, x = self.grad[:, start:stop], self.maps[:, start:stop]
+        whole = stop - start == self.maps.shape[1]
+        out = self.grad if whole else empty_map(grad, stop - start, self.workspace.memory_format)
+        if self.statistics is None or start >= self.corrected:
+            return out if whole else out.copy_(grad)
+        count = x.numel() // x.shape[1]
+        mean, a, b = (
+            per_channel(vector, x.dim())
+            for vector in (
+                self.statistics.mean[start:stop],
+                self.s1[start:stop] / count,
+                self.s2[start:stop] / count,
+            )
+        )
+        return ops.correct(grad, x, mean, a, b, out, self.workspace)
+
+
+def backward_block(
+    spec: BlockSpec,
+    seeds: Sequence[int],
+    saved: Saved,
+    flat: Sequence[Tensor | None],
+    needs_x: bool,
+    needs_flat: Sequence[bool],
+    grad: Tensor,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of the block's input and of ``flat``, as far as they are needed."""
+    return _BlockBackward(spec, seeds, saved, flat, needs_x, needs_flat).run(grad)
+
+
+class _BlockBackward:
+    """The walk from the block's exit down to its first layer."""
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        seeds: Sequence[int],
+        saved: Saved,
+        flat: Sequence[Tensor | None],
+        needs_x: bool,
+        needs_flat: Sequence[bool],
+    ) -> None:
+        self.spec, self.seeds, self.saved, self.needs_x = spec, seeds, saved, needs_x
+        self.layers, self.exit_tensors = spec.nested(flat)
+        self.needs, self.needs_exit = spec.nested(needs_flat)
+        # Below the lowest layer that has something to learn, nothing is computed.
+        learning = (i for i, needs in enumerate(self.needs) if any(map(any, needs)))
+        self.lowest = 0 if needs_x else next(learning, len(self.layers))
+        x = saved.features
+        memory_format = inner_format(x) if spec.layers else outer_format(x)
+        features = x.contiguous(memory_format=memory_format)
+        self.workspace = ops.Workspace(features, spec.widest, spec.types.statistics, memory_format)
+        self.total = MapGradient(features, saved.statistics, spec.types, self.workspace)
+
+    def run(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        gradients: list[UnitTensors] = []  # of the last unit first
+        if self.spec.exit:
+            gradients.append(self._exit(grad))
+        else:
+            self.total.start(grad)
+        del grad
+        for i in reversed(range(len(self.layers))):
+            if i < self.lowest:
+                gradients += [UnitTensors()] * len(self.layers[i])
+            else:
+                gradients += self._layer(i)
+        dx = self.total.finish(0, self.spec.input_channels) if self.needs_x else None
+        return dx, [tensor for unit in reversed(gradients) for tensor in unit]
+
+    def _exit(self, grad: Tensor) -> UnitTensors:
+        assert self.spec.exit is not None
+        below = self.needs_x or self.lowest < len(self.layers)
+        return self.total.back_through(
+            grad, self.spec.exit, self.exit_tensors, self.spec.channels, self.needs_exit, below
+        )
+
+    def _layer(self, i: int) -> Iterator[UnitTensors]:
+        """Gradients of a layer's units, the last first."""
+        layer, units, needs = self.spec.layers[i], self.layers[i], self.needs[i]
+        below = self.needs_x or i > self.lowest
+        grad = self.total.finish(layer.channels, layer.channels + layer.growth)
+        if layer.drop_rate:
+            grad.mul_(
+                dropout_mask(grad, layer.drop_rate, self.seeds[i], self.workspace.memory_format)
+            )
+        needs_first = below or any(needs[0])
+        if len(layer.units) == 2:
+            z = MapGradient(
+                self._bottleneck(i),
+                self.saved.bottleneck_statistics[i],
+                self.spec.types,
+                self.workspace,
+            )
+            yield z.back_through(grad, layer.units[1], units[1], layer.width, needs[1], needs_first)
+            grad = z.finish(0, layer.width) if needs_first else grad
+            del z
+        if not needs_first:
+            yield UnitTensors()
+            return
+        yield self.total.back_through(
+            grad, layer.units[0], units[0], layer.channels, needs[0], below
+        )
+
+    def _bottleneck(self, i: int) -> Tensor:
+        kept = self.saved.bottlenecks[i]
+        if kept is not None:
+            return kept
+        layer = self.spec.layers[i]
+        x = self.total.maps[:, : layer.channels]
+        statistics = self.saved.statistics.first(layer.channels)
+        unit, tensors = layer.units[0], self.layers[i][0]
+        return forward_unit(x, unit, tensors, statistics, self.spec.types, self.workspace)
+
+
+def backward_stem(
+    spec: StemSpec,
+    x: Tensor,
+    conv: Conv,
+    tensors: UnitTensors,
+    statistics: Statistics | None,
+    needs_x: bool,
+    needs: UnitTensors,
+    grad: Tensor,
+) -> tuple[Tensor | None, UnitTensors]:
+    """The gradients of the image and of all tensors, the convolution's in those of the unit."""
+    memory_format = inner_format(x)
+    image = x.to(spec.types.compute, memory_format=memory_format)
+    y = ops.convolve(image, conv)
+    workspace = ops.Workspace(y, y.shape[1], spec.types.statistics, memory_format)
+    total = MapGradient(y, statistics, spec.types, workspace)
+    needs_conv = (needs_x, needs.conv_weight, needs.conv_bias)
+    norm_needs = needs._replace(conv_weight=False, conv_bias=False)
+    gradients = total.back_through(
+        grad, spec.unit, tensors, y.shape[1], norm_needs, any(needs_conv)
+    )
+    if not any(needs_conv):
+        return None, gradients
+    dy = total.finish(0, y.shape[1]).to(image.dtype)
+    dx, weight, bias = ops.convolve_backward(dy, image, conv, needs_conv)
+    return dx, gradients._replace(
+        conv_weight=_like(weight, tensors.conv_weight, needs.conv_weight),
+        conv_bias=_like(bias, tensors.conv_bias, needs.conv_bias),
+    )
+
+
+def _like(gradient: Tensor | None, tensor: Tensor | None, needed: bool) -> Tensor | None:
+    if gradient is None or tensor is None or not needed:
+        return None
+    return gradient.to(tensor.dtype)

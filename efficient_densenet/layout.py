@@ -1,0 +1,44 @@
+"""Memory formats: which one a map has, and which one the recomputing functions work in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a map are its fastest dimension in memory."""
+    return (
+        x.dim() in CHANNELS_LAST and x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+    )
+
+
+def outer_format(x: Tensor) -> torch.memory_format:
+    """The memory format of ``x``: what a caller expects of a result."""
+    return CHANNELS_LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
+
+
+def inner_format(x: Tensor) -> torch.memory_format:
+    """The memory format to compute in: on a CPU channels last, elsewhere that of ``x``.
+
+    On a CPU convolutions and batch norm's reductions are several times faster with the channels
+    last.
+    """
+    if x.is_cuda or x.dim() not in CHANNELS_LAST:
+        return outer_format(x)
+    return CHANNELS_LAST[x.dim()]
+
+
+def empty_map(
+    like: Tensor,
+    channels: int,
+    memory_format: torch.memory_format,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """An unwritten map of ``channels`` channels, otherwise as ``like``."""
+    shape = (len(like), channels, *like.shape[2:])
+    return torch.empty(
+        shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format
+    )

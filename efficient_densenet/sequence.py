@@ -1,0 +1,129 @@
+"""What lies around dense blocks: transitions and stems that keep their inputs and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from efficient_densenet import lowering, stage
+from efficient_densenet.block import EfficientDenseBlock
+from efficient_densenet.reference import Transition
+from efficient_densenet.stage import Exit
+
+
+class EfficientTransition(Transition):
+    """Transition that keeps its input alone, and pools before it convolves.
+
+    Maps ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial // 2)`` in the
+    memory format of its input. Parameters, state-dict keys, outputs, gradients and running statistics
+    are those of torchvision's ``_Transition``: average pooling and a 1x1 convolution commute, and
+    in this order the convolution has a quarter of the positions to visit.
+
+    What the efficient path does not support runs on the naive one; :meth:`why_reference` says why.
+    """
+
+    def why_reference(self, x: Tensor) -> str | None:
+        """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
+        reason = lowering.unsupported_call()
+        if reason:
+            return reason
+        reason = self.unsupported()
+        if reason:
+            return f"the transition{reason}"
+        return lowering.LACKS_VALUES if lowering.lacks_values(x, [self.norm]) else None
+
+    def unsupported(self) -> str | None:
+        """What about its modules the efficient path does not know, as the end of a sentence."""
+        reason = lowering.unsupported_children(self)
+        if reason:
+            return reason
+        names = [name for name, _ in self.named_children()]
+        if names != ["norm", "relu", "conv", "pool"]:
+            return f" has the children {names}"
+        if not (lowering.is_pointwise(self.conv) and lowering.is_plain_average(self.pool)):
+            return " does not convolve 1x1 and average without padding: the two do not commute"
+        return None
+
+    def exit(self) -> Exit:
+        """The transition as what reads all features of a block."""
+        return Exit(self.norm, self.pool.forward, self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_reference(x):
+            return super().forward(x)
+        return stage.run_layers([], x, False, self.exit())
+
+
+class EfficientSequential(nn.Sequential):
+    """``nn.Sequential`` that runs neighbours together where that keeps less.
+
+    A stem (convolution, batch norm, ReLU, max-pooling) keeps the image alone and convolves again
+    in the backward pass. A transition after an :class:`EfficientDenseBlock` reads the block's
+    features where they lie, shares their batch statistics and adds to their gradient, so that the
+    block's output never exists beside them.
+
+    Children, state-dict keys, outputs, gradients and running statistics are those of
+    ``nn.Sequential``. A child with hooks is called by itself.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run(list(self), input)
+
+
+def run(modules: Sequence[Any], x: Tensor) -> Tensor:
+    """``modules`` one after the other, as :class:`EfficientSequential` runs them."""
+    i = 0
+    while i < len(modules):
+        here = modules[i : i + 4]
+        if is_stem(here, x):
+            conv, norm, _, pool = here
+            x, i = stage.run_stem(conv, norm, pool, x), i + 4
+        elif len(here) > 1 and reads_features(here[1]) and shares_features(here[0], x):
+            x, i = here[0].run(x, here[1].exit()), i + 2
+        else:
+            x, i = here[0](x), i + 1
+    return x
+
+
+def shares_features(block: Any, x: Tensor) -> bool:
+    """Whether a module is a dense block whose features, for input ``x``, others may read inside."""
+    return (
+        type(block) is EfficientDenseBlock
+        and not lowering.is_patched(block)
+        and block.why_reference(x) is None
+    )
+
+
+def reads_features(transition: Any) -> bool:
+    """Whether a module is a transition that can read a block's features inside the block."""
+    return (
+        type(transition) is EfficientTransition
+        and not lowering.is_patched(transition)
+        and transition.unsupported() is None
+    )
+
+
+STEM_TYPES = (lowering.CONV_TYPES, lowering.NORM_TYPES, (nn.ReLU,), lowering.POOL_TYPES)
+
+
+def is_stem(modules: Sequence[Any], x: Tensor) -> bool:
+    """Whether the modules are a stem that can keep the image ``x`` alone."""
+    if [type(m) in kind for m, kind in zip(modules, STEM_TYPES, strict=False)] != [True] * 4:
+        return False
+    conv, norm, _, pool = modules
+    return (
+        lowering.unsupported_call() is None
+        and not any(map(lowering.is_patched, modules))
+        and lowering.has_plain_padding(conv)
+        and not getattr(pool, "return_indices", False)
+        and x.dim() == conv.weight.dim()
+        and not (lowering.uses_batch_statistics(norm) and _may_leave_one_value(conv, x))
+    )
+
+
+def _may_leave_one_value(conv: Any, x: Tensor) -> bool:
+    """Whether a convolution of the batch ``x`` could leave a single value per channel."""
+    reach = zip(conv.kernel_size, conv.dilation, conv.stride, x.shape[2:], strict=True)
+    return len(x) < 2 and all(size <= d * (k - 1) + stride for k, d, stride, size in reach)
