@@ -16,10 +16,10 @@ from efficient_densenet.stage import Exit
 class EfficientTransition(Transition):
     """Transition that keeps its input alone, and pools before it convolves.
 
-    Maps ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial // 2)`` in the
-    memory format of its input. Parameters, state-dict keys, outputs, gradients and running statistics
-    are those of torchvision's ``_Transition``: average pooling and a 1x1 convolution commute, and
-    in this order the convolution has a quarter of the positions to visit.
+    Maps ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial // 2)``, in
+    its input's memory format. Parameters, state-dict keys, outputs, gradients and running
+    statistics are those of torchvision's ``_Transition``: average pooling and a 1x1 convolution
+    commute, and in this order the convolution has a quarter of the positions to visit.
 
     What the efficient path does not support runs on the naive one; :meth:`why_reference` says why.
     """
