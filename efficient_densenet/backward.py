@@ -15,27 +15,36 @@ from efficient_densenet.forward import (
     ready_tail,
 )
 from efficient_densenet.kernels import eager as ops
-from efficient_densenet.kernels.interface import Conv, Norm, per_channel
+from efficient_densenet.kernels.interface import Conv, Norm
 from efficient_densenet.layout import empty_map, inner_format, outer_format
 from efficient_densenet.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTensors
 
 
 class MapGradient:
-    """Gradient of a map, summed over the units that read it: ``G``, ``S1`` and ``S2``.
+    """Gradient of a map, summed over the units that read it: ``G``, ``S1 / M`` and ``S2 / M``.
 
     Batch norm's correction is the same for every reader, so it waits until the map is finished.
+    ``G`` is written into ``storage`` if it has the map's shape.
     """
 
     def __init__(
-        self, maps: Tensor, statistics: Statistics | None, types: Types, workspace: ops.Workspace
+        self,
+        maps: Tensor,
+        statistics: Statistics | None,
+        types: Types,
+        workspace: ops.Workspace,
+        storage: Tensor | None = None,
     ) -> None:
         self.maps, self.statistics, self.types = maps, statistics, types
         self.workspace = workspace
         # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
         # before the correction would cost the precision that the naive block has.
-        channels = maps.shape[1]
-        self.grad = empty_map(maps, channels, workspace.memory_format, types.statistics)
-        self.s1, self.s2 = maps.new_zeros(2, channels, dtype=types.statistics)
+        if storage is None or storage.shape != maps.shape:
+            storage = empty_map(maps, maps.shape[1], workspace.memory_format, types.statistics)
+        self.grad = storage
+        shape = (2, maps.shape[1], *(1,) * (maps.dim() - 2))
+        self.mean_d, self.mean_dx = maps.new_zeros(shape, dtype=types.statistics)
+        self.count = maps.numel() // maps.shape[1]
         self.written = False
         self.corrected = 0
 
@@ -73,7 +82,7 @@ class MapGradient:
         self.written = self.written or needs_maps
         dgamma = None
         if sum_d is not None and sum_dx is not None:
-            dgamma = norm.invstd.flatten() * sum_dx
+            dgamma = norm.invstd * sum_dx
             if corrects:
                 self._collect(norm, sum_d, dgamma)
         return UnitTensors(
@@ -84,11 +93,10 @@ class MapGradient:
         )
 
     def _collect(self, norm: Norm, sum_d: Tensor, dgamma: Tensor) -> None:
-        scale, invstd = norm.scale.flatten(), norm.invstd.flatten()
-        channels = len(scale)
+        channels, share = len(sum_d), 1.0 / self.count
         self.corrected = max(self.corrected, channels)
-        self.s1[:channels].addcmul_(scale, sum_d)
-        self.s2[:channels].addcmul_(scale * invstd, dgamma)
+        self.mean_d[:channels].addcmul_(norm.scale, sum_d, value=share)
+        self.mean_dx[:channels].addcmul_(norm.scale * norm.invstd, dgamma, value=share)
 
     def finish(self, start: int, stop: int) -> Tensor:
         """The gradient of the channels ``[start, stop)``, whose readers have all been walked."""
@@ -97,16 +105,10 @@ class MapGradient:
         out = self.grad if whole else empty_map(grad, stop - start, self.workspace.memory_format)
         if self.statistics is None or start >= self.corrected:
             return out if whole else out.copy_(grad)
-        count = x.numel() // x.shape[1]
-        mean, a, b = (
-            per_channel(vector, x.dim())
-            for vector in (
-                self.statistics.mean[start:stop],
-                self.s1[start:stop] / count,
-                self.s2[start:stop] / count,
-            )
+        mean, mean_d, mean_dx = (
+            vector[start:stop] for vector in (self.statistics.mean, self.mean_d, self.mean_dx)
         )
-        return ops.correct(grad, x, mean, a, b, out, self.workspace)
+        return ops.correct(grad, x, mean, mean_d, mean_dx, out, self.workspace)
 
 
 def backward_block(
@@ -145,6 +147,8 @@ class _BlockBackward:
         features = x.contiguous(memory_format=memory_format)
         self.workspace = ops.Workspace(features, spec.widest, spec.types.statistics, memory_format)
         self.total = MapGradient(features, saved.statistics, spec.types, self.workspace)
+        # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
+        self.bottleneck_grad: Tensor | None = None
 
     def run(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         gradients: list[UnitTensors] = []  # of the last unit first
@@ -184,7 +188,9 @@ class _BlockBackward:
                 self.saved.bottleneck_statistics[i],
                 self.spec.types,
                 self.workspace,
+                self.bottleneck_grad,
             )
+            self.bottleneck_grad = z.grad
             yield z.back_through(grad, layer.units[1], units[1], layer.width, needs[1], needs_first)
             grad = z.finish(0, layer.width) if needs_first else grad
             del z
@@ -240,4 +246,4 @@ def backward_stem(
 def _like(gradient: Tensor | None, tensor: Tensor | None, needed: bool) -> Tensor | None:
     if gradient is None or tensor is None or not needed:
         return None
-    return gradient.to(tensor.dtype)
+    return gradient.view_as(tensor).to(tensor.dtype)

@@ -15,7 +15,7 @@ from efficient_densenet.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTe
 
 
 class Statistics(NamedTuple):
-    """Batch statistics of a map: mean and biased variance, vectors ``(channels,)``."""
+    """Batch statistics of a map: mean and biased variance, ``(channels, 1, ...)``."""
 
     mean: Tensor
     var: Tensor
@@ -49,7 +49,8 @@ class FeatureBuffer:
         entry = x.to(spec.types.features).contiguous(memory_format=memory_format)
         self.maps = empty_map(entry, spec.channels, memory_format) if spec.layers else entry
         self.workspace = ops.Workspace(entry, spec.widest, spec.types.statistics, memory_format)
-        vectors = entry.new_empty(2, spec.channels, dtype=spec.types.statistics)
+        shape = (2, spec.channels, *(1,) * (x.dim() - 2))
+        vectors = entry.new_empty(shape, dtype=spec.types.statistics)
         self.statistics = Statistics(*vectors)
         self._filled, self._layer = 0, -1
         self.append(entry)
@@ -135,13 +136,16 @@ def ready_norm(
 ) -> Norm:
     """The unit's norm for maps of ``dim`` dimensions with these batch statistics."""
     dtype = types.statistics
-    if statistics is None or not unit.batch_statistics:
-        statistics = Statistics(tensors.running_mean.to(dtype), tensors.running_var.to(dtype))
-    mean, var = statistics
+    mean, var, weight, bias = (
+        None if vector is None else per_channel(vector.to(dtype), dim)
+        for vector in (tensors.running_mean, tensors.running_var, tensors.weight, tensors.bias)
+    )
+    if statistics is not None and unit.batch_statistics:
+        mean, var = statistics
+    assert mean is not None and var is not None
     invstd = (var + unit.eps).rsqrt_()
-    scale = invstd if tensors.weight is None else tensors.weight.to(dtype) * invstd
-    bias = torch.zeros_like(mean) if tensors.bias is None else tensors.bias.to(dtype)
-    return Norm(*(per_channel(vector, dim) for vector in (mean, invstd, scale, bias)))
+    scale = invstd if weight is None else weight * invstd
+    return Norm(mean, invstd, scale, torch.zeros_like(mean) if bias is None else bias)
 
 
 def ready_tail(unit: UnitSpec, tensors: UnitTensors, types: Types) -> Tail:

@@ -141,7 +141,10 @@ def update_running_statistics(norm: Any, batch: Statistics | None, count: int) -
             momentum = 1.0 / float(norm.num_batches_tracked)
     mean, var = batch.first(norm.num_features)
     unbiased = var * (count / (count - 1))
-    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+    for running, new in (
+        (norm.running_mean, mean.flatten()),
+        (norm.running_var, unbiased.flatten()),
+    ):
         if running.dtype == new.dtype:
             running.lerp_(new, momentum)
         else:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Conv, Norm, Tail, UnitGradients
+from efficient_densenet.kernels.interface import Conv, Norm, Tail, UnitGradients, per_channel
 from efficient_densenet.layout import is_channels_last
 
 # Scratch that a slab may fill before the next one starts. On two cores with 1 MiB of L2 each and
@@ -39,9 +39,10 @@ class Workspace:
     def __init__(
         self, like: Tensor, widest: int, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> None:
-        samples, _, *self._spatial = like.shape
+        samples, _, *spatial = like.shape
         self.memory_format = memory_format
-        self._positions = math.prod(self._spatial)
+        self._positions = math.prod(spatial)
+        self._spatial_strides = [math.prod(spatial[i + 1 :]) for i in range(len(spatial))]
         self._capacity = WORKSPACE_BYTES // dtype.itemsize
         sample = widest * self._positions
         size = min(samples * sample, max(self._capacity, sample))
@@ -56,27 +57,29 @@ class Workspace:
 
     def scratch(self, slab: Tensor, dtype: torch.dtype) -> Tensor:
         """The storage in the shape of ``slab``: whatever it held is lost."""
-        samples, channels = slab.shape[:2]
-        flat = self._storage.view(dtype)[: samples * channels * self._positions]
-        if self.memory_format is torch.contiguous_format:
-            return flat.view(samples, channels, *self._spatial)
-        return flat.view(samples, *self._spatial, channels).movedim(-1, 1)
+        channels = slab.shape[1]
+        last = self.memory_format is not torch.contiguous_format
+        across_channels, step = (1, channels) if last else (self._positions, 1)
+        spatial = [step * stride for stride in self._spatial_strides]
+        storage = self._storage if dtype == self._storage.dtype else self._storage.view(dtype)
+        return storage.as_strided(
+            slab.shape, (channels * self._positions, across_channels, *spatial)
+        )
 
 
 def batch_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of a dense map, as vectors ``(channels,)``."""
+    """Mean and biased variance of each channel of a dense map."""
     x = x.to(dtype)
     if type(x) is not Tensor or not x.is_cpu:  # fake tensors know no batch_norm_update_stats
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-        return mean, var
-    fold = _fold(x)
-    mean, var = torch.batch_norm_update_stats(_folded(x, fold), None, None, 0.0)
-    if fold == 1:
-        return mean, var
-    # Groups of equal size, joined by Chan's formula.
-    means = mean.view(fold, x.shape[1])
-    mean = means.mean(0)
-    return mean, var.view_as(means).mean(0).add_((means - mean).square_().mean(0))
+    else:
+        fold = _fold(x)
+        mean, var = torch.batch_norm_update_stats(_folded(x, fold), None, None, 0.0)
+        if fold > 1:  # groups of equal size, joined by Chan's formula
+            means = mean.view(fold, x.shape[1])
+            mean = means.mean(0)
+            var = var.view_as(means).mean(0).add_((means - mean).square_().mean(0))
+    return per_channel(mean, x.dim()), per_channel(var, x.dim())
 
 
 def convolve(x: Tensor, conv: Conv) -> Tensor:
@@ -225,7 +228,7 @@ def _convolution_backward(
 
 def _channel_sums(d: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
     """``Σ d`` and ``Σ d * centered`` per channel, in one pass."""
-    channels, fold = d.shape[1], _fold(centered)
+    channels, dim, fold = d.shape[1], d.dim(), _fold(centered)
     d, centered = _folded(d, fold), _folded(centered, fold)
     zeros = centered.new_zeros(d.shape[1])
     _, sum_dx, sum_d = aten.native_batch_norm_backward(
@@ -240,9 +243,9 @@ def _channel_sums(d: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
         0.0,
         [False, True, True],
     )
-    if fold == 1:
-        return sum_d, sum_dx
-    return sum_d.view(fold, channels).sum(0), sum_dx.view(fold, channels).sum(0)
+    if fold > 1:
+        sum_d, sum_dx = sum_d.view(fold, channels).sum(0), sum_dx.view(fold, channels).sum(0)
+    return per_channel(sum_d, dim), per_channel(sum_dx, dim)
 
 
 def _fold(x: Tensor) -> int:

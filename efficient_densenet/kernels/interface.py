@@ -53,7 +53,7 @@ class UnitGradients(NamedTuple):
     """Gradients of the convolution, and the two sums per channel that batch norm's need.
 
     ``sum_d = Σ d`` and ``sum_dx = Σ d * (x - mean)`` for the gradient ``d`` at the rectifier's
-    input.
+    input, in the shape of the norm's vectors.
     """
 
     conv_weight: Tensor | None
