@@ -21,7 +21,6 @@ from efficient_densenet.reference import (
     global_average,
 )
 from efficient_densenet.sequence import EfficientSequential, EfficientTransition
-from efficient_densenet.stage import Exit
 
 STEMS = ("imagenet", "cifar")
 
@@ -109,14 +108,8 @@ class DenseNet(nn.Module):
     def _pooled(self, x: Tensor) -> Tensor:
         """ReLU and global average of the features."""
         if type(self.features) is EfficientSequential and not lowering.is_patched(self.features):
-            modules: list[Any] = list(self.features)
-            *modules, block, norm = modules
-            if type(norm) in lowering.NORM_TYPES and not lowering.is_patched(norm):
-                x = sequence.run(modules, x)
-                if sequence.shares_features(block, x):
-                    return block.run(x, Exit(norm, global_average))
-                return global_average(F.relu(norm(block(x)), inplace=True))
-        return global_average(F.relu(self.features(x), inplace=True))
+            return sequence.run_to_average(list(self.features), x)
+        return global_average(F.relu(self.features(x)))
 
 
 def _stem(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from efficient_densenet import lowering, stage
 from efficient_densenet.block import EfficientDenseBlock
-from efficient_densenet.reference import Transition
+from efficient_densenet.reference import Transition, global_average
 from efficient_densenet.stage import Exit
 
 
@@ -85,6 +86,20 @@ def run(modules: Sequence[Any], x: Tensor) -> Tensor:
         else:
             x, i = here[0](x), i + 1
     return x
+
+
+def run_to_average(modules: Sequence[Any], x: Tensor) -> Tensor:
+    """ReLU and global average, ``(N, channels, 1, ...)``, of what ``modules`` make of ``x``.
+
+    A norm after the last dense block reads the block's features inside, as a transition does.
+    """
+    *before, block, norm = modules
+    if type(norm) not in lowering.NORM_TYPES or lowering.is_patched(norm):
+        return global_average(F.relu(run(modules, x)))
+    x = run(before, x)
+    if shares_features(block, x):
+        return block.run(x, Exit(norm, global_average))
+    return global_average(F.relu(norm(block(x))))
 
 
 def shares_features(block: Any, x: Tensor) -> bool:
