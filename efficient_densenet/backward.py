@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from efficient_densenet.forward import (
@@ -15,7 +16,7 @@ from efficient_densenet.forward import (
     ready_tail,
 )
 from efficient_densenet.kernels import eager as ops
-from efficient_densenet.kernels.interface import Conv, Norm
+from efficient_densenet.kernels.interface import Conv, Norm, UnitGradients
 from efficient_densenet.layout import empty_map, inner_format, outer_format
 from efficient_densenet.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTensors
 
@@ -223,24 +224,89 @@ def backward_stem(
     grad: Tensor,
 ) -> tuple[Tensor | None, UnitTensors]:
     """The gradients of the image and of all tensors, the convolution's in those of the unit."""
-    memory_format = inner_format(x)
-    image = x.to(spec.types.compute, memory_format=memory_format)
-    y = ops.convolve(image, conv)
-    workspace = ops.Workspace(y, y.shape[1], spec.types.statistics, memory_format)
-    total = MapGradient(y, statistics, spec.types, workspace)
-    needs_conv = (needs_x, needs.conv_weight, needs.conv_bias)
-    norm_needs = needs._replace(conv_weight=False, conv_bias=False)
-    gradients = total.back_through(
-        grad, spec.unit, tensors, y.shape[1], norm_needs, any(needs_conv)
-    )
-    if not any(needs_conv):
-        return None, gradients
-    dy = total.finish(0, y.shape[1]).to(image.dtype)
-    dx, weight, bias = ops.convolve_backward(dy, image, conv, needs_conv)
-    return dx, gradients._replace(
-        conv_weight=_like(weight, tensors.conv_weight, needs.conv_weight),
-        conv_bias=_like(bias, tensors.conv_bias, needs.conv_bias),
-    )
+    return _StemBackward(spec, x, conv, tensors, statistics, grad).run(needs_x, needs)
+
+
+class _StemBackward:
+    """Two walks over the convolved image, for batch norm's sums and for the convolution.
+
+    The gradient of the convolved image exists one slab at a time: whole, it would be the largest
+    tensor of many a step.
+    """
+
+    def __init__(
+        self,
+        spec: StemSpec,
+        x: Tensor,
+        conv: Conv,
+        tensors: UnitTensors,
+        statistics: Statistics | None,
+        grad: Tensor,
+    ) -> None:
+        self.spec, self.conv, self.tensors, self.grad = spec, conv, tensors, grad
+        memory_format = inner_format(x)
+        self.image = x.to(spec.types.compute, memory_format=memory_format)
+        self.y = y = ops.convolve(self.image, conv)
+        self.workspace = ops.Workspace(y, y.shape[1], spec.types.statistics, memory_format)
+        self.norm = ready_norm(spec.unit, tensors, statistics, spec.types, y.dim())
+
+    def run(self, needs_x: bool, needs: UnitTensors) -> tuple[Tensor | None, UnitTensors]:
+        needs_conv = (needs_x, needs.conv_weight, needs.conv_bias)
+        corrects = any(needs_conv) and self.spec.unit.batch_statistics
+        sum_d = dgamma = dx = weight = bias = corrections = None
+        if needs.weight or needs.bias or corrects:
+            _, _, sum_d, sum_dx = self._back_through(slice(None), None)
+            assert sum_d is not None and sum_dx is not None
+            dgamma = self.norm.invstd * sum_dx
+            share = self.norm.scale / self.y[:, 0].numel()
+            corrections = (share * sum_d, share * self.norm.invstd * dgamma)
+        if any(needs_conv):
+            rows = self.workspace.slabs(self.y)
+            corrections = corrections if corrects else None
+            parts = zip(*(self._slab(r, corrections, needs_conv) for r in rows), strict=True)
+            dxs, weights, biases = parts
+            dx = torch.cat(dxs) if needs_x else None
+            weight, bias = _total(weights), _total(biases)
+        return dx, UnitTensors(
+            weight=_like(dgamma, self.tensors.weight, needs.weight),
+            bias=_like(sum_d, self.tensors.bias, needs.bias),
+            conv_weight=_like(weight, self.tensors.conv_weight, needs.conv_weight),
+            conv_bias=_like(bias, self.tensors.conv_bias, needs.conv_bias),
+        )
+
+    def _back_through(self, rows: slice, target: Tensor | None) -> UnitGradients:
+        """Through pool, ReLU and norm: the sums if there is no ``target`` to write into."""
+        return ops.norm_relu_tail_backward(
+            self.grad[rows],
+            self.y[rows],
+            self.norm,
+            ready_tail(self.spec.unit, self.tensors, self.spec.types),
+            self.workspace,
+            need_weight=False,
+            need_bias=False,
+            need_sums=target is None,
+            target=target,
+            accumulate=False,
+        )
+
+    def _slab(
+        self,
+        rows: slice,
+        corrections: tuple[Tensor, Tensor] | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """One slab's gradients of image, weight and bias."""
+        y = self.y[rows]
+        dy = empty_map(y, y.shape[1], self.workspace.memory_format, self.spec.types.statistics)
+        self._back_through(rows, dy)
+        if corrections:
+            ops.correct(dy, y, self.norm.mean, *corrections, dy, self.workspace)
+        return ops.convolve_backward(dy.to(y.dtype), self.image[rows], self.conv, needs)
+
+
+def _total(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return sum(present[1:], present[0]) if present else None
 
 
 def _like(gradient: Tensor | None, tensor: Tensor | None, needed: bool) -> Tensor | None:

@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,9 +65,13 @@ class LiveMeter(TorchDispatchMode):
         if func is _ADD and not kwargs and self._engine_would_add_in_place(*args):
             return _add_in_place(*args)
         self._operator = str(func)
-        result = func(*args, **kwargs)
-        if func is _BATCH_NORM_BACKWARD:
-            result = _asked_for(result, *args)
+        target = _overwritten(func, args, kwargs)
+        if target is not None and target.is_meta and target.numel():
+            return target  # no storage is born, and there is nothing to compute
+        if func is _BATCH_NORM_BACKWARD and args[0].is_meta:
+            result = _batch_norm_gradients(*args)
+        else:
+            result = func(*args, **kwargs)
         for tensor in _tensors((result,)):
             self._see(tensor, args, kwargs)
         return result
@@ -136,9 +141,32 @@ def _add_in_place(old: Tensor, new: Tensor) -> Tensor:
     return old if hollow else old.add_(new)
 
 
-def _asked_for(gradients: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
-    # On meta torch makes gradients that its output mask, the last argument, declines.
-    return tuple(g if wanted else None for g, wanted in zip(gradients, args[-1], strict=True))
+def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that an operator writes into and returns, if that is all it does."""
+    where = _written_argument(func)
+    return kwargs.get(where) if isinstance(where, str) else None if where is None else args[where]
+
+
+@cache
+def _written_argument(func: Any) -> int | str | None:
+    """Position or keyword of the one argument that an operator writes into and returns."""
+    schema = func._schema
+    written = [
+        argument.name if argument.kwarg_only else position
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    returns_it = len(schema.returns) == 1 and schema.returns[0].alias_info is not None
+    if len(written) == 1 and returns_it and torch.Tag.inplace_view not in func.tags:
+        return written[0]
+    return None
+
+
+def _batch_norm_gradients(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    # On meta torch takes a millisecond, and makes gradients that its output mask declines.
+    mean, mask = args[3], args[-1]
+    made = (torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean))
+    return tuple(g if wanted else None for g, wanted in zip(made, mask, strict=True))
 
 
 def _is_dense(tensor: Tensor) -> bool:
