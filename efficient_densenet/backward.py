@@ -109,7 +109,7 @@ class MapGradient:
         mean, mean_d, mean_dx = (
             vector[start:stop] for vector in (self.statistics.mean, self.mean_d, self.mean_dx)
         )
-        return ops.correct(grad, x, mean, mean_d, mean_dx, out, self.workspace)
+        return ops.correct(grad, x, mean, mean_d, mean_dx, out)
 
 
 def backward_block(
@@ -300,7 +300,7 @@ class _StemBackward:
         dy = empty_map(y, y.shape[1], self.workspace.memory_format, self.spec.types.statistics)
         self._back_through(rows, dy)
         if corrections:
-            ops.correct(dy, y, self.norm.mean, *corrections, dy, self.workspace)
+            ops.correct(dy, y, self.norm.mean, *corrections, dy)
         return ops.convolve_backward(dy.to(y.dtype), self.image[rows], self.conv, needs)
 
 

@@ -66,9 +66,9 @@ class LiveMeter(TorchDispatchMode):
             return _add_in_place(*args)
         self._operator = str(func)
         target = _overwritten(func, args, kwargs)
-        if target is not None and target.is_meta and target.numel():
+        if target is not None and target.numel() and _is_hollow(target):
             return target  # no storage is born, and there is nothing to compute
-        if func is _BATCH_NORM_BACKWARD and args[0].is_meta:
+        if func is _BATCH_NORM_BACKWARD and _is_hollow(args[0]):
             result = _batch_norm_gradients(*args)
         else:
             result = func(*args, **kwargs)
@@ -137,8 +137,12 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _add_in_place(old: Tensor, new: Tensor) -> Tensor:
-    hollow = old.untyped_storage().device.type == "meta"  # a meta or a fake tensor has no values
-    return old if hollow else old.add_(new)
+    return old if _is_hollow(old) else old.add_(new)
+
+
+def _is_hollow(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape but no values, as meta and fake ones."""
+    return tensor.untyped_storage().device.type == "meta"
 
 
 def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -162,11 +166,13 @@ def _written_argument(func: Any) -> int | str | None:
     return None
 
 
-def _batch_norm_gradients(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def _batch_norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor | None, *args: Any
+) -> tuple[Tensor | None, ...]:
     # On meta torch takes a millisecond, and makes gradients that its output mask declines.
-    mean, mask = args[3], args[-1]
-    made = (torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean))
-    return tuple(g if wanted else None for g, wanted in zip(made, mask, strict=True))
+    vector = x.new_empty(x.shape[1]) if weight is None else weight
+    made = (torch.empty_like(x), torch.empty_like(vector), torch.empty_like(vector))
+    return tuple(g if wanted else None for g, wanted in zip(made, args[-1], strict=True))
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -165,9 +165,7 @@ def norm_relu_tail_backward(
             continue
         aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
         if need_sums:
-            centered = workspace.scratch(slab, norm.mean.dtype)
-            torch.sub(slab, norm.mean, out=centered)
-            slab_d, slab_dx = _channel_sums(d.to(centered.dtype), centered)
+            slab_d, slab_dx = _channel_sums(d, slab, norm.mean, workspace)
             sum_d, sum_dx = _add(sum_d, slab_d), _add(sum_dx, slab_dx)
         if target is not None and accumulate:
             target[rows].addcmul_(d, norm.scale)
@@ -176,22 +174,10 @@ def norm_relu_tail_backward(
     return UnitGradients(weight, bias, sum_d, sum_dx)
 
 
-def correct(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    workspace: Workspace,
-) -> Tensor:
+def correct(grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out = grad - a - (x - mean) * b``: batch norm's two batch terms, for a finished map."""
-    for rows in workspace.slabs(x):
-        centered = workspace.scratch(x[rows], mean.dtype)
-        torch.sub(x[rows], mean, out=centered)
-        torch.sub(grad[rows], a, out=out[rows])
-        out[rows].addcmul_(centered, b, value=-1)
-    return out
+    torch.sub(grad, torch.addcmul(a, mean, b, value=-1), out=out)
+    return out.addcmul_(x, b, value=-1)
 
 
 def _shift(norm: Norm) -> Tensor:
@@ -226,19 +212,25 @@ def _convolution_backward(
     return convolve_backward(grad, a, conv, needs)
 
 
-def _channel_sums(d: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ d`` and ``Σ d * centered`` per channel, in one pass."""
-    channels, dim, fold = d.shape[1], d.dim(), _fold(centered)
-    d, centered = _folded(d, fold), _folded(centered, fold)
-    zeros = centered.new_zeros(d.shape[1])
+def _channel_sums(
+    d: Tensor, x: Tensor, mean: Tensor, workspace: Workspace
+) -> tuple[Tensor, Tensor]:
+    """``Σ d`` and ``Σ d * (x - mean)`` per channel, in one pass over maps that are dense."""
+    channels, dim, mean = x.shape[1], x.dim(), mean.flatten()
+    if x.dtype != mean.dtype or not x.is_contiguous(memory_format=workspace.memory_format):
+        centered = workspace.scratch(x, mean.dtype)
+        x, mean = torch.sub(x, per_channel(mean, dim), out=centered), torch.zeros_like(mean)
+    fold = _fold(x)
+    if fold > 1:
+        mean = mean.repeat(fold)
     _, sum_dx, sum_d = aten.native_batch_norm_backward(
-        d,
-        centered,
+        _folded(d.to(mean.dtype), fold),
+        _folded(x, fold),
         None,
         None,
         None,
-        zeros,
-        torch.ones_like(zeros),
+        mean,
+        torch.ones_like(mean),
         True,
         0.0,
         [False, True, True],
