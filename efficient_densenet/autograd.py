@@ -36,8 +36,8 @@ def dense_block(
 
     Returns the features (with an exit, its result), the features' statistics (written as far as a
     norm reads them), and per layer the statistics of its bottleneck map (``None`` where there is
-    none or its norm uses running ones). Running statistics are the caller's to update: nothing here
-    has side effects.
+    none or its norm uses running ones). Running statistics are the caller's to update. Dropout
+    draws its seeds from torch's default generator; there is no other side effect.
     """
     drops = any(layer.drop_rate > 0 for layer in spec.layers)
     seeds = torch.randint(2**62, (len(spec.layers),)).tolist() if drops else [0] * len(spec.layers)
@@ -140,8 +140,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
         raise RuntimeError(
-            "an efficient dense block has no second derivative, since what it saves is recomputed "
-            'outside of autograd; set recompute="none" to differentiate twice'
+            "what is recomputed outside of autograd has no second derivative: "
+            'to differentiate twice, build the block or network with recompute="none"'
         )
 
 

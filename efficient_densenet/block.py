@@ -82,7 +82,7 @@ class EfficientDenseBlock(DenseBlock):
         """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
         if self.recompute == "none":
             return 'recompute="none"'
-        reason = lowering.unsupported_call()
+        reason = lowering.unsupported_call(x)
         if reason:
             return reason
         layers, channels = list(self.items()), x.shape[1]

@@ -26,8 +26,10 @@ LACKS_VALUES = "there is at most one value per channel to take batch statistics 
 KNOWN_TYPES = (*NORM_TYPES, *CONV_TYPES, *POOL_TYPES, nn.ReLU)
 
 
-def unsupported_call() -> str | None:
-    """What about the present call, whatever its modules, the efficient path does not do."""
+def unsupported_call(x: Tensor) -> str | None:
+    """What about a call on ``x``, whatever its modules, the efficient path does not do."""
+    if x.numel() == 0:
+        return "the batch is empty"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
         return "the module is being compiled, exported or traced"
     if nn_module._has_any_global_hook():

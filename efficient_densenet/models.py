@@ -43,7 +43,9 @@ class DenseNet(nn.Module):
         compression: share θ of the channels that a transition keeps.
         bias: whether convolutions have a bias.
         dims: spatial dimensions, 1, 2 or 3.
-        recompute: what the backward pass recomputes, see :class:`EfficientDenseBlock`.
+        recompute: what the blocks' backward passes recompute, see :class:`EfficientDenseBlock`. But
+            for ``"none"``, stem, transitions and head keep nothing of their own, and the stem's
+            convolution runs twice.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class EfficientTransition(Transition):
 
     def why_reference(self, x: Tensor) -> str | None:
         """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
-        reason = lowering.unsupported_call()
+        reason = lowering.unsupported_call(x)
         if reason:
             return reason
         reason = self.unsupported()
@@ -81,7 +81,9 @@ def run(modules: Sequence[Any], x: Tensor) -> Tensor:
         if is_stem(here, x):
             conv, norm, _, pool = here
             x, i = stage.run_stem(conv, norm, pool, x), i + 4
-        elif len(here) > 1 and reads_features(here[1]) and shares_features(here[0], x):
+        elif (
+            len(here) > 1 and reads_features(here[1]) and shares_features(here[0], here[1].norm, x)
+        ):
             x, i = here[0].run(x, here[1].exit()), i + 2
         else:
             x, i = here[0](x), i + 1
@@ -97,17 +99,18 @@ def run_to_average(modules: Sequence[Any], x: Tensor) -> Tensor:
     if type(norm) not in lowering.NORM_TYPES or lowering.is_patched(norm):
         return global_average(F.relu(run(modules, x)))
     x = run(before, x)
-    if shares_features(block, x):
+    if shares_features(block, norm, x):
         return block.run(x, Exit(norm, global_average))
     return global_average(F.relu(norm(block(x))))
 
 
-def shares_features(block: Any, x: Tensor) -> bool:
-    """Whether a module is a dense block whose features, for input ``x``, others may read inside."""
+def shares_features(block: Any, norm: Any, x: Tensor) -> bool:
+    """Whether a module is a dense block inside which ``norm`` may read the features, for ``x``."""
     return (
         type(block) is EfficientDenseBlock
         and not lowering.is_patched(block)
         and block.why_reference(x) is None
+        and not lowering.lacks_values(x, [norm])
     )
 
 
@@ -129,7 +132,7 @@ def is_stem(modules: Sequence[Any], x: Tensor) -> bool:
         return False
     conv, norm, _, pool = modules
     return (
-        lowering.unsupported_call() is None
+        lowering.unsupported_call(x) is None
         and not any(map(lowering.is_patched, modules))
         and lowering.has_plain_padding(conv)
         and not getattr(pool, "return_indices", False)

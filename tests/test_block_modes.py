@@ -114,7 +114,7 @@ def test_channels_of_very_different_scale_match_reference(recompute, bn_size):
 def test_constant_input_matches_reference(recompute, bn_size):
     efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
     # A variance of zero multiplies rounding by 1 / sqrt(eps) at every norm.
-    assert_same_training(efficient, reference, torch.zeros_like(image()), rtol=1e-8)
+    assert_same_training(efficient, reference, torch.zeros_like(image()), rtol=1e-7)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -7,8 +7,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from efficient_densenet import EfficientDenseBlock
+from efficient_densenet import EfficientDenseBlock, densenet121
 from efficient_densenet.reference import DenseBlock
+from scripts import ledger
 
 MIB = 2**20
 
@@ -148,3 +149,15 @@ def test_deep_block_stays_within_its_bytes(scheme, most):
 def test_naive_deep_block_needs_a_gibibyte():
     x = torch.randn(8, 24, 32, 32).requires_grad_()
     assert kept_bytes(build("none", 48, 24, 4, 12), x) > 1000 * MIB
+
+
+def test_ledger_of_a_network_agrees_with_what_lives():
+    """The table of docs/derivation.md, on a smaller image."""
+    size = 128
+    with torch.device("meta"):
+        parts = ledger.kept_values(densenet121(), size)
+    formulas = [sum(column) for column in zip(*parts.values(), strict=True)]
+    for scheme, formula, live in zip(
+        ledger.SCHEMES, formulas, ledger.live_values(size), strict=True
+    ):
+        assert formula == pytest.approx(live, rel=0.02), scheme

@@ -520,3 +520,24 @@ def test_sequence_knows_a_stem():
     assert sequence.is_stem(modules, x)
     assert not sequence.is_stem(modules[:3], x)
     assert not sequence.is_stem(modules[::-1], x)
+
+
+def norms_of_exits_in_training(module):
+    module.eval()
+    for name in ("transition1", "norm5"):
+        if hasattr(module, name):
+            getattr(module, name).train()
+
+
+def test_exit_of_one_value_per_channel_is_refused_as_batch_norm_does():
+    efficient, _ = stages("norm", 2, change=norms_of_exits_in_training)
+    model, _ = model_pair(lambda m: norms_of_exits_in_training(m.features))
+    for module, shape in ((efficient, (1, 5, 1, 1)), (model, (1, 3, 8, 8))):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            module(torch.randn(shape, dtype=torch.float64))
+
+
+def test_empty_batch_passes_in_evaluation_mode():
+    model, reference = model_pair(nn.Module.eval)
+    x = torch.randn(0, 3, 33, 35, dtype=torch.float64)
+    assert_same_training(model, reference, x)

@@ -1,0 +1,122 @@
+"""The memory ledger of a whole network, part by part, against what a step really keeps.
+
+    python scripts/ledger.py            # print the table of DenseNet-121 at 224x224
+    python scripts/ledger.py --write    # put it into docs/derivation.md
+
+The formulas are those of docs/derivation.md, in values per image; the last rows hold the live
+storages after the forward pass of a step on shapes alone (``efficient_densenet.memory.estimate``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from efficient_densenet import DenseNet, densenet121
+from efficient_densenet.memory import estimate
+
+SCHEMES = ("naive", "torchvision's flag", "norm", "bottleneck")
+DOCUMENT = Path(__file__).parent.parent / "docs" / "derivation.md"
+MARKS = "<!-- ledger:begin -->", "<!-- ledger:end -->"
+MIB, ITEMSIZE, BATCH, SIZE = 2**20, 4, 8, 224
+
+
+def kept_values(model: DenseNet, size: int) -> dict[str, tuple[int, ...]]:
+    """Values kept per image by each part of ``model``, in the order of :data:`SCHEMES`.
+
+    A block's output counts as the block's. A network with the CIFAR stem keeps nothing in it.
+    """
+    rows: dict[str, tuple[int, ...]] = {}
+    children = dict(model.features.named_children())
+    if "pool0" in children:
+        width, size = children["conv0"].out_channels, size // 2
+        rows["stem"] = (_stem(width, size),) * 2 + (0, 0)
+        size //= 2
+    for name, module in children.items():
+        positions = size * size
+        if name.startswith("denseblock"):
+            rows[name] = tuple(positions * channels for channels in _block(module))
+        elif name.startswith("transition"):
+            read, left = module.conv.in_channels, module.conv.out_channels
+            rows[name] = (positions * (read + left),) * 2 + (0, 0)
+            size //= 2
+        elif name == "norm5":
+            rows["head"] = (positions * module.num_features,) * 2 + (0, 0)
+    return rows
+
+
+def _stem(width: int, size: int) -> int:
+    # The convolution's map, the rectified one, and the pooling's indices, which are 64 bits wide.
+    return 2 * width * size**2 + 2 * width * (size // 2) ** 2
+
+
+def _block(block: nn.Module) -> tuple[int, ...]:
+    layers = list(block.values())
+    read = [layer.norm1.num_features for layer in layers]
+    width, growth = layers[0].conv1.out_channels, layers[0].conv2.out_channels
+    out = read[-1] + growth
+    naive = sum(2 * channels + 2 * width for channels in read) + out
+    flag = read[0] + len(layers) * (2 * width + growth) + out
+    return naive, flag, out + len(layers) * width, out
+
+
+def live_values(size: int, batch: int = BATCH) -> tuple[float, ...]:
+    """Values per image that are alive after the forward pass of DenseNet-121, by scheme."""
+    models = (
+        torchvision.models.densenet121(),
+        torchvision.models.densenet121(memory_efficient=True),
+        densenet121(recompute="norm"),
+        densenet121(recompute="bottleneck"),
+    )
+    shape = (batch, 3, size, size)
+    return tuple(
+        estimate(model, shape, target=(batch,)).kept / ITEMSIZE / batch for model in models
+    )
+
+
+def markdown() -> str:
+    with torch.device("meta"):
+        rows = kept_values(densenet121(), SIZE)
+    total = tuple(map(sum, zip(*rows.values(), strict=True)))
+    live = live_values(SIZE)
+    lines = [
+        f"DenseNet-121, {SIZE}×{SIZE}, float32: MiB kept per image, by part.",
+        "",
+        "| part | " + " | ".join(SCHEMES) + " |",
+        "|---|" + "---:|" * len(SCHEMES),
+        *(_row(name, values) for name, values in rows.items()),
+        _row("**sum of the formulas**", total),
+        _row(f"live after the forward pass (batch {BATCH}, shapes alone)", live),
+        "| formulas / live | "
+        + " | ".join(f"{a / b:.3f}" for a, b in zip(total, live, strict=True))
+        + " |",
+        "",
+        f"Made by `python scripts/ledger.py --write` with torch {torch.__version__.split('+')[0]}.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, values: tuple[float, ...]) -> str:
+    return f"| {name} | " + " | ".join(f"{v * ITEMSIZE / MIB:.2f}" for v in values) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
+    table = markdown()
+    if not parser.parse_args().write:
+        print(table)
+        return
+    begin, end = MARKS
+    text = DOCUMENT.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    DOCUMENT.write_text(pattern.sub(f"{begin}\n{table}\n{end}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
