@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -11,43 +11,59 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.densenet import _DenseBlock
 
+from benchmarks.floor import ConvolutionsAlone
 from efficient_densenet import EfficientDenseBlock
 from efficient_densenet.models import densenet121
 from efficient_densenet.reference import DenseBlock
 
 Kind = Literal["naive", "torchvision", "norm", "bottleneck"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+NAMES = {
+    "torchvision": "torchvision memory_efficient",
+    "floor": "(its convolutions alone, channels_last)",
+}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BN_SIZE = 4
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """A kind of model and the memory format of its weights and input."""
+    """A kind of model, the memory format of its weights and input, and whether it is compiled."""
 
-    kind: Kind
+    kind: Kind | Literal["floor"]
     channels_last: bool = False
+    compiled: bool = False
 
     def __str__(self) -> str:
-        name = "torchvision memory_efficient" if self.kind == "torchvision" else self.kind
+        name = NAMES.get(self.kind, self.kind)
+        name = f"{name}, torch.compile" if self.compiled else name
         return f"{name}, channels_last" if self.channels_last else name
 
     @property
     def ours(self) -> bool:
         return self.kind in ("norm", "bottleneck")
 
+    def uncompiled(self) -> Competitor:
+        return replace(self, compiled=False)
+
 
 NAIVE = Competitor("naive")
 NAIVE_CHANNELS_LAST = Competitor("naive", channels_last=True)
+NAIVE_COMPILED = Competitor("naive", compiled=True)
 COMPETITORS = (
     NAIVE,
     NAIVE_CHANNELS_LAST,
+    NAIVE_COMPILED,
     Competitor("torchvision"),
     Competitor("norm"),
     Competitor("norm", channels_last=True),
     Competitor("bottleneck"),
     Competitor("bottleneck", channels_last=True),
 )
+
+
+FLOOR = Competitor("floor")
+"""No competitor: the time below which none can go."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +82,16 @@ class Case:
         return self._subject(competitor, self.shape, torch.float32)
 
     def small_subject(self, competitor: Competitor) -> Subject:
-        """The same in float64 with a batch of 2, to be judged without float32's noise."""
-        return self._subject(competitor, (2, *self.shape[1:]), torch.float64)
+        """The same in float64 with a batch of 2, to be judged without float32's noise.
+
+        Not compiled: another dtype and shape would be another compilation.
+        """
+        return self._subject(competitor.uncompiled(), (2, *self.shape[1:]), torch.float64)
+
+    def floor(self) -> ConvolutionsAlone:
+        """The convolutions of the case and nothing else."""
+        subject = self.subject(NAIVE)
+        return ConvolutionsAlone(subject.model, subject.x)
 
     def _subject(
         self, competitor: Competitor, shape: tuple[int, ...], dtype: torch.dtype
@@ -75,10 +99,12 @@ class Case:
         torch.manual_seed(0)
         weights = self.make("naive").state_dict()
         x = torch.randn(shape)
-        model = self.make(competitor.kind)
+        model: nn.Module = self.make(competitor.kind)  # type: ignore[arg-type]
         model.load_state_dict(weights)
         layout = torch.channels_last if competitor.channels_last else torch.contiguous_format
         model = model.to(DEVICE, dtype, memory_format=layout)
+        if competitor.compiled:
+            model = torch.compile(model)
         return Subject(model, x.to(DEVICE, dtype, memory_format=layout).requires_grad_())
 
 

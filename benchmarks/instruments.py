@@ -11,8 +11,10 @@ from statistics import median, quantiles
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import COMPETITORS, DEVICE, NAIVE, Case, Competitor, Subject
+from benchmarks.cases import COMPETITORS, DEVICE, FLOOR, NAIVE, Case, Competitor, Subject
+from benchmarks.floor import ConvolutionsAlone
 from efficient_densenet.memory import measure
 
 SHARP = 1e-9
@@ -38,6 +40,8 @@ class Row:
     kept: int = 0
     peak: int = 0
     operator: str = ""
+    convolution_share: float = 1.0
+    first_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -49,17 +53,26 @@ class Row:
         low, _, high = quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
+    @property
+    def compile_seconds(self) -> float:
+        """How much longer than the others the first step took."""
+        return self.first_seconds - self.median
+
 
 @cache
 def run(case: Case) -> dict[Competitor, Row]:
-    """Every competitor on ``case``: those that are right are measured, then timed interleaved."""
-    rows = {competitor: Row(case.name, competitor) for competitor in COMPETITORS}
+    """Every competitor on ``case``, and the floor: the right ones measured, all interleaved."""
+    torch.compiler.reset()  # compiled code of another case would hide this one's compile time
+    rows = {competitor: Row(case.name, competitor) for competitor in (*COMPETITORS, FLOOR)}
     truth, small_truth = coarse(case.subject(NAIVE)), results(case.small_subject(NAIVE))
-    subjects, seconds_per_round = {}, 0.0
-    for competitor, row in rows.items():
+    subjects: dict[Competitor, Subject | ConvolutionsAlone] = {FLOOR: case.floor()}
+    seconds_per_round = 0.0
+    for competitor in COMPETITORS:
+        row = rows[competitor]
         try:
             subject = case.subject(competitor)
             row.failure = check(results(case.small_subject(competitor)), small_truth, SHARP)
+            row.first_seconds = timed(subject)
             row.failure = row.failure or check(coarse(subject), truth, COARSE)
             if row.failure is None:
                 seconds_per_round += weigh(subject, row)
@@ -112,7 +125,21 @@ def weigh(subject: Subject, row: Row) -> float:
     """Fill in the memory of one step; returns about how many seconds it takes."""
     report = measure(subject.model, subject.x)
     row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
+    row.convolution_share = convolution_share(subject)
     return report.seconds or 0.0
+
+
+def convolution_share(subject: Subject) -> float:
+    """The part of a step's time that operators spend in convolutions, from ``torch.profiler``."""
+    activities = [ProfilerActivity.CPU]
+    if DEVICE.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        timed(subject)
+    events = profiler.key_averages()
+    spent = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+    convolutions = sum(getattr(e, spent) for e in events if "convolution" in e.key)
+    return convolutions / max(sum(getattr(e, spent) for e in events), 1)
 
 
 def rounds(seconds_per_round: float) -> int:
@@ -121,7 +148,9 @@ def rounds(seconds_per_round: float) -> int:
     return min(max(int(SECONDS_PER_CASE / max(seconds_per_round, 1e-9)), fewest), most)
 
 
-def interleaved(subjects: dict[Competitor, Subject], count: int) -> dict[Competitor, list[float]]:
+def interleaved(
+    subjects: dict[Competitor, Subject | ConvolutionsAlone], count: int
+) -> dict[Competitor, list[float]]:
     """Seconds per step, in rounds that each run everybody once, in an order of their own.
 
     Nobody starts cold: the check and the memory measurement have run every step before.
@@ -136,7 +165,7 @@ def interleaved(subjects: dict[Competitor, Subject], count: int) -> dict[Competi
     return times
 
 
-def timed(subject: Subject) -> float:
+def timed(subject: Subject | ConvolutionsAlone) -> float:
     """Seconds of one step, gradients set to ``None`` before, garbage collected outside."""
     subject.clear()
     gc.collect()
@@ -148,13 +177,13 @@ def timed(subject: Subject) -> float:
         subject.clear()
 
 
-def _seconds(subject: Subject) -> float:
+def _seconds(subject: Subject | ConvolutionsAlone) -> float:
     start = time.perf_counter()
     subject.step()
     return time.perf_counter() - start
 
 
-def _seconds_cuda(subject: Subject) -> float:
+def _seconds_cuda(subject: Subject | ConvolutionsAlone) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

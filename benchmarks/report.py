@@ -6,7 +6,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cases import KINDS, NAIVE, NAIVE_CHANNELS_LAST, Competitor, make_block
+from benchmarks.cases import (
+    FLOOR,
+    KINDS,
+    NAIVE,
+    NAIVE_CHANNELS_LAST,
+    NAIVE_COMPILED,
+    Competitor,
+    make_block,
+)
 from benchmarks.instruments import Row
 from efficient_densenet.memory import StepReport, estimate
 
@@ -20,11 +28,19 @@ HEADER = (
     "peak / naive",
     "time / naive",
     "time / naive c.l.",
+    "time / compiled",
+    "in convolutions",
     "note",
 )
 DEPTHS = range(12, 97, 12)
 DEPTH_SHAPE = (8, 24, 32, 32)
 GROWTH = 12
+
+TIMED_AGAINST = {
+    "time / naive": NAIVE,
+    "time / naive c.l.": NAIVE_CHANNELS_LAST,
+    "time / compiled": NAIVE_COMPILED,
+}
 
 Results = Sequence[dict[Competitor, Row]]
 
@@ -50,33 +66,37 @@ def cells(row: Row, rows: dict[Competitor, Row]) -> tuple[str, ...]:
         return (str(row.competitor), *[""] * (len(HEADER) - 2), row.failure)
     low, high = row.quartiles
     against = ratios(row, rows)
+    measured = row.competitor != FLOOR
     return (
         str(row.competitor),
-        f"{row.kept / MIB:.1f}",
-        f"{row.peak / MIB:.1f}",
+        f"{row.kept / MIB:.1f}" if measured else "",
+        f"{row.peak / MIB:.1f}" if measured else "",
         f"{row.median * 1e3:.0f} ({low * 1e3:.0f}–{high * 1e3:.0f})",
-        *(f"{against[key]:.2f}" if key in against else "" for key in HEADER[4:8]),
-        losses(row.competitor, against),
+        *(f"{against[key]:.2f}" if key in against else "" for key in HEADER[4:9]),
+        f"{row.convolution_share:.0%}",
+        note(row, against),
     )
 
 
 def ratios(row: Row, rows: dict[Competitor, Row]) -> dict[str, float]:
     """Of ``row`` to the naive rows, where those have numbers; times are medians."""
     found = {}
-    naive, channels_last = rows[NAIVE], rows[NAIVE_CHANNELS_LAST]
-    if naive.seconds:
+    naive = rows[NAIVE]
+    if naive.seconds and row.competitor != FLOOR:
         found["kept / naive"] = row.kept / naive.kept
         found["peak / naive"] = row.peak / naive.peak
-        found["time / naive"] = row.median / naive.median
-    if channels_last.seconds:
-        found["time / naive c.l."] = row.median / channels_last.median
+    for key, competitor in TIMED_AGAINST.items():
+        if competitor in rows and rows[competitor].seconds:
+            found[key] = row.median / rows[competitor].median
     return found
 
 
-def losses(competitor: Competitor, against: dict[str, float]) -> str:
-    """Where a row of ours is beaten by a naive one."""
+def note(row: Row, against: dict[str, float]) -> str:
+    """How long a row took to compile, or where one of ours is beaten."""
+    if row.competitor.compiled:
+        return f"compiled in {row.compile_seconds:.0f} s"
     lost = [key for key, ratio in against.items() if ratio > 1.0]
-    return "LOSES: " + ", ".join(lost) if competitor.ours and lost else ""
+    return "LOSES: " + ", ".join(lost) if row.competitor.ours and lost else ""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -107,6 +127,8 @@ def as_json(results: Results, conditions: dict[str, str]) -> str:
             "kept_bytes": row.kept,
             "peak_bytes": row.peak,
             "operator_at_peak": row.operator,
+            "share_in_convolutions": row.convolution_share,
+            "first_step_seconds": row.first_seconds,
             "seconds": row.seconds,
         }
         for by_competitor in results

@@ -13,7 +13,18 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 
 from benchmarks import instruments, report
-from benchmarks.cases import CASES, COMPETITORS, KINDS, NAIVE, Case, Competitor, block, make_block
+from benchmarks.cases import (
+    CASES,
+    COMPETITORS,
+    FLOOR,
+    KINDS,
+    NAIVE,
+    NAIVE_COMPILED,
+    Case,
+    Competitor,
+    block,
+    make_block,
+)
 from benchmarks.provenance import provenance
 
 NORM = Competitor("norm")
@@ -52,7 +63,7 @@ class DoubledGradient(nn.Module):
 
 
 def test_every_competitor_has_the_same_weights_and_input(small: Case) -> None:
-    subjects = [small.subject(competitor) for competitor in COMPETITORS]
+    subjects = [small.subject(competitor.uncompiled()) for competitor in COMPETITORS]
     reference = subjects[0].model.state_dict()
     for subject in subjects[1:]:
         assert torch.equal(subject.x, subjects[0].x)
@@ -92,6 +103,29 @@ def test_what_is_wrong_is_not_timed(small: Case, brief: None) -> None:
     assert rows[NORM].seconds == []
     assert len(rows[NAIVE].seconds) == instruments.ROUNDS[0]
     assert failure in report.markdown([rows], {})
+
+
+def test_floor_is_timed_beside_the_competitors(small: Case, brief: None) -> None:
+    rows = instruments.run(small)
+    floor = rows[FLOOR]
+    assert len(floor.seconds) == instruments.ROUNDS[0]
+    cells = dict(zip(report.HEADER, report.cells(floor, rows), strict=True))
+    assert cells["kept MiB"] == cells["kept / naive"] == cells["note"] == ""
+    assert float(cells["time / naive"]) > 0
+    assert 0 < rows[NORM].convolution_share < 1
+
+
+def test_floor_convolves_what_the_model_convolves(small: Case) -> None:
+    subject = small.subject(NAIVE)
+    calls = small.floor()._calls
+    convolutions = [m for m in subject.model.modules() if isinstance(m, nn.Conv2d)]
+    assert [module.weight.shape for module, *_ in calls] == [c.weight.shape for c in convolutions]
+    assert all(x.shape[1] == module.in_channels for module, x, _ in calls)
+
+
+def test_compile_time_is_what_the_first_step_took_longer() -> None:
+    row = instruments.Row("case", NAIVE_COMPILED, first_seconds=31.5, seconds=[0.5] * 3)
+    assert report.note(row, {}) == "compiled in 31 s"
 
 
 def test_nan_is_an_infinite_error() -> None:
