@@ -1,7 +1,7 @@
 """The memory ledger of a whole network, part by part, against what a step really keeps.
 
-    python scripts/ledger.py            # print the table of DenseNet-121 at 224x224
-    python scripts/ledger.py --write    # put it into docs/derivation.md
+    python -m scripts.ledger            # print the table of DenseNet-121 at 224x224
+    python -m scripts.ledger --write    # put it into docs/derivation.md
 
 The formulas are those of docs/derivation.md, in values per image; the last rows hold the live
 storages after the forward pass of a step on shapes alone (``efficient_densenet.memory.estimate``).
@@ -10,7 +10,6 @@ storages after the forward pass of a step on shapes alone (``efficient_densenet.
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
@@ -19,10 +18,10 @@ from torch import nn
 
 from efficient_densenet import DenseNet, densenet121
 from efficient_densenet.memory import estimate
+from scripts import marked
 
 SCHEMES = ("naive", "torchvision's flag", "norm", "bottleneck")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "derivation.md"
-MARKS = "<!-- ledger:begin -->", "<!-- ledger:end -->"
 MIB, ITEMSIZE, BATCH, SIZE = 2**20, 4, 8, 224
 
 
@@ -96,7 +95,7 @@ def markdown() -> str:
         + " | ".join(f"{a / b:.3f}" for a, b in zip(total, live, strict=True))
         + " |",
         "",
-        f"Made by `python scripts/ledger.py --write` with torch {torch.__version__.split('+')[0]}.",
+        f"Made by `python -m scripts.ledger --write` with torch {torch.__version__.split('+')[0]}.",
     ]
     return "\n".join(lines)
 
@@ -112,10 +111,7 @@ def main() -> None:
     if not parser.parse_args().write:
         print(table)
         return
-    begin, end = MARKS
-    text = DOCUMENT.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-    DOCUMENT.write_text(pattern.sub(f"{begin}\n{table}\n{end}", text), encoding="utf-8")
+    marked.write(DOCUMENT, "ledger", table)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from torch import Tensor
 from efficient_densenet.kernels.interface import Conv, Norm, Tail, UnitGradients, per_channel
 from efficient_densenet.layout import is_channels_last
 
-# Scratch that a slab may fill before the next one starts. On two cores with 1 MiB of L2 each and
-# 32 MiB of shared L3, times rise below 4 MiB (overhead of small operators) and above 16 MiB.
+# Scratch that a slab may fill before the next one starts. With 1 MiB of L2 for each of two cores and
+# 32 MiB of shared L3, 4 MiB cost some blocks a tenth more time (small operators cost their overhead,
+# results are copied together), and 12 or 16 MiB win nothing but a higher peak.
 WORKSPACE_BYTES = 8 << 20
 
 # Channels that PyTorch's batch-norm kernels take at once; what is left over they take one by one,
@@ -130,6 +131,7 @@ def norm_relu_tail(x: Tensor, norm: Norm, tail: Tail, workspace: Workspace) -> T
                 shape, dtype=y.dtype, device=y.device, memory_format=workspace.memory_format
             )
         out[rows] = y
+        del y  # or it would live beside the next slab's
     assert out is not None
     return out
 
@@ -171,6 +173,7 @@ def norm_relu_tail_backward(
             target[rows].addcmul_(d, norm.scale)
         elif target is not None:
             torch.mul(d, norm.scale, out=target[rows])
+        del d  # or it would live beside the next slab's
     return UnitGradients(weight, bias, sum_d, sum_dx)
 
 
