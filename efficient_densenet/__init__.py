@@ -12,6 +12,7 @@ from efficient_densenet.models import (
     densenet_cifar,
     fashion_densenet,
 )
+from efficient_densenet.planner import plan
 
 __all__ = [
     "DenseNet",
@@ -25,4 +26,5 @@ __all__ = [
     "estimate",
     "fashion_densenet",
     "measure",
+    "plan",
 ]

@@ -1,18 +1,31 @@
 """The ``efficient-densenet`` command.
 
-Bad input ends in one line on stderr that quotes it and exit status 2.
+Bad input ends in one line on stderr that quotes it and exit status 2; memory that ran out, in one
+line and exit status 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
-from efficient_densenet.config import PRECISIONS, RECIPES, RECOMPUTE, ConfigError, TrainConfig
+import torch
+
+from efficient_densenet import planner
+from efficient_densenet.config import (
+    PRECISIONS,
+    RECIPES,
+    RECOMPUTE,
+    ConfigError,
+    TrainConfig,
+)
 from efficient_densenet.fashion_mnist import DataError
 
 
@@ -25,12 +38,18 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (``sys.argv`` if ``None``); returns the exit status."""
+    # torch's profiler would tell stderr of every start and stop, and of the GPU that is not there.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     args = _parser().parse_args(argv)
     try:
         args.run(args)
     except (ConfigError, DataError) as error:
         print(f"efficient-densenet {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        told = " ".join(str(error).split())
+        print(f"efficient-densenet {args.command}: out of memory: {told}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -38,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="efficient-densenet", description="DenseNets trained in O(kL) memory.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -56,9 +76,8 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     network.add_argument(
         "--recompute",
         choices=RECOMPUTE,
-        default="bottleneck",
         help="what the backward pass recomputes; bottleneck keeps least, none is the naive network "
-        "(default: bottleneck)",
+        "(default: bottleneck; with --budget the first of none, norm, bottleneck that fits)",
     )
     network.add_argument("--drop-rate", type=float, default=0.0, help="dropout (default: 0)")
 
@@ -76,6 +95,12 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     machine.add_argument("--devices", type=int, default=1, help="of each node (default: 1)")
     machine.add_argument("--num-nodes", type=int, default=1, help="default: 1")
+    machine.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="most memory that a training step may hold, such as 512MiB; chooses --recompute, or "
+        "the batch if only --recompute is given",
+    )
 
     folders = parser.add_argument_group("folders")
     folders.add_argument(
@@ -98,14 +123,72 @@ def _default(name: str, meaning: str) -> str:
     return f"{meaning} (default: {values})"
 
 
-def _train(args: argparse.Namespace) -> None:
-    config = TrainConfig.of(
-        **{field.name: getattr(args, field.name) for field in fields(TrainConfig)}
+def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what fits a budget of memory",
+        description="The largest batch of a network, or with --batch-size the deepest cifar-bc, "
+        "whose training step fits a budget, by mode. Nothing is computed: peaks are estimated.",
+        allow_abbrev=False,
     )
-    try:
+    parser.set_defaults(run=_plan)
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="such as 8GiB (default: what the present GPU has free)"
+    )
+    parser.add_argument("--model", choices=RECIPES, default="cifar-bc", help="default: cifar-bc")
+    parser.add_argument("--depth", type=int, help="layers of cifar-bc, 6n+4 (default: 100)")
+    parser.add_argument("--growth-rate", type=int, help="channels k of cifar-bc (default: 12)")
+    parser.add_argument("--batch-size", type=int, help="plan the depth of cifar-bc for this batch")
+    parser.add_argument("--image-size", type=int, help=_default("resize", "pixels"))
+    parser.add_argument("--channels", type=int, default=3, help="of an image (default: 3)")
+    parser.add_argument("--classes", type=int, default=10, help="default: 10")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="32-true", help="default: 32-true"
+    )
+    parser.add_argument(
+        "--device",
+        choices=planner.MACHINES,
+        help="whose way of counting and reserve (default: this machine's)",
+    )
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the peaks into this file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    if args.chart is not None and not (args.chart.suffix == ".png" and args.chart.parent.is_dir()):
+        raise ConfigError(
+            f"--chart must be a .png file in a folder that exists, got {str(args.chart)!r}"
+        )
+    names = "budget model image_size batch_size depth growth_rate channels classes precision device"
+    made = planner.plan(**{name: getattr(args, name) for name in names.split()})
+    if args.json:
+        print(json.dumps(asdict(made), indent=2))
+    if args.json and args.chart is None:
+        return
+    with _extra("a table or a chart"):
+        from efficient_densenet import pictures
+    if args.chart is not None:
+        pictures.plan_chart(made, args.chart)
+    if not args.json:
+        pictures.show(made)
+
+
+def _train(args: argparse.Namespace) -> None:
+    options = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
+    if args.budget is None:
+        config = TrainConfig.of(**options)
+    else:
+        config = planner.within(args.budget, options)
+    with _extra("training"):
         from efficient_densenet import training
+    training.run(config, args.out, args.data_dir, args.resume)
+
+
+@contextmanager
+def _extra(purpose: str) -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"training needs {error.name!r}: pip install 'efficient_densenet[train]'"
+            f"{purpose} needs {error.name!r}: pip install 'efficient_densenet[train]'"
         ) from error
-    training.run(config, args.out, args.data_dir, args.resume)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
+
+import torch
 
 from efficient_densenet import models
 from efficient_densenet.block import Recompute
@@ -18,6 +22,20 @@ class ConfigError(ValueError):
 RECOMPUTE = ("bottleneck", "norm", "none")
 RECIPE_OPTIONS = ("resize", "batch_size", "epochs", "lr")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+UNITS = {
+    prefix.lower() + suffix: base**power
+    for power, prefix in enumerate(("", "K", "M", "G", "T"))
+    for suffix, base in (("b", 1000), ("ib", 1024))
+    if prefix or suffix == "b"
+}
+"""Bytes in each unit: B, KB, KiB, MB, MiB, ..."""
+
+LARGEST_SIZE = 2**50
+SMALLEST_BATCH = 2  # one image has no batch statistics where a map has shrunk to one pixel
+
+make_optimizer = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
 class Recipe(NamedTuple):
@@ -48,7 +66,8 @@ class TrainConfig:
 
     ``batch_size`` is each device's; images are ``resize`` pixels high and wide; ``train_size`` is
     the number of training images used, ``None`` for all; ``depth`` and ``growth_rate`` belong to
-    ``cifar-bc`` alone.
+    ``cifar-bc`` alone; ``budget`` is the most bytes that a training step may hold, ``None`` for as
+    many as there are.
 
     Raises:
         ConfigError: if an option is out of its range; the message spells the option as the command
@@ -69,11 +88,12 @@ class TrainConfig:
     precision: str = "32-true"
     devices: int = 1
     num_nodes: int = 1
+    budget: int | None = None
 
     @classmethod
     def of(cls, model: str, **options: Any) -> TrainConfig:
         """The configuration of ``model`` with its own default where an option is ``None``."""
-        _check_choice("model", model, tuple(RECIPES))
+        check_choice("model", model, RECIPES)
         recipe = RECIPES[model]
         defaults = {name: getattr(recipe, name) for name in RECIPE_OPTIONS}
         if model == "cifar-bc":
@@ -82,18 +102,17 @@ class TrainConfig:
         return cls(model, **(defaults | given))
 
     def __post_init__(self) -> None:
-        _check_choice("model", self.model, tuple(RECIPES))
-        _check_choice("recompute", self.recompute, RECOMPUTE)
-        _check_choice("precision", self.precision, PRECISIONS)
-        if self.model != "cifar-bc" and (self.depth, self.growth_rate) != (None, None):
+        check_network(self.model, self.depth, self.growth_rate, self.resize, "resize")
+        check_choice("recompute", self.recompute, RECOMPUTE)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_at_least("batch_size", self.batch_size, SMALLEST_BATCH)
+        for name in ("epochs", "train_size", "devices", "num_nodes"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.budget is not None and self.devices * self.num_nodes > 1:
             raise ConfigError(
-                f"--depth and --growth-rate belong to --model cifar-bc, got --model {self.model!r}"
+                f"--budget is for one device, got --devices {self.devices} "
+                f"--num-nodes {self.num_nodes}"
             )
-        # A batch of one has no batch statistics where a map has shrunk to one pixel.
-        _check_at_least("batch_size", self.batch_size, 2)
-        _check_at_least("resize", self.resize, RECIPES[self.model].min_size)
-        for name in ("epochs", "train_size", "growth_rate", "devices", "num_nodes"):
-            _check_at_least(name, getattr(self, name), 1)
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed must be at least 0 and below 2**32, got {self.seed!r}")
         if not 0.0 <= self.drop_rate < 1.0:
@@ -107,29 +126,79 @@ class TrainConfig:
         Raises:
             ConfigError: if no such network has this depth.
         """
-        options: dict[str, Any] = {
-            "in_channels": 1,
-            "num_classes": 10,
-            "drop_rate": self.drop_rate,
-            "recompute": recompute or self.recompute,
-        }
-        if self.model == "cifar-bc":
-            options |= {"depth": self.depth, "growth_rate": self.growth_rate}
-        try:
-            return RECIPES[self.model].build(**options)
-        except ValueError as error:
-            raise ConfigError(f"--model {self.model}: {error}") from error
+        return build_network(
+            self.model,
+            self.depth,
+            self.growth_rate,
+            in_channels=1,
+            num_classes=10,
+            drop_rate=self.drop_rate,
+            recompute=recompute or self.recompute,
+        )
+
+
+def build_network(
+    model: str, depth: int | None, growth_rate: int | None, **options: Any
+) -> models.DenseNet:
+    """The network of that name; ``depth`` and ``growth_rate`` are for ``cifar-bc`` alone.
+
+    Raises:
+        ConfigError: if no such network has this depth.
+    """
+    if model == "cifar-bc":
+        options |= {"depth": depth, "growth_rate": growth_rate}
+    try:
+        return RECIPES[model].build(**options)
+    except ValueError as error:
+        raise ConfigError(f"--model {model}: {error}") from error
+
+
+def check_network(
+    model: str, depth: int | None, growth_rate: int | None, size: int, size_option: str
+) -> None:
+    """Raise :class:`ConfigError` unless there is such a network for images of ``size`` pixels."""
+    check_choice("model", model, RECIPES)
+    if model != "cifar-bc" and (depth, growth_rate) != (None, None):
+        raise ConfigError(
+            f"--depth and --growth-rate belong to --model cifar-bc, got --model {model!r}"
+        )
+    check_at_least("growth_rate", growth_rate, 1)
+    check_at_least(size_option, size, RECIPES[model].min_size)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of a size such as ``8GiB``, ``512 MiB``, ``6.5GB`` or ``1000000``.
+
+    Raises:
+        ConfigError: if it is none, or less than a byte; the message quotes it, and ``option``.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    unit = UNITS.get(match[2] or "b") if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if not 0 < size <= LARGEST_SIZE:
+        raise ConfigError(
+            f"{_option(option)} must be a size above 0 and up to 1024TiB, "
+            f"such as 8GiB, 512MiB or 6.5GB, got {text!r}"
+        )
+    return size
+
+
+def format_size(size: int) -> str:
+    """``size`` bytes in GiB or MiB."""
+    return f"{size / 2**30:,.3f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ConfigError(f"{_option(name)} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_at_least(name: str, value: int | None, least: int) -> None:
+def check_at_least(name: str, value: int | None, least: int) -> None:
+    """Raise :class:`ConfigError` if ``value`` is below ``least``."""
     if value is not None and value < least:
         raise ConfigError(f"{_option(name)} must be at least {least}, got {value!r}")

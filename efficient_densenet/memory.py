@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from efficient_densenet.allocator import AllocatorRecord
 from efficient_densenet.allocator import phase as allocator_phase
-from efficient_densenet.meter import LiveMeter
+from efficient_densenet.meter import LiveMeter, Scratch
 from efficient_densenet.timeline import Event, Peak, find_peak, live_after_forward
 
 GRANULARITY = 512
@@ -119,12 +119,14 @@ def estimate(
     loss: Loss | None = None,
     optimizer: MakeOptimizer | None = None,
     autocast: torch.dtype | None = None,
+    granularity: int = GRANULARITY,
+    scratch: Scratch | None = None,
 ) -> StepReport:
     """Memory of a training step that is not computed: no data, no arithmetic, no GPU.
 
-    The step runs on shapes alone (``meta`` tensors), and the report is what :func:`meter` with a
-    granularity of 512 bytes says of the same step on real tensors. It leaves out what operators
-    allocate inside themselves (cuBLAS's and cuDNN's workspaces on a GPU).
+    The step runs on shapes alone (``meta`` tensors), and the report is what :func:`meter` with the
+    same ``granularity`` says of the same step on real tensors. It leaves out what operators
+    allocate inside themselves (cuBLAS's and cuDNN's workspaces on a GPU), unless ``scratch`` tells.
 
     Args:
         model: left untouched; its parameters may be on any device, ``meta`` too.
@@ -132,6 +134,8 @@ def estimate(
             the dtype of the model's first parameter.
         target: as in :func:`measure`, or its shape: then it holds class indices.
         autocast: dtype of automatic mixed precision, with the operator lists of CPU autocast.
+        granularity: bytes that every size is rounded up to; the CUDA allocator's unless given.
+        scratch: what operators allocate inside themselves, e.g. ``meter.onednn_scratch``.
 
     Other arguments and errors as in :func:`measure`.
     """
@@ -146,7 +150,7 @@ def estimate(
             optimizer,
             autocast,
         )
-        return _metered(step, GRANULARITY)
+        return _metered(step, granularity, scratch)
 
 
 class _Step:
@@ -271,8 +275,8 @@ def _real_step(
     return _Step(copy.deepcopy(model), own, target, loss, optimizer, autocast)
 
 
-def _metered(step: _Step, granularity: int) -> StepReport:
-    with LiveMeter(granularity) as live:
+def _metered(step: _Step, granularity: int, scratch: Scratch | None = None) -> StepReport:
+    with LiveMeter(granularity, scratch) as live:
         step.run(live.enter)
     return step.report("live-storage meter", live, granularity=granularity)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -15,29 +15,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet.timeline import Event
 
+Scratch = Callable[[Any, tuple[Any, ...], Any], int]
+"""Bytes that an operator allocates and frees inside itself, by operator, arguments and result."""
+
 _ADD = torch.ops.aten.add.Tensor
 _BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+_CONVOLUTION = torch.ops.aten.convolution.default
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+_ONEDNN_BLOCK = 16  # channels; 8 where the CPU has no AVX-512
 
 
 class LiveMeter(TorchDispatchMode):
     """Context manager that records every storage that is born inside it, until its death.
 
     Counts the bytes of live tensors, each storage once: a lower bound of what an allocator hands
-    out, since what an operator allocates and frees inside itself is invisible here. So are the
-    insides of a ``torch.library.custom_op`` and a direct ``UntypedStorage.resize_``. Storages that
-    are older than the meter are not counted.
+    out, since what an operator allocates and frees inside itself is invisible here, unless
+    ``scratch`` tells. So are the insides of a ``torch.library.custom_op`` and a direct
+    ``UntypedStorage.resize_``. Storages that are older than the meter are not counted.
 
     :attr:`events` grows as operators run.
 
     Args:
         granularity: every size is rounded up to a multiple of this many bytes, as allocators do.
+        scratch: what operators allocate and free inside themselves, e.g. :func:`onednn_scratch`.
     """
 
-    def __init__(self, granularity: int = 1) -> None:
+    def __init__(self, granularity: int = 1, scratch: Scratch | None = None) -> None:
         super().__init__()
         self._phase = "forward"
         self.events: list[Event] = []
-        self._granularity = granularity
+        self._granularity, self._scratch = granularity, scratch
         self._operator = ""
         self._born = 0
         self._live: dict[int, _Record] = {}
@@ -68,12 +75,17 @@ class LiveMeter(TorchDispatchMode):
         target = _overwritten(func, args, kwargs)
         if target is not None and target.numel() and _is_hollow(target):
             return target  # no storage is born, and there is nothing to compute
+        result: Any
         if func is _BATCH_NORM_BACKWARD and _is_hollow(args[0]):
             result = _batch_norm_gradients(*args)
         else:
             result = func(*args, **kwargs)
+        if func is _CONVOLUTION and _is_hollow(result):
+            result = _in_format_of(args[0], result)
         for tensor in _tensors((result,)):
             self._see(tensor, args, kwargs)
+        if self._scratch is not None:
+            self._pass_by(self._scratch(func, args, result))
         return result
 
     def _engine_would_add_in_place(self, old: Tensor, new: Any) -> bool:
@@ -97,12 +109,20 @@ class LiveMeter(TorchDispatchMode):
         size = -(-tensor.untyped_storage().nbytes() // self._granularity) * self._granularity
         if record is None:
             watch = weakref.ref(tensor.untyped_storage(), lambda _: self._bury(key))
-            self._live[key] = _Record(self._born, size, watch)
-            self._log(self._born, size)
+            record = self._live[key] = _Record(self._born, size, watch)
             self._born += 1
+            self._log(record.number, size)
         elif size != record.size:
-            self._log(record.number, size - record.size)
-            record.size = size
+            grown, record.size = size - record.size, size
+            self._log(record.number, grown)
+
+    def _pass_by(self, size: int) -> None:
+        if size:
+            number, self._born = self._born, self._born + 1
+            try:
+                self._log(number, size)
+            finally:
+                self._log(number, -size)
 
     def _bury(self, key: int) -> None:
         record = self._live.pop(key)
@@ -117,6 +137,31 @@ class _Record:
 
     def __init__(self, number: int, size: int, watch: weakref.ref[Any]) -> None:
         self.number, self.size, self.watch = number, size, watch
+
+
+def onednn_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
+    """At most what oneDNN allocates and frees inside an operator, the result aside, in bytes.
+
+    A convolution of channels-last maps copies its weight into a layout of blocks, and the weight's
+    gradient out of it: 3 weights. One of contiguous maps also copies input and output, their
+    channels rounded up to whole blocks. Other operators: 0.
+    """
+    if func is _CONVOLUTION:
+        x, y, weight = args[0], result, args[1]
+    elif func is _CONVOLUTION_BACKWARD:
+        y, x, weight = args[:3]
+    else:
+        return 0
+    values = 3 * weight.numel()
+    if x.stride(1) != 1:
+        values += _blocked(x) + _blocked(y)
+    return values * x.itemsize
+
+
+def _blocked(maps: Tensor) -> int:
+    """Values of ``maps`` with whole blocks of channels."""
+    channels = maps.shape[1]
+    return maps.numel() // channels * -(-channels // _ONEDNN_BLOCK) * _ONEDNN_BLOCK
 
 
 def _key(tensor: Tensor) -> int:
@@ -173,6 +218,15 @@ def _batch_norm_gradients(
     vector = x.new_empty(x.shape[1]) if weight is None else weight
     made = (torch.empty_like(x), torch.empty_like(vector), torch.empty_like(vector))
     return tuple(g if wanted else None for g, wanted in zip(made, args[-1], strict=True))
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    # A convolution of channels-last maps has a channels-last result, but on meta a contiguous one.
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is None or x.is_contiguous():
+        return y
+    is_last = x.is_contiguous(memory_format=channels_last)
+    return torch.empty_like(y, memory_format=channels_last) if is_last else y
 
 
 def _is_dense(tensor: Tensor) -> bool:

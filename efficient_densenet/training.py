@@ -13,8 +13,10 @@ import logging
 import math
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from efficient_densenet import curves, fashion_mnist, memory
-from efficient_densenet.config import ConfigError, TrainConfig
+from efficient_densenet.budget import enforce
+from efficient_densenet.config import AUTOCAST, ConfigError, TrainConfig, make_optimizer
 from efficient_densenet.fashion_mnist import FASHION_MNIST, Manifest
-
-make_optimizer = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 CHECKPOINT = "last.ckpt"
 METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 TEST_BATCH = 256
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Classifier(L.LightningModule):
@@ -62,11 +62,14 @@ class Classifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, 10)`` of uint8 images ``(N, 28, 28)``, resized and normalised here."""
+        return self.model(self._prepared(images))
+
+    def _prepared(self, images: Tensor) -> Tensor:
         x = images.unsqueeze(1).to(next(self.model.parameters()).dtype) / 255
         size = self.config.resize
         if x.shape[-1] != size:
             x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-        return self.model((x - fashion_mnist.MEAN) / fashion_mnist.STD)
+        return (x - fashion_mnist.MEAN) / fashion_mnist.STD
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = make_optimizer(self.parameters(), lr=self.config.lr)
@@ -140,6 +143,37 @@ class Classifier(L.LightningModule):
         logger.save()
 
 
+class BudgetCallback(L.Callback):
+    """Holds every training step to the budget, from its batch to its optimizer's update.
+
+    Parameters, buffers and optimizer state count; the images that a step reads are counted once
+    resized, as the network's input.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._step = ExitStack()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning lets go of the last step's gradients after the forward pass only.
+        module.zero_grad(set_to_none=True)
+        state = (tensors.values() for tensors in trainer.optimizers[0].state.values())
+        values = chain(module.parameters(), module.buffers(), *state)
+        resident = [value for value in values if isinstance(value, Tensor)]
+        self._step.enter_context(enforce(self.limit, module.device, resident))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._step.close()
+
+    def on_exception(self, *args: Any) -> None:
+        self._step.close()
+
+
 class FashionMNISTData(L.LightningDataModule):
     """Fashion-MNIST, each device its share.
 
@@ -190,7 +224,10 @@ class FashionMNISTData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._place()
-        return DataLoader(self.test_set, TEST_BATCH, sampler=range(rank, len(self.test_set), world))
+        # Within a budget, what is tested may need no more than what is trained.
+        batch = TEST_BATCH if self.config.budget is None else self.config.batch_size
+        sampler = range(rank, len(self.test_set), world)
+        return DataLoader(self.test_set, min(batch, TEST_BATCH), sampler=sampler)
 
     def _place(self) -> tuple[int, int]:
         return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
@@ -215,6 +252,7 @@ def run(
     Raises:
         ConfigError: if ``config`` cannot be trained here, or ``out`` cannot take the run.
         DataError: if the data are missing or damaged.
+        torch.OutOfMemoryError: if a step passes the configuration's budget.
     """
     _quieten()
     L.seed_everything(config.seed, verbose=False)
@@ -258,6 +296,9 @@ def _trainer(config: TrainConfig, out: Path) -> L.Trainer:
     checkpoint = ModelCheckpoint(
         out, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
     )
+    callbacks: list[L.Callback] = [checkpoint]
+    if config.budget is not None:
+        callbacks.append(BudgetCallback(config.budget))
     try:
         return L.Trainer(
             max_epochs=config.epochs,
@@ -265,7 +306,7 @@ def _trainer(config: TrainConfig, out: Path) -> L.Trainer:
             num_nodes=config.num_nodes,
             precision=config.precision,  # type: ignore[arg-type]
             logger=CSVLogger(out, name="", version=""),
-            callbacks=checkpoint,
+            callbacks=callbacks,
             deterministic="warn",
             use_distributed_sampler=False,
             num_sanity_val_steps=0,

@@ -117,13 +117,13 @@ def test_frozen_parameters_have_no_gradient() -> None:
 @pytest.mark.parametrize(("model", "x"), blocks())
 def test_meter_agrees_with_the_allocator(model: nn.Module, x: torch.Tensor) -> None:
     truth, metered = measure(model, x), meter(model, x)
-    if "convolution" in truth.peak.operator:  # where the allocator sees more, by oneDNN's buffers
-        assert metered.peak.step <= truth.peak.step
-    else:
-        assert metered.peak.step == pytest.approx(truth.peak.step, rel=0.005)
     # each checkpoint also keeps a state of the random generator, which no operator makes
     checkpoints = 6 if isinstance(model, _DenseBlock) else 0
     slack = checkpoints * torch.get_rng_state().numel()
+    if "convolution" in truth.peak.operator:  # where the allocator sees more, by oneDNN's buffers
+        assert metered.peak.step <= truth.peak.step
+    else:
+        assert metered.peak.step + slack == pytest.approx(truth.peak.step, rel=0.005)
     assert metered.kept == pytest.approx(truth.kept, rel=0.005, abs=slack + 1)
 
 

@@ -12,7 +12,8 @@ pytest.importorskip("lightning")
 
 from test_fashion_mnist import write_data
 
-from efficient_densenet import models, training
+from efficient_densenet import models, planner, training
+from efficient_densenet.budget import BudgetExceeded
 from efficient_densenet.config import RECIPES, ConfigError, TrainConfig
 
 TINY = {
@@ -175,3 +176,25 @@ def test_a_bottleneck_step_needs_less_than_the_naive_one():
     config = tiny(depth=40, batch_size=32, resize=16)
     ours, naive = training.step_memory(config, torch.device("cpu"))
     assert naive > 2 * ours
+
+
+def test_a_run_stays_within_its_budget_and_a_naive_one_cannot(tmp_path):
+    options = TINY | {"model": "cifar-bc", "epochs": 1, "batch_size": 32, "depth": 22}
+    work = planner.Work("cifar-bc", 8, 32, 22, 4, channels=1, drop_rate=0.2)
+    need = work.estimate("bottleneck", "cpu").peak.total
+    config = planner.within(str(need), options)
+    assert config.recompute == "bottleneck"
+    manifest = write_data(tmp_path / "data")
+    training.run(config, tmp_path / "run", tmp_path / "data", manifest=manifest)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["budget"] == need
+    naive = planner.within(str(need), options | {"recompute": "none"})
+    assert (naive.recompute, naive.batch_size) == ("none", 32)
+    with pytest.raises(BudgetExceeded, match="would live in a budget"):
+        training.run(naive, tmp_path / "naive", tmp_path / "data", manifest=manifest)
+
+
+def test_a_budget_changes_no_weights(tmp_path):
+    free = train(tmp_path, "free", epochs=1)["state_dict"]
+    held = train(tmp_path, "held", epochs=1, budget=2**30)["state_dict"]
+    for name, expected in free.items():
+        assert torch.equal(held[name], expected), name

@@ -15,9 +15,9 @@ from torch import Tensor
 from efficient_densenet.kernels.interface import Conv, Norm, Tail, UnitGradients, per_channel
 from efficient_densenet.layout import is_channels_last
 
-# Scratch that a slab may fill before the next one starts. With 1 MiB of L2 for each of two cores and
-# 32 MiB of shared L3, 4 MiB cost some blocks a tenth more time (small operators cost their overhead,
-# results are copied together), and 12 or 16 MiB win nothing but a higher peak.
+# Scratch that a slab may fill before the next one starts. With 1 MiB of L2 for each of two cores
+# and 32 MiB of shared L3, 4 MiB cost some blocks a tenth more time (small operators cost their
+# overhead, results are copied together), and 12 or 16 MiB win nothing but a higher peak.
 WORKSPACE_BYTES = 8 << 20
 
 # Channels that PyTorch's batch-norm kernels take at once; what is left over they take one by one,

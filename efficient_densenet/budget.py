@@ -1,0 +1,113 @@
+"""A limit on the bytes that live at once: by the CUDA allocator, or metered where there is none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.config import format_size
+from efficient_densenet.meter import LiveMeter, Scratch, onednn_scratch
+
+MOST_TOLD = 5
+
+
+class BudgetExceeded(torch.OutOfMemoryError):
+    """More bytes would live than the budget allows; the message says what lived."""
+
+
+class MeteredBudget(LiveMeter):
+    """Context manager in which live bytes may not pass a limit, on any device.
+
+    The operator that would pass it runs, and its result is dropped: the process never holds more
+    than the limit and one operator's result. What the raising code lets go of is freed, so that
+    the process can go on with a smaller batch.
+
+    Args:
+        limit: bytes, those of ``resident`` included.
+        resident: tensors that are older, such as parameters, and count too.
+        scratch: what operators allocate inside themselves; that of oneDNN unless given.
+
+    Raises:
+        BudgetExceeded: inside the context, from the operator that would pass the limit.
+    """
+
+    def __init__(
+        self, limit: int, resident: Iterable[Tensor] = (), scratch: Scratch | None = onednn_scratch
+    ) -> None:
+        super().__init__(scratch=scratch)
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in resident}
+        self.limit = limit
+        self.resident = sum(storages.values())
+        self.live = self.resident
+        self.peak = self.resident
+        self._makers: dict[int, tuple[str, int]] = {}
+
+    def _log(self, storage: int, size: int) -> None:
+        # No events are kept, as there is no end to a training run.
+        maker, before = self._makers.pop(storage, (self._operator, 0))
+        if before + size:
+            self._makers[storage] = maker, before + size
+        self.live += size
+        if size > 0 and self.live > self.limit:
+            raise BudgetExceeded(self._describe(size))
+        self.peak = max(self.peak, self.live)
+
+    def _describe(self, size: int) -> str:
+        made: Counter[str] = Counter()
+        for maker, count in self._makers.values():
+            made[maker] += count
+        told = ", ".join(f"{format_size(n)} by {name}" for name, n in made.most_common(MOST_TOLD))
+        return (
+            f"{self._operator} needs {format_size(size)}, and {format_size(self.live)} would live "
+            f"in a budget of {format_size(self.limit)}; {format_size(self.resident)} are resident, "
+            f"the rest was made mostly: {told}"
+        )
+
+
+@contextmanager
+def enforce(
+    limit: int, device: torch.device, resident: Iterable[Tensor] = ()
+) -> Iterator[MeteredBudget | None]:
+    """Hold ``device`` to ``limit`` bytes inside the context.
+
+    On CUDA the caching allocator refuses (``torch.cuda.set_per_process_memory_fraction``), and what
+    it counts is all that this process has reserved there; the share is given back at the end.
+    Elsewhere a :class:`MeteredBudget` counts, which is what the context yields.
+
+    Raises:
+        torch.OutOfMemoryError: inside the context, when the limit would be passed.
+    """
+    try:
+        if device.type == "cuda":
+            with _share_of(device, limit):
+                yield None
+        else:
+            with MeteredBudget(limit, resident) as budget:
+                yield budget
+    except torch.OutOfMemoryError:
+        forget_backward()
+        raise
+
+
+def forget_backward() -> None:
+    """Let go of a backward pass that failed.
+
+    On a CPU torch's engine keeps what such a pass had still to do, and with it the graph, until the
+    next pass: so this runs one, of a single number.
+    """
+    with torch.enable_grad():
+        torch.zeros((), requires_grad=True).backward()
+
+
+@contextmanager
+def _share_of(device: torch.device, limit: int) -> Iterator[None]:
+    share = limit / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

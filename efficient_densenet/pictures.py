@@ -1,0 +1,164 @@
+"""Pictures of memory: a plan as a table and a chart, and what lived when in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from efficient_densenet.config import format_size
+from efficient_densenet.memory import StepReport
+from efficient_densenet.planner import Plan, Work
+from efficient_densenet.timeline import live_bytes
+
+COLOURS = {
+    "naive": "#8a94a6",
+    "checkpointed": "#b08900",
+    "norm": "#2563eb",
+    "bottleneck": "#c2410c",
+}
+GRID_COLOUR = "#e5e7eb"
+MIB, GIB = 2**20, 2**30
+
+
+def show(plan: Plan) -> None:
+    """Print a plan as a table, with the reserve beneath it."""
+    table = Table(title=title(plan), title_justify="left")
+    table.add_column("mode")
+    for name in (f"largest {plan.varies}", "peak", "one size up", "its peak"):
+        table.add_column(name, justify="right")
+    for fit in plan.fits:
+        table.add_row(
+            fit.mode,
+            str(fit.largest) if fit.largest else "none fits",
+            format_size(fit.peak) if fit.largest else "",
+            "" if fit.next is None else str(fit.next),
+            "" if fit.next_peak is None else format_size(fit.next_peak),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Peaks are estimated. Reserve on {plan.device}: {format_size(plan.reserve)} "
+        f"({plan.reserve_reason}).",
+        highlight=False,
+    )
+
+
+def title(plan: Plan) -> str:
+    """What was planned, in one line."""
+    return f"{_name(plan.work, plan.varies)} in {format_size(plan.budget)}"
+
+
+def _name(work: Work, varies: str) -> str:
+    parts = [
+        work.model if work.depth is None or varies == "depth" else f"{work.model}-{work.depth}"
+    ]
+    if work.growth_rate:
+        parts.append(f"k={work.growth_rate}")
+    parts.append(f"{work.image_size}x{work.image_size}x{work.channels}")
+    if varies == "depth":
+        parts.append(f"batch {work.batch_size}")
+    return ", ".join([*parts, work.precision])
+
+
+def plan_chart(plan: Plan, path: Path) -> None:
+    """Draw the estimated peak against batch or depth up to the budget, as PNG."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    room = plan.budget - plan.reserve
+    for fit in plan.fits:
+        sizes = [size for size, peak in fit.peaks.items() if peak <= room]
+        peaks = [fit.peaks[size] / GIB for size in sizes]
+        axes.plot(sizes, peaks, marker="o", markersize=4, color=COLOURS[fit.mode], label=fit.mode)
+        if sizes:
+            axes.annotate(
+                str(fit.largest),
+                (sizes[-1], room / GIB),
+                xytext=(0, 6),
+                textcoords="offset points",
+                color=COLOURS[fit.mode],
+                ha="center",
+            )
+    axes.axhline(room / GIB, color="black", linewidth=1, linestyle="--")
+    axes.annotate(
+        f"dashed: budget less reserve, {format_size(room)}",
+        (0.99, 0.02),
+        xycoords="axes fraction",
+        ha="right",
+    )
+    axes.set(title=title(plan), xlabel=plan.varies, ylabel="estimated peak, GiB")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.12 * room / GIB)
+    _finish(axes)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+def fits_chart(plans: Sequence[Plan], path: Path) -> None:
+    """Draw what fits each of several budgets, one bar for each mode, as PNG."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    modes = [fit.mode for fit in plans[0].fits]
+    width = 0.8 / len(modes)
+    for i, mode in enumerate(modes):
+        places = [j + (i - (len(modes) - 1) / 2) * width for j in range(len(plans))]
+        bars = axes.bar(
+            places, [p[mode].largest for p in plans], width * 0.92, color=COLOURS[mode], label=mode
+        )
+        axes.bar_label(bars, fontsize=8, padding=2)
+    axes.set_xticks(range(len(plans)), [f"{p.budget / 1e9:.0f} GB" for p in plans])
+    axes.set(
+        title=f"{_name(plans[0].work, plans[0].varies)}: largest {plans[0].varies}, estimated",
+        yscale="log",
+        xlabel=f"budget ({format_size(plans[0].reserve)} of it in reserve)",
+    )
+    _finish(axes)
+    axes.legend(frameon=False, ncols=len(modes), loc="upper left")
+    figure.savefig(path, dpi=120)
+
+
+def timeline(reports: dict[str, StepReport], title: str, path: Path) -> None:
+    """Draw the live bytes of one step after every birth and death, forward and backward marked.
+
+    Args:
+        reports: by mode; each gets an axes of its own, all with one scale.
+        title: of the picture.
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(4 * len(reports), 4), layout="constrained")
+    figure.suptitle(title)
+    columns = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
+    for axes, (mode, report) in zip(columns, reports.items(), strict=True):
+        _draw_timeline(axes, mode, report)
+    columns[0].set_ylabel("live above parameters and batch, MiB")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_timeline(axes: Any, mode: str, report: StepReport) -> None:
+    live = [size / MIB for size in live_bytes(report.events)]
+    phases = [event.phase for event in report.events]
+    backward = phases.index("backward")
+    end = phases.index("optimizer") if "optimizer" in phases else len(phases)
+    axes.fill_between(range(len(live)), live, step="post", color=COLOURS[mode], linewidth=0)
+    axes.axvline(backward, color="black", linewidth=1)
+    axes.axhline(report.kept / MIB, color="black", linewidth=0.8, linestyle=":")
+    top = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "center"}
+    axes.annotate("forward", (backward / 2, 0.99), **top)
+    axes.annotate("backward", ((backward + end) / 2, 0.99), **top)
+    axes.set_title(
+        f"{mode}: kept {report.kept / MIB:,.0f}, peak {report.peak.step / MIB:,.0f} MiB", loc="left"
+    )
+    axes.set(xlabel="births and deaths of tensors", xlim=(0, len(live)))
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.12)
+    _finish(axes)
+
+
+def _finish(axes: Any) -> None:
+    axes.grid(axis="y", color=GRID_COLOUR)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
