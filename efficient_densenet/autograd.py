@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.backward import backward_block, backward_stem
+from efficient_densenet.backward import BlockBackward, StemBackward
 from efficient_densenet.forward import Saved, Statistics, forward_block, forward_stem
 from efficient_densenet.kernels.interface import Conv
 from efficient_densenet.spec import BlockSpec, StemSpec, UnitTensors
@@ -88,9 +88,8 @@ class _DenseBlock(torch.autograd.Function):
         saved = Saved(features, Statistics(mean, var), list(islice(tensors, layers)), vectors)
         _, _, needs_x, *needs = ctx.needs_input_grad
         with torch.no_grad(), _outside_autocast(features.device):
-            dx, grads = backward_block(
-                ctx.spec, ctx.seeds, saved, list(tensors), needs_x, needs, grad
-            )
+            walk = BlockBackward(ctx.spec, ctx.seeds, saved, list(tensors), needs_x, needs)
+            dx, grads = walk.run(grad)
             dx = None if dx is None else dx.to(ctx.input_dtype)
         return None, None, *_differentiable_once(grad, dx, *grads)
 
@@ -119,9 +118,8 @@ class _Stem(torch.autograd.Function):
         (statistics,) = _paired([mean, var])
         _, needs_x, *needs = ctx.needs_input_grad
         with torch.no_grad(), _outside_autocast(x.device):
-            dx, grads = backward_stem(
-                ctx.spec, x, conv, tensors, statistics, needs_x, UnitTensors(*needs), grad
-            )
+            walk = StemBackward(ctx.spec, x, conv, tensors, statistics, grad)
+            dx, grads = walk.run(needs_x, UnitTensors(*needs))
             dx = None if dx is None else dx.to(x.dtype)
         return None, *_differentiable_once(grad, dx, *grads)
 

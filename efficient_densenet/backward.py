@@ -112,20 +112,7 @@ class MapGradient:
         return ops.correct(grad, x, mean, mean_d, mean_dx, out)
 
 
-def backward_block(
-    spec: BlockSpec,
-    seeds: Sequence[int],
-    saved: Saved,
-    flat: Sequence[Tensor | None],
-    needs_x: bool,
-    needs_flat: Sequence[bool],
-    grad: Tensor,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of the block's input and of ``flat``, as far as they are needed."""
-    return _BlockBackward(spec, seeds, saved, flat, needs_x, needs_flat).run(grad)
-
-
-class _BlockBackward:
+class BlockBackward:
     """The walk from the block's exit down to its first layer."""
 
     def __init__(
@@ -152,6 +139,7 @@ class _BlockBackward:
         self.bottleneck_grad: Tensor | None = None
 
     def run(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradients of the block's input and of ``flat``, as far as they are needed."""
         gradients: list[UnitTensors] = []  # of the last unit first
         if self.spec.exit:
             gradients.append(self._exit(grad))
@@ -213,21 +201,7 @@ class _BlockBackward:
         return forward_unit(x, unit, tensors, statistics, self.spec.types, self.workspace)
 
 
-def backward_stem(
-    spec: StemSpec,
-    x: Tensor,
-    conv: Conv,
-    tensors: UnitTensors,
-    statistics: Statistics | None,
-    needs_x: bool,
-    needs: UnitTensors,
-    grad: Tensor,
-) -> tuple[Tensor | None, UnitTensors]:
-    """The gradients of the image and of all tensors, the convolution's in those of the unit."""
-    return _StemBackward(spec, x, conv, tensors, statistics, grad).run(needs_x, needs)
-
-
-class _StemBackward:
+class StemBackward:
     """Two walks over the convolved image, for batch norm's sums and for the convolution.
 
     The gradient of the convolved image exists one slab at a time: whole, it would be the largest
@@ -251,6 +225,7 @@ class _StemBackward:
         self.norm = ready_norm(spec.unit, tensors, statistics, spec.types, y.dim())
 
     def run(self, needs_x: bool, needs: UnitTensors) -> tuple[Tensor | None, UnitTensors]:
+        """The gradients of the image and of all tensors, the convolution's in those of the unit."""
         needs_conv = (needs_x, needs.conv_weight, needs.conv_bias)
         corrects = any(needs_conv) and self.spec.unit.batch_statistics
         sum_d = dgamma = dx = weight = bias = corrections = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from efficient_densenet.layout import is_channels_last, outer_format
 from efficient_densenet.timeline import Event
 
 Scratch = Callable[[Any, tuple[Any, ...], Any], int]
@@ -222,11 +223,7 @@ def _batch_norm_gradients(
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     # A convolution of channels-last maps has a channels-last result, but on meta a contiguous one.
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is None or x.is_contiguous():
-        return y
-    is_last = x.is_contiguous(memory_format=channels_last)
-    return torch.empty_like(y, memory_format=channels_last) if is_last else y
+    return torch.empty_like(y, memory_format=outer_format(x)) if is_channels_last(x) else y
 
 
 def _is_dense(tensor: Tensor) -> bool:
