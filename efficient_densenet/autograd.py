@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.backward import BlockBackward, StemBackward
-from efficient_densenet.forward import Saved, Statistics, forward_block, forward_stem
-from efficient_densenet.kernels.interface import Conv
+from efficient_densenet.forward import Saved, forward_block, forward_stem
+from efficient_densenet.kernels.interface import Conv, Statistics
 from efficient_densenet.spec import BlockSpec, StemSpec, UnitTensors
 
 

@@ -7,18 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from efficient_densenet.forward import (
-    Saved,
-    Statistics,
-    dropout_mask,
-    forward_unit,
-    ready_norm,
-    ready_tail,
-)
-from efficient_densenet.kernels import eager as ops
-from efficient_densenet.kernels.interface import Conv, Norm, UnitGradients
+from efficient_densenet.forward import Saved, dropout_mask
+from efficient_densenet.kernels.convolution import convolve, convolve_backward
+from efficient_densenet.kernels.interface import Conv, Norm, Statistics, UnitGradients
 from efficient_densenet.layout import empty_map, inner_format, outer_format
-from efficient_densenet.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTensors
+from efficient_densenet.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.units import UnitRunner
 
 
 class MapGradient:
@@ -30,21 +24,20 @@ class MapGradient:
 
     def __init__(
         self,
+        units: UnitRunner,
         maps: Tensor,
         statistics: Statistics | None,
-        types: Types,
-        workspace: ops.Workspace,
         storage: Tensor | None = None,
     ) -> None:
-        self.maps, self.statistics, self.types = maps, statistics, types
-        self.workspace = workspace
+        self.units, self.maps, self.statistics = units, maps, statistics
+        dtype = units.types.statistics
         # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
         # before the correction would cost the precision that the naive block has.
         if storage is None or storage.shape != maps.shape:
-            storage = empty_map(maps, maps.shape[1], workspace.memory_format, types.statistics)
+            storage = empty_map(maps, maps.shape[1], units.memory_format, dtype)
         self.grad = storage
         shape = (2, maps.shape[1], *(1,) * (maps.dim() - 2))
-        self.mean_d, self.mean_dx = maps.new_zeros(shape, dtype=types.statistics)
+        self.mean_d, self.mean_dx = maps.new_zeros(shape, dtype=dtype)
         self.count = maps.numel() // maps.shape[1]
         self.written = False
         self.corrected = 0
@@ -66,16 +59,15 @@ class MapGradient:
         """Add the gradient through ``unit``, which reads the first ``channels``; return its own."""
         x = self.maps[:, :channels]
         statistics = self.statistics and self.statistics.first(channels)
-        norm = ready_norm(unit, tensors, statistics, self.types, x.dim())
+        norm = self.units.norm(unit, tensors, statistics, x.dim())
         corrects = needs_maps and unit.batch_statistics
-        weight, bias, sum_d, sum_dx = ops.norm_relu_tail_backward(
+        weight, bias, sum_d, sum_dx = self.units.backward(
             grad,
             x,
             norm,
-            ready_tail(unit, tensors, self.types),
-            self.workspace,
-            need_weight=needs.conv_weight,
-            need_bias=needs.conv_bias,
+            unit,
+            tensors,
+            needs,
             need_sums=needs.weight or needs.bias or corrects,
             target=self.grad[:, :channels] if needs_maps else None,
             accumulate=self.written,
@@ -103,13 +95,13 @@ class MapGradient:
         """The gradient of the channels ``[start, stop)``, whose readers have all been walked."""
         grad, x = self.grad[:, start:stop], self.maps[:, start:stop]
         whole = stop - start == self.maps.shape[1]
-        out = self.grad if whole else empty_map(grad, stop - start, self.workspace.memory_format)
+        out = self.grad if whole else empty_map(grad, stop - start, self.units.memory_format)
         if self.statistics is None or start >= self.corrected:
             return out if whole else out.copy_(grad)
         mean, mean_d, mean_dx = (
             vector[start:stop] for vector in (self.statistics.mean, self.mean_d, self.mean_dx)
         )
-        return ops.correct(grad, x, mean, mean_d, mean_dx, out)
+        return self.units.ops.correct(grad, x, mean, mean_d, mean_dx, out)
 
 
 class BlockBackward:
@@ -133,8 +125,8 @@ class BlockBackward:
         x = saved.features
         memory_format = inner_format(x) if spec.layers else outer_format(x)
         features = x.contiguous(memory_format=memory_format)
-        self.workspace = ops.Workspace(features, spec.widest, spec.types.statistics, memory_format)
-        self.total = MapGradient(features, saved.statistics, spec.types, self.workspace)
+        self.units = UnitRunner(spec.kernels, spec.types, features, spec.widest, memory_format)
+        self.total = MapGradient(self.units, features, saved.statistics)
         # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
         self.bottleneck_grad: Tensor | None = None
 
@@ -167,16 +159,13 @@ class BlockBackward:
         below = self.needs_x or i > self.lowest
         grad = self.total.finish(layer.channels, layer.channels + layer.growth)
         if layer.drop_rate:
-            grad.mul_(
-                dropout_mask(grad, layer.drop_rate, self.seeds[i], self.workspace.memory_format)
-            )
+            grad.mul_(dropout_mask(grad, layer.drop_rate, self.seeds[i], self.units.memory_format))
         needs_first = below or any(needs[0])
         if len(layer.units) == 2:
             z = MapGradient(
+                self.units,
                 self._bottleneck(i),
                 self.saved.bottleneck_statistics[i],
-                self.spec.types,
-                self.workspace,
                 self.bottleneck_grad,
             )
             self.bottleneck_grad = z.grad
@@ -197,8 +186,8 @@ class BlockBackward:
         layer = self.spec.layers[i]
         x = self.total.maps[:, : layer.channels]
         statistics = self.saved.statistics.first(layer.channels)
-        unit, tensors = layer.units[0], self.layers[i][0]
-        return forward_unit(x, unit, tensors, statistics, self.spec.types, self.workspace)
+        bottleneck, _ = self.units.forward(x, layer.units[0], self.layers[i][0], statistics)
+        return bottleneck
 
 
 class StemBackward:
@@ -220,9 +209,9 @@ class StemBackward:
         self.spec, self.conv, self.tensors, self.grad = spec, conv, tensors, grad
         memory_format = inner_format(x)
         self.image = x.to(spec.types.compute, memory_format=memory_format)
-        self.y = y = ops.convolve(self.image, conv)
-        self.workspace = ops.Workspace(y, y.shape[1], spec.types.statistics, memory_format)
-        self.norm = ready_norm(spec.unit, tensors, statistics, spec.types, y.dim())
+        self.y = y = convolve(self.image, conv)
+        self.units = UnitRunner(spec.kernels, spec.types, y, y.shape[1], memory_format)
+        self.norm = self.units.norm(spec.unit, tensors, statistics, y.dim())
 
     def run(self, needs_x: bool, needs: UnitTensors) -> tuple[Tensor | None, UnitTensors]:
         """The gradients of the image and of all tensors, the convolution's in those of the unit."""
@@ -236,7 +225,7 @@ class StemBackward:
             share = self.norm.scale / self.y[:, 0].numel()
             corrections = (share * sum_d, share * self.norm.invstd * dgamma)
         if any(needs_conv):
-            rows = self.workspace.slabs(self.y)
+            rows = self.units.workspace.slabs(self.y)
             corrections = corrections if corrects else None
             parts = zip(*(self._slab(r, corrections, needs_conv) for r in rows), strict=True)
             dxs, weights, biases = parts
@@ -251,17 +240,15 @@ class StemBackward:
 
     def _back_through(self, rows: slice, target: Tensor | None) -> UnitGradients:
         """Through pool, ReLU and norm: the sums if there is no ``target`` to write into."""
-        return ops.norm_relu_tail_backward(
+        return self.units.backward(
             self.grad[rows],
             self.y[rows],
             self.norm,
-            ready_tail(self.spec.unit, self.tensors, self.spec.types),
-            self.workspace,
-            need_weight=False,
-            need_bias=False,
+            self.spec.unit,
+            self.tensors,
+            UnitTensors(),
             need_sums=target is None,
             target=target,
-            accumulate=False,
         )
 
     def _slab(
@@ -272,11 +259,11 @@ class StemBackward:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One slab's gradients of image, weight and bias."""
         y = self.y[rows]
-        dy = empty_map(y, y.shape[1], self.workspace.memory_format, self.spec.types.statistics)
+        dy = empty_map(y, y.shape[1], self.units.memory_format, self.spec.types.statistics)
         self._back_through(rows, dy)
         if corrections:
-            ops.correct(dy, y, self.norm.mean, *corrections, dy)
-        return ops.convolve_backward(dy.to(y.dtype), self.image[rows], self.conv, needs)
+            self.units.ops.correct(dy, y, self.norm.mean, *corrections, dy)
+        return convolve_backward(dy.to(y.dtype), self.image[rows], self.conv, needs)
 
 
 def _total(parts: Sequence[Tensor | None]) -> Tensor | None:

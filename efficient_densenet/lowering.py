@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from efficient_densenet.forward import Statistics
-from efficient_densenet.kernels.interface import Geometry
+from efficient_densenet.kernels.interface import Geometry, Statistics
 from efficient_densenet.spec import Types, UnitSpec, UnitTensors
 
 NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -74,6 +74,7 @@ class BlockSpec:
     ``exit`` is a last unit that reads all features (a transition, or the norm before the
     classifier); with it the block returns its result and the features stay inside.
     ``recompute_bottleneck`` drops the bottleneck maps too and convolves again in the backward pass.
+    ``kernels`` names the implementation of the operations.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -81,6 +82,7 @@ class BlockSpec:
     input_channels: int
     recompute_bottleneck: bool
     types: Types
+    kernels: str = "eager"
 
     @property
     def channels(self) -> int:
@@ -113,3 +115,4 @@ class StemSpec:
     conv: Geometry
     unit: UnitSpec
     types: Types
+    kernels: str = "eager"

@@ -1,7 +1,6 @@
 """The operations in plain PyTorch: any device, any dtype, the truth of every other implementation.
 
-A slab is as many samples as the workspace holds; a map is ``(samples, channels, *spatial)``.
-Vectors of one value per channel have as many dimensions as the map, to broadcast over it.
+Equations and shapes are in ``interface.py``. A slab is as many samples as the workspace holds.
 """
 
 from __future__ import annotations
@@ -12,8 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Conv, Norm, Tail, UnitGradients, per_channel
-from efficient_densenet.layout import is_channels_last
+from efficient_densenet.kernels.convolution import convolve, convolve_backward
+from efficient_densenet.kernels.interface import (
+    Conv,
+    Norm,
+    Statistics,
+    Tail,
+    UnitGradients,
+    per_channel,
+)
+from efficient_densenet.layout import is_channels_last, outer_format
 
 # Scratch that a slab may fill before the next one starts. With 1 MiB of L2 for each of two cores
 # and 32 MiB of shared L3, 4 MiB cost some blocks a tenth more time (small operators cost their
@@ -28,20 +35,13 @@ aten = torch.ops.aten
 
 
 class Workspace:
-    """The shared BN storage: one scratch slab, allocated once a pass, overwritten by every layer.
-
-    Args:
-        like: a map of the samples and the size that will be normalised.
-        widest: channels of the widest of them.
-        dtype: the widest dtype that the slab will hold, that of statistics.
-        memory_format: of the slab.
-    """
+    """One scratch slab, allocated once a pass, overwritten by every layer."""
 
     def __init__(
         self, like: Tensor, widest: int, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> None:
         samples, _, *spatial = like.shape
-        self.memory_format = memory_format
+        self.memory_format, self.dtype = memory_format, dtype
         self._positions = math.prod(spatial)
         self._spatial_strides = [math.prod(spatial[i + 1 :]) for i in range(len(spatial))]
         self._capacity = WORKSPACE_BYTES // dtype.itemsize
@@ -62,14 +62,13 @@ class Workspace:
         last = self.memory_format is not torch.contiguous_format
         across_channels, step = (1, channels) if last else (self._positions, 1)
         spatial = [step * stride for stride in self._spatial_strides]
-        storage = self._storage if dtype == self._storage.dtype else self._storage.view(dtype)
+        storage = self._storage if dtype == self.dtype else self._storage.view(dtype)
         return storage.as_strided(
             slab.shape, (channels * self._positions, across_channels, *spatial)
         )
 
 
-def batch_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of a dense map."""
+def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
     x = x.to(dtype)
     if type(x) is not Tensor or not x.is_cpu:  # fake tensors know no batch_norm_update_stats
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
@@ -80,43 +79,26 @@ def batch_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             means = mean.view(fold, x.shape[1])
             mean = means.mean(0)
             var = var.view_as(means).mean(0).add_((means - mean).square_().mean(0))
-    return per_channel(mean, x.dim()), per_channel(var, x.dim())
+    return Statistics(per_channel(mean, x.dim()), per_channel(var, x.dim()))
 
 
-def convolve(x: Tensor, conv: Conv) -> Tensor:
-    """The convolution of ``x``, in its dtype."""
-    stride, padding, dilation, groups = conv.geometry
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    weight, no_output_padding = conv.weight.to(x.dtype), [0] * len(stride)
-    return torch.convolution(
-        x, weight, bias, stride, padding, dilation, False, no_output_padding, groups
-    )
+def append(y: Tensor, into: Tensor, dtype: torch.dtype | None) -> Statistics | None:
+    if dtype is None:
+        into.copy_(y)
+        return None
+    dense = y.to(into.dtype, memory_format=outer_format(into))  # what statistics are fast on
+    into.copy_(dense)
+    return batch_statistics(dense, dtype)
 
 
-def convolve_backward(
-    grad: Tensor, x: Tensor, conv: Conv, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`convolve` with respect to ``x``, weight and bias, as far as needed."""
-    stride, padding, dilation, groups = conv.geometry
-    weight, no_output_padding = conv.weight.to(x.dtype), [0] * len(stride)
-    bias_sizes = [len(weight)]
-    return aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        bias_sizes,
-        stride,
-        padding,
-        dilation,
-        False,
-        no_output_padding,
-        groups,
-        needs,
-    )
+def norm_relu_tail(
+    x: Tensor, norm: Norm, tail: Tail, workspace: Workspace, *, need_statistics: bool
+) -> tuple[Tensor, Statistics | None]:
+    y = _tail_of_slabs(x, norm, tail, workspace)
+    return y, batch_statistics(y, workspace.dtype) if need_statistics else None
 
 
-def norm_relu_tail(x: Tensor, norm: Norm, tail: Tail, workspace: Workspace) -> Tensor:
-    """``tail(relu((x - mean) * scale + bias))``, without keeping the normalised map."""
+def _tail_of_slabs(x: Tensor, norm: Norm, tail: Tail, workspace: Workspace) -> Tensor:
     out: Tensor | None = None
     shift = _shift(norm)
     for rows in workspace.slabs(x):
@@ -149,12 +131,6 @@ def norm_relu_tail_backward(
     target: Tensor | None,
     accumulate: bool,
 ) -> UnitGradients:
-    """Gradients of :func:`norm_relu_tail`; batch norm's correction is left to :func:`correct`.
-
-    With ``d`` the gradient at the rectifier's input, writes ``scale * d`` into ``target`` (adds it
-    if ``accumulate``; ``None``: not wanted) and returns the convolution's gradients, ``Σ d`` and
-    ``Σ d * (x - mean)``.
-    """
     weight = bias = sum_d = sum_dx = None
     needs = (need_sums or target is not None, need_weight, need_bias)
     shift = _shift(norm)
@@ -178,7 +154,6 @@ def norm_relu_tail_backward(
 
 
 def correct(grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``out = grad - a - (x - mean) * b``: batch norm's two batch terms, for a finished map."""
     torch.sub(grad, torch.addcmul(a, mean, b, value=-1), out=out)
     return out.addcmul_(x, b, value=-1)
 

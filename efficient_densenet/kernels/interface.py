@@ -1,19 +1,31 @@
-"""What the operations exchange."""
+"""The operations that the passes are written against, and what they exchange.
+
+A map is ``(samples, channels, *spatial)``. Vectors of one value per channel have as many dimensions
+as the map, to broadcast over it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
-class Norm(NamedTuple):
-    """A batch norm ready to apply: ``y = (x - mean) * scale + bias``, ``scale = γ * invstd``.
+class Statistics(NamedTuple):
+    """Batch statistics of a map: mean and biased variance of every channel."""
 
-    Every vector has one value per channel and the map's number of dimensions.
-    """
+    mean: Tensor
+    var: Tensor
+
+    def first(self, channels: int) -> Statistics:
+        """Those of the first ``channels``."""
+        return Statistics(self.mean[:channels], self.var[:channels])
+
+
+class Norm(NamedTuple):
+    """A batch norm ready to apply: ``y = (x - mean) * scale + bias``, ``scale = γ * invstd``."""
 
     mean: Tensor
     invstd: Tensor
@@ -53,13 +65,72 @@ class UnitGradients(NamedTuple):
     """Gradients of the convolution, and the two sums per channel that batch norm's need.
 
     ``sum_d = Σ d`` and ``sum_dx = Σ d * (x - mean)`` for the gradient ``d`` at the rectifier's
-    input, in the shape of the norm's vectors.
+    input.
     """
 
     conv_weight: Tensor | None
     conv_bias: Tensor | None
     sum_d: Tensor | None
     sum_dx: Tensor | None
+
+
+class Operations(Protocol):
+    """An implementation of the operations: a module of this package.
+
+    ``kernels/eager.py`` runs everywhere and is the truth of every other one.
+    """
+
+    def Workspace(
+        self, like: Tensor, widest: int, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> Any:
+        """The shared BN storage of one pass, which every layer overwrites.
+
+        ``like`` is a map of the samples and the size that will be normalised, ``widest`` the
+        channels of the widest of them; ``dtype`` is that of statistics, the widest one stored.
+        """
+
+    def batch_statistics(self, x: Tensor, dtype: torch.dtype) -> Statistics:
+        """Mean and biased variance of each channel of a map, summed in ``dtype``."""
+
+    def append(self, y: Tensor, into: Tensor, dtype: torch.dtype | None) -> Statistics | None:
+        """Write ``y`` into the place ``into``; the statistics of what lies there, in ``dtype``.
+
+        No statistics if ``dtype`` is ``None``.
+        """
+
+    def norm_relu_tail(
+        self, x: Tensor, norm: Norm, tail: Tail, workspace: Any, *, need_statistics: bool
+    ) -> tuple[Tensor, Statistics | None]:
+        """``y = tail(relu((x - mean) * scale + bias))``, and the batch statistics of ``y``.
+
+        The normalised map is not kept.
+        """
+
+    def norm_relu_tail_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        norm: Norm,
+        tail: Tail,
+        workspace: Any,
+        *,
+        need_weight: bool,
+        need_bias: bool,
+        need_sums: bool,
+        target: Tensor | None,
+        accumulate: bool,
+    ) -> UnitGradients:
+        """Gradients of :meth:`norm_relu_tail`; batch norm's correction is left to :meth:`correct`.
+
+        With ``d`` the gradient at the rectifier's input, writes ``scale * d`` into ``target`` (adds
+        it if ``accumulate``; ``None``: not wanted) and returns the convolution's gradients, ``Σ d``
+        and ``Σ d * (x - mean)``.
+        """
+
+    def correct(
+        self, grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor
+    ) -> Tensor:
+        """``out = grad - a - (x - mean) * b``: batch norm's two batch terms, for a finished map."""
 
 
 def per_channel(vector: Tensor, dim: int) -> Tensor:
