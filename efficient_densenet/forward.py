@@ -34,11 +34,12 @@ class FeatureBuffer:
     """
 
     def __init__(self, spec: BlockSpec, x: Tensor) -> None:
-        self._spec, self._dtype = spec, spec.types.statistics
+        self._dtype = spec.types.statistics
         memory_format = inner_format(x) if spec.layers else outer_format(x)
         shape = (2, spec.channels, *(1,) * (x.dim() - 2))
         self.statistics = Statistics(*x.new_empty(shape, dtype=self._dtype))
-        self._filled, self._layer = 0, -1
+        self._filled = 0
+        self._read = spec.maps_with_statistics  # of the maps to come
         if spec.layers:
             self.maps = empty_map(x, spec.channels, memory_format, spec.types.features)
         else:
@@ -49,14 +50,14 @@ class FeatureBuffer:
     def append(self, y: Tensor) -> None:
         """Write the next map, and its statistics if a norm reads them."""
         channels = slice(self._filled, self._filled + y.shape[1])
-        dtype = self._dtype if self._spec.reads_statistics(self._layer) else None
+        dtype = self._dtype if self._read > 0 else None
         if y is not self.maps:
             statistics = self.units.ops.append(y, self.maps[:, channels], dtype)
         else:
             statistics = None if dtype is None else self.units.ops.batch_statistics(y, dtype)
         if statistics is not None:
             self.statistics.mean[channels], self.statistics.var[channels] = statistics
-        self._filled, self._layer = channels.stop, self._layer + 1
+        self._filled, self._read = channels.stop, self._read - 1
 
     def read(
         self, unit: UnitSpec, tensors: UnitTensors, need_statistics: bool = False

@@ -7,7 +7,7 @@ since the last one is seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,24 +129,59 @@ def unit_tensors(norm: Any, conv: Any) -> UnitTensors:
     return UnitTensors(norm.weight, norm.bias, running_mean, running_var, weight, bias)
 
 
-@torch.no_grad()
-def update_running_statistics(norm: Any, batch: Statistics | None, count: int) -> None:
-    """What ``nn.BatchNorm`` does to its buffers in training, with ``count`` values per channel."""
-    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
-        return
-    assert batch is not None
-    momentum = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+class Seen(NamedTuple):
+    """What a norm saw in a forward pass: batch statistics of ``values`` values per channel."""
+
+    norm: Any
+    statistics: Statistics | None
+    values: int
+
+    def learns(self) -> bool:
+        """Whether the norm has running statistics to update."""
+        norm = self.norm
+        return norm.training and norm.track_running_stats and norm.running_mean is not None
+
+    def own(self) -> Statistics:
+        """The statistics of the channels that the norm reads, as vectors."""
+        assert self.statistics is not None
+        mean, var = self.statistics.first(self.norm.num_features)
+        return Statistics(mean.view(-1), var.view(-1))
+
+    def share(self) -> float:
+        """The share of this batch in the running statistics."""
+        momentum, batches = self.norm.momentum, self.norm.num_batches_tracked
         if momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    mean, var = batch.first(norm.num_features)
-    unbiased = var * (count / (count - 1))
-    for running, new in (
-        (norm.running_mean, mean.flatten()),
-        (norm.running_var, unbiased.flatten()),
-    ):
-        if running.dtype == new.dtype:
-            running.lerp_(new, momentum)
-        else:
-            running.copy_(torch.lerp(running.to(new.dtype), new, momentum))
+            return 0.0 if batches is None else 1.0 / float(batches)
+        return momentum
+
+
+@torch.no_grad()
+def update_running_statistics(seen: Iterable[Seen]) -> None:
+    """What ``nn.BatchNorm`` does to its buffers in training, for all norms together.
+
+    A norm that was used twice learns twice.
+    """
+    waiting = [s for s in seen if s.learns()]
+    while waiting:
+        now = {id(s.norm): s for s in reversed(waiting)}
+        waiting = [s for s in waiting if now[id(s.norm)] is not s]
+        trackers = [s.norm.num_batches_tracked for s in now.values()]
+        trackers = [tracker for tracker in trackers if tracker is not None]
+        if trackers:
+            torch._foreach_add_(trackers, 1)
+        alike: dict[Any, list[Seen]] = {}
+        for s in now.values():
+            alike.setdefault((s.share(), s.values, s.norm.running_mean.dtype), []).append(s)
+        for (share, count, _), group in alike.items():
+            means, variances = zip(*(s.own() for s in group), strict=True)
+            unbiased = torch._foreach_mul(variances, count / (count - 1))
+            _follow([s.norm.running_mean for s in group], means, share)
+            _follow([s.norm.running_var for s in group], unbiased, share)
+
+
+def _follow(running: list[Tensor], new: tuple[Tensor, ...], share: float) -> None:
+    if running[0].dtype == new[0].dtype:
+        torch._foreach_lerp_(running, new, share)
+    else:
+        for old, vector in zip(running, new, strict=True):
+            old.copy_(torch.lerp(old.to(vector.dtype), vector, share))

@@ -94,11 +94,12 @@ class BlockSpec:
         """Channels of the widest map that is normalised."""
         return max([self.channels, *(layer.width for layer in self.layers)])
 
-    def reads_statistics(self, layer: int) -> bool:
-        """Whether a norm reads the statistics of the map that ``layer`` writes (-1: the input)."""
-        readers = [later.units[0] for later in self.layers[layer + 1 :]]
-        readers += [self.exit] if self.exit else []
-        return any(unit.batch_statistics for unit in readers)
+    @property
+    def maps_with_statistics(self) -> int:
+        """How many maps, the input first, a norm reads the batch statistics of."""
+        readers = [*(layer.units[0] for layer in self.layers), *([self.exit] if self.exit else [])]
+        last = (i for i, unit in reversed(list(enumerate(readers))) if unit.batch_statistics)
+        return next(last, -1) + 1
 
     def nested(self, flat: Sequence[Any]) -> tuple[list[list[UnitTensors]], UnitTensors]:
         """Values of all units, given flat, as those of each layer's units and those of the exit."""

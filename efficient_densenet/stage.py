@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from efficient_densenet import autograd, lowering
+from efficient_densenet.lowering import Seen
 from efficient_densenet.reference import BasicLayer, BottleneckLayer
 from efficient_densenet.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
 
@@ -50,11 +51,14 @@ def run_layers(
         units.append(lowering.unit_tensors(exit.norm, exit.conv))
     out, features, bottlenecks = autograd.dense_block(x, spec, units)
     count = x.numel() // x.shape[1]
-    for layer, bottleneck in zip(layers, bottlenecks, strict=True):
-        for norm, statistics in zip(norms(layer), (features, bottleneck), strict=False):
-            lowering.update_running_statistics(norm, statistics, count)
+    seen = [
+        Seen(norm, statistics, count)
+        for layer, bottleneck in zip(layers, bottlenecks, strict=True)
+        for norm, statistics in zip(norms(layer), (features, bottleneck), strict=False)
+    ]
     if exit:
-        lowering.update_running_statistics(exit.norm, features, count)
+        seen.append(Seen(exit.norm, features, count))
+    lowering.update_running_statistics(seen)
     return out
 
 
@@ -70,7 +74,7 @@ def run_stem(conv: Any, norm: Any, pool: Any, x: Tensor) -> Tensor:
     tensors = lowering.unit_tensors(norm, None)
     tensors = tensors._replace(conv_weight=conv.weight, conv_bias=conv.bias)
     out, statistics, count = autograd.stem(x, spec, tensors)
-    lowering.update_running_statistics(norm, statistics, count)
+    lowering.update_running_statistics([Seen(norm, statistics, count)])
     return out
 
 

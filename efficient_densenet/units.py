@@ -82,9 +82,8 @@ class UnitRunner:
         self, unit: UnitSpec, tensors: UnitTensors, statistics: Statistics | None, dim: int
     ) -> Norm:
         """The unit's norm for maps of ``dim`` dimensions with these batch statistics."""
-        dtype = self.types.statistics
         mean, var, weight, bias = (
-            None if vector is None else per_channel(vector.to(dtype), dim)
+            None if vector is None else self._vector(vector, dim)
             for vector in (tensors.running_mean, tensors.running_var, tensors.weight, tensors.bias)
         )
         if statistics is not None and unit.batch_statistics:
@@ -93,6 +92,9 @@ class UnitRunner:
         invstd = (var + unit.eps).rsqrt_()
         scale = invstd if weight is None else weight * invstd
         return Norm(mean, invstd, scale, torch.zeros_like(mean) if bias is None else bias)
+
+    def _vector(self, vector: Tensor, dim: int) -> Tensor:
+        return per_channel(vector.to(self.types.statistics), dim)
 
     def _tail(self, unit: UnitSpec, tensors: UnitTensors) -> Tail:
         if unit.conv is None:

@@ -42,6 +42,7 @@ class Workspace:
     ) -> None:
         samples, _, *spatial = like.shape
         self.memory_format, self.dtype = memory_format, dtype
+        self._threads = torch.get_num_threads()
         self._positions = math.prod(spatial)
         self._spatial_strides = [math.prod(spatial[i + 1 :]) for i in range(len(spatial))]
         self._capacity = WORKSPACE_BYTES // dtype.itemsize
@@ -50,9 +51,16 @@ class Workspace:
         self._storage = torch.empty(size, dtype=dtype, device=like.device)
 
     def slabs(self, x: Tensor) -> Iterator[slice]:
-        """The rows of ``x`` that make up each slab."""
+        """The rows of ``x`` that make up each slab: as few as fit, of equal size.
+
+        A multiple of the threads, or some would wait (a 3x3 convolution's backward pass on 5 and 3
+        samples takes a quarter more time than on 4 and 4).
+        """
         samples, channels = x.shape[:2]
-        step = max(1, self._capacity // (channels * self._positions))
+        most = max(1, self._capacity // (channels * self._positions))
+        step = -(-samples // -(-samples // most))
+        if most >= self._threads:
+            step = min(-(-step // self._threads), most // self._threads) * self._threads
         for start in range(0, samples, step):
             yield slice(start, min(start + step, samples))
 
