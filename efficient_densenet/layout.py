@@ -42,3 +42,8 @@ def empty_map(
     return torch.empty(
         shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format
     )
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape but no values, as meta and fake ones."""
+    return tensor.untyped_storage().device.type == "meta"

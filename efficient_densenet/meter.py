@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_densenet.layout import is_channels_last, outer_format
+from efficient_densenet.hollow import Operators, tensors_of
+from efficient_densenet.layout import is_hollow
 from efficient_densenet.timeline import Event
 
 Scratch = Callable[[Any, tuple[Any, ...], Any], int]
 """Bytes that an operator allocates and frees inside itself, by operator, arguments and result."""
 
 _ADD = torch.ops.aten.add.Tensor
-_BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
 _CONVOLUTION = torch.ops.aten.convolution.default
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 _ONEDNN_BLOCK = 16  # channels; 8 where the CPU has no AVX-512
@@ -50,6 +50,7 @@ class LiveMeter(TorchDispatchMode):
         self._born = 0
         self._live: dict[int, _Record] = {}
         self._exclusive = _exclusive_counts()
+        self._operators = Operators()
 
     @contextmanager
     def enter(self, phase: str) -> Iterator[None]:
@@ -72,18 +73,14 @@ class LiveMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _ADD and not kwargs and self._engine_would_add_in_place(*args):
             return _add_in_place(*args)
-        self._operator = str(func)
+        self._operator = _name(func)
+        if _only_views(func):
+            return func(*args, **kwargs)  # no storage is born
         target = _overwritten(func, args, kwargs)
-        if target is not None and target.numel() and _is_hollow(target):
-            return target  # no storage is born, and there is nothing to compute
-        result: Any
-        if func is _BATCH_NORM_BACKWARD and _is_hollow(args[0]):
-            result = _batch_norm_gradients(*args)
-        else:
-            result = func(*args, **kwargs)
-        if func is _CONVOLUTION and _is_hollow(result):
-            result = _in_format_of(args[0], result)
-        for tensor in _tensors((result,)):
+        if target is not None and target.numel() and is_hollow(target):
+            return target  # neither here, and there is nothing to compute
+        result = self._operators.run(func, args, kwargs)
+        for tensor in tensors_of((result,)):
             self._see(tensor, args, kwargs)
         if self._scratch is not None:
             self._pass_by(self._scratch(func, args, result))
@@ -169,26 +166,24 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    yield from _tensors(args)
-    yield from _tensors(kwargs.values())
+    yield from tensors_of(args)
+    yield from tensors_of(kwargs.values())
 
 
 def _add_in_place(old: Tensor, new: Tensor) -> Tensor:
-    return old if _is_hollow(old) else old.add_(new)
+    return old if is_hollow(old) else old.add_(new)
 
 
-def _is_hollow(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape but no values, as meta and fake ones."""
-    return tensor.untyped_storage().device.type == "meta"
+@cache
+def _name(func: Any) -> str:
+    return str(func)
+
+
+@cache
+def _only_views(func: Any) -> bool:
+    """Whether an operator returns views of its arguments and nothing else, whatever they are."""
+    return func.is_view and not func._can_decompose()
 
 
 def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -210,20 +205,6 @@ def _written_argument(func: Any) -> int | str | None:
     if len(written) == 1 and returns_it and torch.Tag.inplace_view not in func.tags:
         return written[0]
     return None
-
-
-def _batch_norm_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor | None, *args: Any
-) -> tuple[Tensor | None, ...]:
-    # On meta torch takes a millisecond, and makes gradients that its output mask declines.
-    vector = x.new_empty(x.shape[1]) if weight is None else weight
-    made = (torch.empty_like(x), torch.empty_like(vector), torch.empty_like(vector))
-    return tuple(g if wanted else None for g, wanted in zip(made, args[-1], strict=True))
-
-
-def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    # A convolution of channels-last maps has a channels-last result, but on meta a contiguous one.
-    return torch.empty_like(y, memory_format=outer_format(x)) if is_channels_last(x) else y
 
 
 def _is_dense(tensor: Tensor) -> bool:
