@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 import torchvision
@@ -13,7 +15,7 @@ from torchvision.models.densenet import _DenseBlock
 
 from benchmarks.floor import ConvolutionsAlone
 from efficient_densenet import EfficientDenseBlock
-from efficient_densenet.models import densenet121
+from efficient_densenet.models import DenseNet
 from efficient_densenet.reference import DenseBlock
 
 Kind = Literal["naive", "torchvision", "norm", "bottleneck"]
@@ -28,14 +30,21 @@ BN_SIZE = 4
 
 @dataclass(frozen=True)
 class Competitor:
-    """A kind of model, the memory format of its weights and input, and whether it is compiled."""
+    """A kind of model, the memory format of its weights and input, and how it is run.
+
+    ``kernels`` names the implementation of our operations, which is chosen for us unless given;
+    ``backend`` is the compiler's.
+    """
 
     kind: Kind | Literal["floor"]
     channels_last: bool = False
     compiled: bool = False
+    kernels: str | None = None
+    backend: str = "inductor"
 
     def __str__(self) -> str:
         name = NAMES.get(self.kind, self.kind)
+        name = f"{name}, {self.kernels}" if self.kernels else name
         name = f"{name}, torch.compile" if self.compiled else name
         return f"{name}, channels_last" if self.channels_last else name
 
@@ -68,44 +77,62 @@ FLOOR = Competitor("floor")
 
 @dataclass(frozen=True)
 class Case:
-    """A model in all its kinds, equal in parameters, and the shape of its input."""
+    """A model in all its kinds, equal in parameters, and the shape of its input.
+
+    Parameters are float32; the step runs under autocast to ``autocast`` where that is given. An
+    ``inner`` model is a part of a network: its input comes in autocast's type and wants a gradient.
+    """
 
     name: str
     shape: tuple[int, ...]
-    make: Callable[[Kind], nn.Module]
+    make: Callable[..., nn.Module]
+    autocast: torch.dtype | None = None
+    inner: bool = True
 
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def precision(self) -> torch.dtype:
+        """The least precise type that the step computes in."""
+        return self.autocast or torch.float32
+
     def subject(self, competitor: Competitor) -> Subject:
         """The case as ``competitor``: same weights, input and upstream gradient for all."""
-        return self._subject(competitor, self.shape, torch.float32)
+        return self._subject(competitor, self.shape)
 
-    def small_subject(self, competitor: Competitor) -> Subject:
-        """The same in float64 with a batch of 2, to be judged without float32's noise.
+    def small_subject(
+        self, competitor: Competitor, batch: int = 2, dtype: torch.dtype | None = torch.float64
+    ) -> Subject:
+        """The same with a batch of its own, to be judged; unless told, without float32's noise.
 
-        Not compiled: another dtype and shape would be another compilation.
+        With no ``dtype`` it is in the precision of the case. Not compiled: another dtype and shape
+        would be another compilation.
         """
-        return self._subject(competitor.uncompiled(), (2, *self.shape[1:]), torch.float64)
+        return self._subject(competitor.uncompiled(), (batch, *self.shape[1:]), dtype)
 
     def floor(self) -> ConvolutionsAlone:
         """The convolutions of the case and nothing else."""
-        subject = self.subject(NAIVE)
+        subject = self._subject(NAIVE, self.shape, self.precision)
         return ConvolutionsAlone(subject.model, subject.x)
 
     def _subject(
-        self, competitor: Competitor, shape: tuple[int, ...], dtype: torch.dtype
+        self, competitor: Competitor, shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Subject:
         torch.manual_seed(0)
-        weights = self.make("naive").state_dict()
-        x = torch.randn(shape)
-        model: nn.Module = self.make(competitor.kind)  # type: ignore[arg-type]
+        options = {"kernels": competitor.kernels} if competitor.kernels else {}
+        with DEVICE:
+            weights = self.make("naive").state_dict()
+            x = torch.randn(shape)
+            model = self.make(competitor.kind, **options)
         model.load_state_dict(weights)
         layout = torch.channels_last if competitor.channels_last else torch.contiguous_format
-        model = model.to(DEVICE, dtype, memory_format=layout)
+        model = model.to(dtype or torch.float32, memory_format=layout)
         if competitor.compiled:
-            model = torch.compile(model)
-        return Subject(model, x.to(DEVICE, dtype, memory_format=layout).requires_grad_())
+            model = torch.compile(model, backend=competitor.backend)
+        x = x.to(dtype or (self.precision if self.inner else torch.float32), memory_format=layout)
+        autocast = self.autocast if dtype is None else None
+        return Subject(model, x.requires_grad_(self.inner), autocast)
 
 
 @dataclass
@@ -114,11 +141,17 @@ class Subject:
 
     model: nn.Module
     x: Tensor
+    autocast: torch.dtype | None = None
     upstream: Tensor | None = field(default=None)
+
+    def forward(self) -> Tensor:
+        enabled = self.autocast is not None
+        with torch.autocast(DEVICE.type, self.autocast) if enabled else nullcontext():
+            return self.model(self.x)
 
     def step(self) -> Tensor:
         """Forward and backward; returns the output."""
-        output = self.model(self.x)
+        output = self.forward()
         if self.upstream is None:
             generator = torch.Generator().manual_seed(1)
             values = torch.randn(output.shape, generator=generator)
@@ -131,29 +164,34 @@ class Subject:
             tensor.grad = None
 
 
-def block(name: str, layers: int, channels: int, growth: int, batch: int, size: int) -> Case:
+def block(
+    name: str, layers: int, channels: int, growth: int, batch: int, size: int, **options: Any
+) -> Case:
     """A dense block of bottleneck layers on ``(batch, channels, size, size)``."""
     label = f"{name}: {layers} layers, c0={channels}, k={growth}, batch {batch}, {size}²"
-
-    def make(kind: Kind) -> nn.Module:
-        return make_block(kind, layers, channels, growth)
-
-    return Case(label, (batch, channels, size, size), make)
+    make = partial(make_block, layers=layers, channels=channels, growth=growth)
+    return Case(label, (batch, channels, size, size), make, **options)
 
 
-def make_block(kind: Kind, layers: int, channels: int, growth: int) -> nn.Module:
+def make_block(kind: Kind, layers: int, channels: int, growth: int, **options: Any) -> nn.Module:
     if kind == "naive":
         return DenseBlock(layers, channels, BN_SIZE, growth)
     if kind == "torchvision":
         return _DenseBlock(layers, channels, BN_SIZE, growth, 0.0, memory_efficient=True)
-    return EfficientDenseBlock(layers, channels, BN_SIZE, growth, recompute=kind)
+    return EfficientDenseBlock(layers, channels, BN_SIZE, growth, recompute=kind, **options)
 
 
-def make_densenet121(kind: Kind) -> nn.Module:
+def make_network(
+    kind: Kind, growth: int, layers: tuple[int, ...], features: int, **options: Any
+) -> nn.Module:
+    """A DenseNet for images, torchvision's or ours."""
     if kind in ("naive", "torchvision"):
-        return torchvision.models.densenet121(memory_efficient=kind == "torchvision")
-    return densenet121(recompute=kind)
+        flag = kind == "torchvision"
+        return torchvision.models.DenseNet(growth, layers, features, memory_efficient=flag)
+    return DenseNet(growth, layers, features, recompute=kind, **options)
 
+
+DENSENET_121 = partial(make_network, growth=32, layers=(6, 12, 24, 16), features=64)
 
 CASES = (
     block("few wide maps", 24, 256, 32, 8, 14),
@@ -161,5 +199,5 @@ CASES = (
     block("more narrow maps", 32, 24, 12, 16, 32),
     block("large maps", 6, 64, 32, 8, 56),
     block("deep", 48, 24, 12, 8, 32),
-    Case("DenseNet-121, batch 8, 224²", (8, 3, 224, 224), make_densenet121),
+    Case("DenseNet-121, batch 8, 224²", (8, 3, 224, 224), DENSENET_121),
 )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import random
 import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from statistics import median, quantiles
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import COMPETITORS, DEVICE, FLOOR, NAIVE, Case, Competitor, Subject
@@ -25,6 +29,7 @@ COARSE = {"output": 1e-4, "input.grad": 3e-2, "parameters.grad": 3e-2}
 In float32 a rectifier whose input is all but zero opens in one model and not in the other, so
 that the naive DenseNet-121's own gradients differ by 1.5% between its two memory formats.
 """
+OUT_OF_MEMORY = "out of memory"
 SECONDS_PER_CASE = 8.0
 ROUNDS = (5, 15)
 """Fewest and most interleaved rounds; between them, as many as ``SECONDS_PER_CASE`` allows."""
@@ -59,35 +64,100 @@ class Row:
         return self.first_seconds - self.median
 
 
+class Judge(Protocol):
+    """Says what is wrong with a competitor, or ``None``."""
+
+    def before(self, competitor: Competitor) -> str | None:
+        """On a step smaller than the one that will be timed."""
+
+    def after(self, subject: Subject) -> str | None:
+        """On the very step that will be timed."""
+
+
+class SharpJudge:
+    """Judges in float64 on a batch of two, and the timed step in float32, by the naive model."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._truth = coarse(case.subject(NAIVE))
+        self._small_truth = results(case.small_subject(NAIVE))
+
+    def before(self, competitor: Competitor) -> str | None:
+        return check(results(self._case.small_subject(competitor)), self._small_truth, SHARP)
+
+    def after(self, subject: Subject) -> str | None:
+        return check(coarse(subject), self._truth, COARSE)
+
+
+Rows = dict[Competitor, Row]
+Tell = Callable[[Rows, Competitor | None], None]
+
+
 @cache
-def run(case: Case) -> dict[Competitor, Row]:
+def run(case: Case) -> Rows:
     """Every competitor on ``case``, and the floor: the right ones measured, all interleaved."""
+    return compete(case, COMPETITORS, SharpJudge(case))
+
+
+def compete(
+    case: Case,
+    competitors: Sequence[Competitor],
+    judge: Judge,
+    tell: Tell = lambda rows, competitor: None,
+) -> Rows:
+    """Measure those ``competitors`` on ``case`` that are right, and the floor, interleaved.
+
+    Who is wrong, or raises an error, has that as its failure. ``tell`` is called with the rows
+    before anything is done with a competitor, and with ``None`` before all are timed.
+
+    Raises:
+        RuntimeError: if a competitor left the device unusable.
+    """
     torch.compiler.reset()  # compiled code of another case would hide this one's compile time
-    rows = {competitor: Row(case.name, competitor) for competitor in (*COMPETITORS, FLOOR)}
-    truth, small_truth = coarse(case.subject(NAIVE)), results(case.small_subject(NAIVE))
+    rows = {competitor: Row(case.name, competitor) for competitor in (*competitors, FLOOR)}
     subjects: dict[Competitor, Subject | ConvolutionsAlone] = {FLOOR: case.floor()}
     seconds_per_round = 0.0
-    for competitor in COMPETITORS:
+    for competitor in competitors:
         row = rows[competitor]
+        tell(rows, competitor)
         try:
             subject = case.subject(competitor)
-            row.failure = check(results(case.small_subject(competitor)), small_truth, SHARP)
+            row.failure = judge.before(competitor)
             row.first_seconds = timed(subject)
-            row.failure = row.failure or check(coarse(subject), truth, COARSE)
+            row.failure = row.failure or judge.after(subject)
             if row.failure is None:
                 seconds_per_round += weigh(subject, row)
                 subjects[competitor] = subject
         except torch.OutOfMemoryError:
-            row.failure = "out of memory"
+            row.failure = OUT_OF_MEMORY
+        except Exception as error:
+            traceback.print_exc()
+            row.failure = told(error)
+            synchronize()  # raises if no one can use the device any more
+    tell(rows, None)
     for competitor, seconds in interleaved(subjects, rounds(seconds_per_round)).items():
         rows[competitor].seconds = seconds
     return rows
 
 
+def told(error: BaseException) -> str:
+    """An error in one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:300]
+
+
+def synchronize() -> None:
+    """Wait for the device, and hear of its errors."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def results(subject: Subject) -> dict[str, Tensor]:
     """Output and all gradients of one step, by name."""
     subject.clear()
-    found = {"output": subject.step().detach(), "input.grad": subject.x.grad}
+    found = {"output": subject.step().detach()}
+    if subject.x.requires_grad:
+        found["input.grad"] = subject.x.grad
     for name, parameter in subject.model.named_parameters():
         found[f"{name}.grad"] = parameter.grad
     subject.clear()
@@ -97,9 +167,8 @@ def results(subject: Subject) -> dict[str, Tensor]:
 def coarse(subject: Subject) -> dict[str, Tensor]:
     """As :func:`results`, with the gradients of all parameters in one vector."""
     found = results(subject)
-    output, of_input, *of_parameters = found.values()
-    together = torch.cat([gradient.flatten() for gradient in of_parameters])
-    return {"output": output, "input.grad": of_input, "parameters.grad": together}
+    own = {name: found.pop(name) for name in ("output", "input.grad") if name in found}
+    return own | {"parameters.grad": torch.cat([grad.flatten() for grad in found.values()])}
 
 
 def check(
@@ -123,23 +192,54 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def weigh(subject: Subject, row: Row) -> float:
     """Fill in the memory of one step; returns about how many seconds it takes."""
-    report = measure(subject.model, subject.x)
-    row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
+    if DEVICE.type == "cuda":
+        row.kept, row.peak = counted(subject)
+        seconds = timed(subject)
+    else:
+        report = measure(subject.model, subject.x, autocast=subject.autocast)
+        row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
+        seconds = report.seconds or 0.0
     row.convolution_share = convolution_share(subject)
-    return report.seconds or 0.0
+    return seconds
+
+
+def counted(subject: Subject) -> tuple[int, int]:
+    """Bytes kept and at the peak of a step, above those before it, by the CUDA allocator's count.
+
+    Unlike :func:`measure` it copies no model and profiles nothing.
+    """
+    subject.clear()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = subject.forward()
+    kept = torch.cuda.memory_allocated()
+    output.backward(subject.upstream)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    subject.clear()
+    return kept - before, peak - before
 
 
 def convolution_share(subject: Subject) -> float:
-    """The part of a step's time that operators spend in convolutions, from ``torch.profiler``."""
+    """The part of a step's time that operators spend in convolutions, from ``torch.profiler``.
+
+    On a GPU its kernels' time, of those that operators named so have launched.
+    """
     activities = [ProfilerActivity.CPU]
     if DEVICE.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         timed(subject)
     events = profiler.key_averages()
-    spent = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
-    convolutions = sum(getattr(e, spent) for e in events if "convolution" in e.key)
-    return convolutions / max(sum(getattr(e, spent) for e in events), 1)
+    on_gpu = DEVICE.type == "cuda"
+    spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    operators = [e for e in events if e.device_type == DeviceType.CPU]
+    # An operator's device time is that of its kernels, which are events of their own too.
+    all_of_it = [e for e in events if e.device_type == DeviceType.CUDA] if on_gpu else operators
+    convolutions = sum(getattr(e, spent) for e in operators if "convolution" in e.key)
+    return convolutions / max(sum(getattr(e, spent) for e in all_of_it), 1)
 
 
 def rounds(seconds_per_round: float) -> int:
@@ -158,10 +258,15 @@ def interleaved(
     order = list(subjects)
     shuffle = random.Random(0).shuffle
     times: dict[Competitor, list[float]] = {competitor: [] for competitor in order}
-    for _ in range(count):
-        shuffle(order)
-        for competitor in order:
-            times[competitor].append(timed(subjects[competitor]))
+    gc.collect()
+    gc.freeze()  # what lives now is not searched again before every step
+    try:
+        for _ in range(count):
+            shuffle(order)
+            for competitor in order:
+                times[competitor].append(timed(subjects[competitor]))
+    finally:
+        gc.unfreeze()
     return times
 
 

@@ -1,7 +1,7 @@
 """Train at the edge of a metered budget: the planned size fits, one size up does not.
 
-    python scripts/edge_of_budget.py                                # deepest networks in 128 MiB
-    python scripts/edge_of_budget.py --budget 2GiB --batch-size 64 --modes naive checkpointed
+    python -m scripts.edge_of_budget                                # deepest networks in 128 MiB
+    python -m scripts.edge_of_budget --budget 2GiB --batch-size 64 --modes naive checkpointed
 
 For each mode the deepest DenseNet-BC (k=12, 32x32) is planned; then one real step of it runs within
 the budget, and one of the next deeper network, which must run out of it. Exit status 1 if not so.
@@ -10,16 +10,20 @@ the budget, and one of the next deeper network, which must run out of it. Exit s
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 
 from efficient_densenet import plan
-from efficient_densenet.budget import BudgetExceeded, enforce
-from efficient_densenet.config import format_size, make_optimizer, parse_size
+from efficient_densenet.budget import enforce
+from efficient_densenet.config import AUTOCAST, format_size, make_optimizer, parse_size
 from efficient_densenet.planner import MODES, Work
+
+CPU = torch.device("cpu")
 
 
 def main() -> int:
@@ -43,9 +47,9 @@ def edge(mode: str, budget: int, sizes: dict[str, int]) -> bool:
     """Whether the plan's edge is the real one; prints both."""
     fit = plan(budget, device="cpu", modes=[mode], **sizes)[mode]
     start = time.perf_counter()
-    peak = step(Work("cifar-bc", 32, depth=fit.largest, **sizes), mode, budget)
+    peak = step_within(Work("cifar-bc", 32, depth=fit.largest, **sizes), mode, budget, CPU)
     seconds = time.perf_counter() - start
-    above = step(Work("cifar-bc", 32, depth=fit.next, **sizes), mode, budget)
+    above = step_within(Work("cifar-bc", 32, depth=fit.next, **sizes), mode, budget, CPU)
     told = "does not fit" if peak is None else f"fits with {format_size(peak)}"
     print(
         f"{mode:12}  depth {fit.largest:4} {told} (planned {format_size(fit.peak)}), "
@@ -57,23 +61,40 @@ def edge(mode: str, budget: int, sizes: dict[str, int]) -> bool:
     return peak is not None and above is None
 
 
-def step(work: Work, mode: str, budget: int) -> int | None:
-    """Peak bytes of two training steps, ``None`` if they pass the budget."""
-    network = work.build(mode)
-    optimizer = make_optimizer(network.parameters(), lr=0.1)
-    images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
-    labels = torch.arange(work.batch_size) % work.classes
-    resident = [*network.parameters(), *network.buffers(), images, labels]
+def step_within(work: Work, mode: str, budget: int, device: torch.device) -> int | None:
+    """Peak bytes of two training steps held to ``budget``, ``None`` if they run out of it.
+
+    On CUDA all that the process has reserved counts: call it where nothing else lives there.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
-        with enforce(budget, images.device, resident) as meter:
-            for _ in range(2):  # the second with the optimizer's state in place
-                F.cross_entropy(network(images), labels).backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-    except BudgetExceeded:
+        return _peak(work, mode, budget, device)
+    except torch.OutOfMemoryError:
         return None
-    assert meter is not None
-    return meter.peak
+
+
+def _peak(work: Work, mode: str, budget: int, device: torch.device) -> int:
+    # cuDNN would copy contiguous maps, and the plan knows nothing of that.
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    with device:
+        network = work.build(mode).to(memory_format=layout)
+        images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
+        labels = torch.arange(work.batch_size) % work.classes
+    images = images.to(memory_format=layout)
+    optimizer = make_optimizer(network.parameters(), lr=0.1)
+    dtype = AUTOCAST.get(work.precision)
+    resident = [*network.parameters(), *network.buffers(), images, labels]
+    with enforce(budget, device, resident) as meter:
+        for _ in range(2):  # the second with the optimizer's state in place
+            with torch.autocast(device.type, dtype) if dtype else nullcontext():
+                loss = F.cross_entropy(network(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated() if meter is None else meter.peak
 
 
 if __name__ == "__main__":

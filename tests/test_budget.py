@@ -178,10 +178,10 @@ def test_memory_that_runs_out_anywhere_leaves_nothing(mode: str) -> None:
 
 
 def test_the_edge_of_the_plan_is_the_edge_of_the_budget() -> None:
-    script = Path(__file__).parent.parent / "scripts" / "edge_of_budget.py"
     options = "--budget 8MiB --batch-size 4 --growth-rate 4"
-    command = [sys.executable, str(script), *options.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "scripts.edge_of_budget", *options.split()]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("runs out of memory") == len(MODES)
 

@@ -1,0 +1,394 @@
+"""The parts: what is tested, trained, weighed, timed and filled, each as one function of a job."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.cases import DEVICE, Case, Competitor
+from benchmarks.gpu.runner import Job, PartFailed
+from benchmarks.instruments import OUT_OF_MEMORY, Row, Rows, compete, synchronize, told
+from benchmarks.precision import PrecisionJudge
+from efficient_densenet.config import AUTOCAST, make_optimizer
+from efficient_densenet.memory import GRANULARITY, estimate, measure
+from efficient_densenet.planner import MODES, Work, plan_work
+from scripts.edge_of_budget import step_within
+
+LEARNING_RATE = 0.01
+LOSS_TOLERANCE = 0.05
+"""Relative difference allowed between the first losses of two ways to train the same network."""
+MOST_KERNELS = 12
+BEYOND_THE_PLAN = 0.03
+MOST_TRIES = 5
+STATISTICS = "num_batches_tracked"
+
+Varies = Literal["batch", "depth"]
+
+
+def tests(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
+    """The tests that pytest's ``arguments`` select; what failed, with its message.
+
+    Raises:
+        PartFailed: if one failed, or none ran.
+    """
+    import pytest
+
+    tally = _Tally(job)
+    without = [f"--deselect={test}" for test in job.without]
+    pytest.main(["-q", "-p", "no:cacheprovider", *without, *arguments], [tally])
+    job.tell(tally.result())
+    failed, passed = len(tally.failures), tally.outcomes["passed"]
+    if failed or not passed:
+        raise PartFailed(f"{failed} tests failed, {passed} passed")
+    return tally.result()
+
+
+class _Tally:
+    """A plugin of pytest's that counts outcomes and keeps the messages of failures."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.outcomes = job, Counter[str]()
+        self.failures = [{"test": test, "error": error} for test, error in job.without.items()]
+
+    def result(self) -> dict[str, Any]:
+        return {"outcomes": dict(self.outcomes), "failures": self.failures}
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.job.tell(self.result(), running=nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self._note(report)
+        if report.failed or report.skipped or report.when == "call":
+            self.outcomes[report.outcome] += 1
+
+    def pytest_collectreport(self, report: Any) -> None:
+        self._note(report)
+
+    def _note(self, report: Any) -> None:
+        if report.failed:
+            error = str(report.longrepr)[-1500:]
+            self.failures.append({"test": report.nodeid, "error": error})
+
+
+T = TypeVar("T")
+
+
+def _fill_rows(
+    job: Job,
+    result: dict[str, Any],
+    wanted: Iterable[T],
+    fill: Callable[[T, dict[str, Any]], None],
+) -> None:
+    """Add a row to ``result["rows"]`` for each thing wanted; an error is the row's failure."""
+    for thing in wanted:
+        name = str(thing)
+        row: dict[str, Any] = {"name": name, "failure": job.without.get(name)}
+        result["rows"].append(row)
+        if row["failure"]:
+            continue
+        job.tell(result, running=name)
+        try:
+            fill(thing, row)
+        except Exception as error:
+            traceback.print_exc()
+            row["failure"] = told(error)
+            synchronize()  # raises if no one can use the device any more
+    job.tell(result)
+
+
+def training(
+    job: Job, case: Case, competitors: Sequence[Competitor], classes: int, steps: int
+) -> dict[str, Any]:
+    """Some steps of SGD on one batch: the loss falls, and starts where the naive network's does.
+
+    Raises:
+        PartFailed: if it does not, or if a norm counted other batches than there were.
+    """
+    result = {"case": case.name, "steps": steps, "learning_rate": LEARNING_RATE, "rows": []}
+
+    def fill(competitor: Competitor, row: dict[str, Any]) -> None:
+        row |= _train(case, competitor, classes, steps)
+        row["failure"] = _untrained(row, result["rows"][0], steps)
+
+    _fill_rows(job, result, competitors, fill)
+    if wrong := [row["name"] for row in result["rows"] if row["failure"]]:
+        raise PartFailed(f"not trained: {', '.join(wrong)}")
+    return result
+
+
+def _train(case: Case, competitor: Competitor, classes: int, steps: int) -> dict[str, Any]:
+    subject = case.subject(competitor)
+    optimizer = make_optimizer(subject.model.parameters(), lr=LEARNING_RATE)
+    labels = torch.arange(case.shape[0], device=DEVICE) % classes
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(subject.forward().float(), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    buffers = subject.model.named_buffers()
+    return {
+        "losses": [loss.item() for loss in losses],
+        "batches": sorted({int(b) for name, b in buffers if name.endswith(STATISTICS)}),
+    }
+
+
+def _untrained(row: dict[str, Any], naive: dict[str, Any], steps: int) -> str | None:
+    first, last = row["losses"][0], row["losses"][-1]
+    if not last < first:
+        return f"the loss goes from {first:.4f} to {last:.4f}"
+    expected = naive["losses"][0]
+    if abs(first - expected) > LOSS_TOLERANCE * abs(expected):
+        return f"the first loss is {first:.4f}, the naive network's {expected:.4f}"
+    if row["batches"] != [steps]:
+        return f"norms counted {row['batches']} batches in {steps} steps"
+    return None
+
+
+def memory(job: Job, works: Sequence[Work]) -> dict[str, Any]:
+    """Peak bytes of whole training steps, as estimated and as the allocator counted them.
+
+    All bytes count: parameters, gradients, the optimizer's state and the batch as well. What the
+    allocator handed out is ``allocated``, what it was asked for ``requested``; ``events`` is the
+    largest moment in the profiler's account of births and deaths.
+    """
+    result: dict[str, Any] = {"rows": []}
+    wanted = [Weighed(work, mode) for work in works for mode in MODES]
+
+    def fill(weighed: Weighed, row: dict[str, Any]) -> None:
+        row |= _peaks(weighed.work, weighed.mode)
+
+    _fill_rows(job, result, wanted, fill)
+    return result
+
+
+class Weighed(NamedTuple):
+    """A training step in one of the planner's modes."""
+
+    work: Work
+    mode: str
+
+    def __str__(self) -> str:
+        work = self.work
+        size = f"batch {work.batch_size}, {work.image_size}²"
+        return f"{work.model}, {size}, {work.precision}, {self.mode}"
+
+
+def _peaks(work: Work, mode: str) -> dict[str, Any]:
+    with DEVICE:
+        network = work.build(mode).to(memory_format=torch.channels_last)
+        images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
+        labels = torch.arange(work.batch_size) % work.classes
+    images = images.contiguous(memory_format=torch.channels_last)
+    options: dict[str, Any] = {
+        "target": labels,
+        "optimizer": partial(make_optimizer, lr=LEARNING_RATE),
+        "autocast": AUTOCAST.get(work.precision),
+    }
+    estimated = estimate(network, images, granularity=GRANULARITY, **options).peak.total
+    before = _resident()
+    report = measure(network, images, **options)
+    peaks = {"estimated": estimated, "events": report.peak.total}
+    for name, value, resident in zip(
+        ("allocated", "requested"), (report.allocated, report.requested), before, strict=True
+    ):
+        # The network itself is resident beside the copy that is measured; the batch is shared.
+        peaks[name] = None if value is None else value - resident + report.peak.inputs
+    return peaks
+
+
+def _resident() -> tuple[int, int]:
+    """Bytes that live on the device now: allocated, and requested."""
+    gc.collect()
+    if DEVICE.type != "cuda":
+        return 0, 0
+    torch.cuda.empty_cache()
+    stats = torch.cuda.memory_stats()
+    return stats["allocated_bytes.all.current"], stats["requested_bytes.all.current"]
+
+
+def bench(
+    job: Job, case: Case, competitors: Sequence[Competitor], judged_batch: int
+) -> dict[str, Any]:
+    """Time and memory of one step of every competitor that is right, all in one run, interleaved.
+
+    Memory that runs out is a result.
+
+    Raises:
+        PartFailed: if a competitor is wrong, or broke.
+    """
+    judge = PrecisionJudge(case, judged_batch)
+    broken = [c for c in competitors if str(c) in job.without]
+    missing = {c: Row(case.name, c, job.without[str(c)]) for c in broken}
+
+    def tell(rows: Rows, competitor: Competitor | None) -> None:
+        running = None if competitor is None else str(competitor)
+        job.tell(_as_json(case, judge, {**rows, **missing}), running)
+
+    rows = compete(case, [c for c in competitors if c not in missing], judge, tell)
+    result = _as_json(case, judge, {**rows, **missing})
+    job.tell(result)
+    wrong = [row for row in result["rows"] if row["failure"] not in (None, OUT_OF_MEMORY)]
+    if wrong:
+        raise PartFailed("; ".join(f"{row['name']}: {row['failure']}" for row in wrong))
+    return result
+
+
+def _as_json(case: Case, judge: PrecisionJudge, rows: Rows) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "batch": case.shape[0],
+        "precision": str(case.precision).removeprefix("torch."),
+        "errors_of_naive": judge.errors,
+        "rows": [_row(row) for row in rows.values()],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    values = asdict(row)
+    del values["competitor"], values["case"]
+    return {"name": str(row.competitor), **values}
+
+
+def launches(
+    job: Job, case: Case, competitors: Sequence[Competitor], layers: int
+) -> dict[str, Any]:
+    """How many kernels a layer launches, forward and backward, and which take the time.
+
+    On a CPU operators stand for kernels.
+    """
+    result: dict[str, Any] = {"case": case.name, "layers": layers, "rows": []}
+
+    def fill(competitor: Competitor, row: dict[str, Any]) -> None:
+        row |= _launches(case, competitor, layers)
+
+    _fill_rows(job, result, competitors, fill)
+    return result
+
+
+def _launches(case: Case, competitor: Competitor, layers: int) -> dict[str, Any]:
+    subject = case.subject(competitor)
+    for _ in range(2):
+        subject.step()
+        subject.clear()
+    forward, step = _kernels(subject.forward), _kernels(subject.step)
+    by_time = sorted(step.items(), key=lambda item: -item[1][1])
+    return {
+        "forward_per_layer": _count(forward) / layers,
+        "backward_per_layer": (_count(step) - _count(forward)) / layers,
+        "kernels": [
+            {"name": name[:100], "count": count, "microseconds": time}
+            for name, (count, time) in by_time[:MOST_KERNELS]
+        ],
+    }
+
+
+def _count(kernels: dict[str, tuple[int, float]]) -> int:
+    return sum(count for count, _ in kernels.values())
+
+
+def _kernels(run: Any) -> dict[str, tuple[int, float]]:
+    """By name, how often each kernel ran and for how many microseconds altogether."""
+    on_gpu = DEVICE.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    synchronize()
+    with profile(activities=activities) as profiler:
+        run()
+        synchronize()
+    kind, spent = (
+        (DeviceType.CUDA, "self_device_time_total")
+        if on_gpu
+        else (DeviceType.CPU, "self_cpu_time_total")
+    )
+    events = [e for e in profiler.key_averages() if e.device_type == kind]
+    return {e.key: (e.count, getattr(e, spent)) for e in events}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is the largest batch, or the deepest network, within ``budget`` bytes?"""
+
+    name: str
+    work: Work
+    varies: Varies
+    budget: int
+
+    def sized(self, size: int) -> Work:
+        changed = {"batch": "batch_size", "depth": "depth"}[self.varies]
+        return replace(self.work, **{changed: size})
+
+    @property
+    def unit(self) -> int:
+        """How far one size is from the next."""
+        return 1 if self.varies == "batch" else 6
+
+
+def plans(job: Job, questions: Sequence[Question], processes: int) -> dict[str, Any]:
+    """The planner's answer to every question and mode, from shapes, on as many processor cores."""
+    result: dict[str, Any] = {question.name: {} for question in questions}
+    with ProcessPoolExecutor(
+        min(processes, os.cpu_count() or 1), multiprocessing.get_context("spawn")
+    ) as pool:
+        asked = {pool.submit(_plan, q, mode): (q.name, mode) for q in questions for mode in MODES}
+        for answer in as_completed(asked):
+            name, mode = asked[answer]
+            result[name][mode] = answer.result()
+            job.tell(result)
+    return result
+
+
+def _plan(question: Question, mode: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    made = plan_work(question.work, question.varies, question.budget, DEVICE.type, [mode])
+    (fit,) = made.fits
+    return {"largest": fit.largest, "peak": fit.peak, "reserve": made.reserve}
+
+
+def limit(job: Job, question: Question, plan: str) -> dict[str, Any]:
+    """Training steps of what was planned, held to the budget, and of what is a little larger.
+
+    Raises:
+        PartFailed: if what was planned runs out of memory.
+    """
+    planned = job.earlier[plan][question.name]
+    rows: list[dict[str, Any]] = []
+    result = {
+        "question": question.name,
+        "varies": question.varies,
+        "budget": question.budget,
+        "precision": question.work.precision,
+        "rows": rows,
+    }
+    for mode in [mode for mode in MODES if mode in planned]:
+        row: dict[str, Any] = {"mode": mode, "planned": planned[mode], "tries": []}
+        rows.append(row)
+        job.tell(result)
+        for size in _sizes(planned[mode]["largest"], question.unit):
+            peak = step_within(question.sized(size), mode, question.budget, DEVICE)
+            row["tries"].append({"size": size, "peak": peak})
+            job.tell(result)
+            if peak is None:
+                break
+    if short := [row["mode"] for row in rows if row["tries"] and row["tries"][0]["peak"] is None]:
+        raise PartFailed(f"planned, and out of memory: {', '.join(short)}")
+    return result
+
+
+def _sizes(planned: int, unit: int) -> list[int]:
+    """The planned size and some above it."""
+    rise = max(round(planned * BEYOND_THE_PLAN / unit), 1) * unit
+    return [planned + i * rise for i in range(MOST_TRIES)] if planned else []

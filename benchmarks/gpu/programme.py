@@ -1,0 +1,173 @@
+"""Which parts run, in which order and for how long: on a GPU, and in a rehearsal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.cases import (
+    DENSENET_121,
+    NAIVE,
+    NAIVE_CHANNELS_LAST,
+    Case,
+    Competitor,
+    block,
+    make_network,
+)
+from benchmarks.gpu import parts
+from benchmarks.gpu.parts import Question
+from benchmarks.gpu.runner import Part
+from efficient_densenet.planner import Work
+
+BF16 = torch.bfloat16
+OURS = tuple(
+    Competitor(kind, channels_last=True, kernels=kernels)
+    for kind in ("norm", "bottleneck")
+    for kernels in ("eager", "triton")
+)
+PLAIN = (
+    NAIVE,
+    NAIVE_CHANNELS_LAST,
+    Competitor("torchvision", channels_last=True),
+    *OURS,
+)
+TRAINED = (NAIVE_CHANNELS_LAST, *OURS)
+
+SMALL = {"growth": 32, "features": 64}
+DENSENET_201 = partial(make_network, layers=(6, 12, 48, 32), **SMALL)
+DENSENET_264 = partial(make_network, layers=(6, 12, 64, 48), **SMALL)
+PLAN = "plan"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What tells a rehearsal from the real run."""
+
+    block: tuple[int, int, int, int, int]
+    networks: dict[str, Any]
+    batches: tuple[int, int]
+    image: int
+    classes: int
+    judged_batch: int
+    works: tuple[Work, ...]
+    questions: tuple[Question, ...]
+    planners: int
+    tests: tuple[str, ...] = ("-m", "cuda")
+    backend: str = "inductor"
+
+
+REAL = Scale(
+    block=(12, 128, 32, 64, 28),
+    networks={
+        "DenseNet-121": DENSENET_121,
+        "DenseNet-201": DENSENET_201,
+        "DenseNet-264": DENSENET_264,
+    },
+    batches=(64, 256),
+    image=224,
+    classes=1000,
+    judged_batch=8,
+    works=tuple(
+        Work("densenet121", 224, 64, classes=1000, precision=precision)
+        for precision in ("bf16-mixed", "32-true")
+    ),
+    questions=(
+        Question(
+            "largest batch of DenseNet-121, 224², in 8 GiB",
+            Work("densenet121", 224, classes=1000),
+            "batch",
+            8 << 30,
+        ),
+        Question(
+            "deepest DenseNet-BC, k=24, batch 256, 32², in 8 GiB",
+            Work("cifar-bc", 32, 256, 100, 24),
+            "depth",
+            8 << 30,
+        ),
+    ),
+    planners=8,
+)
+
+REHEARSAL = Scale(
+    block=(1, 8, 4, 2, 4),
+    networks={
+        name: partial(make_network, growth=4, layers=(1, 1), features=8)
+        for name in ("tiny", "tiny too")
+    },
+    batches=(2, 4),
+    image=32,
+    classes=10,
+    judged_batch=2,
+    works=(Work("cifar-bc", 8, 4, 10, 4, precision="bf16-mixed"),),
+    questions=(
+        Question("largest batch", Work("cifar-bc", 8, depth=10, growth_rate=4), "batch", 300 << 10),
+        Question("deepest", Work("cifar-bc", 8, 4, 10, 4), "depth", 300 << 10),
+    ),
+    planners=1,
+    tests=("-m", "not slow", "tests/test_compare.py"),
+    backend="aot_eager",
+)
+
+
+def programme(scale: Scale) -> list[Part]:
+    """All parts in order: what matters most and takes least comes first."""
+    second = _block(scale)
+    first, *deeper = scale.networks
+    few, many = scale.batches
+    network = partial(_network, scale)
+    bench = partial(_bench, scale)
+    training = partial(
+        parts.training,
+        case=network(first, few, BF16),
+        competitors=TRAINED,
+        classes=scale.classes,
+        steps=8,
+    )
+    launches = partial(parts.launches, case=second, competitors=PLAIN, layers=scale.block[0])
+    plan = partial(parts.plans, questions=scale.questions, processes=scale.planners)
+    return [
+        Part("tests", partial(parts.tests, arguments=scale.tests), 100, leaves_traces=True),
+        Part("training", training, 50),
+        Part("memory", partial(parts.memory, works=scale.works), 60),
+        Part(PLAN, plan, 150, beside=True),
+        bench(second, 50),
+        bench(network(first, few, BF16), 50),
+        bench(network(first, few, None), 50),
+        bench(network(first, many, BF16), 50),
+        Part("launches", launches, 30),
+        *(bench(network(name, few, BF16), 50) for name in deeper),
+        *(Part(q.name, partial(parts.limit, question=q, plan=PLAN), 45) for q in scale.questions),
+        _compiled(scale, second, 60),
+        _compiled(scale, network(first, few, BF16), 130),
+        *(bench(network(name, few, None), 50) for name in deeper),
+    ]
+
+
+def _block(scale: Scale) -> Case:
+    case = block("second block of DenseNet-121", *scale.block, autocast=BF16)
+    return replace(case, name=f"{case.name}, bf16")
+
+
+def _network(scale: Scale, name: str, batch: int, autocast: torch.dtype | None) -> Case:
+    label = f"{name}, batch {batch}, {scale.image}², {'bf16' if autocast else 'fp32'}"
+    shape = (batch, 3, scale.image, scale.image)
+    return Case(label, shape, scale.networks[name], autocast, inner=False)
+
+
+def _compiled(scale: Scale, case: Case, allowance: float) -> Part:
+    """Few competitors and the compiled one, which comes last: it may be cut off."""
+    ours = [c for c in OURS if c.kernels == "triton"]
+    compiled = Competitor("naive", channels_last=True, compiled=True, backend=scale.backend)
+    case = replace(case, name=f"{case.name}, with torch.compile")
+    return _bench(scale, case, allowance, (NAIVE_CHANNELS_LAST, *ours, compiled))
+
+
+def _bench(
+    scale: Scale, case: Case, allowance: float, competitors: Sequence[Competitor] = PLAIN
+) -> Part:
+    run = partial(parts.bench, case=case, competitors=competitors, judged_batch=scale.judged_batch)
+    return Part(case.name, run, allowance)
