@@ -15,6 +15,7 @@ from benchmarks.cases import (
     Competitor,
     make_block,
 )
+from benchmarks.goals import table as table_of_goals
 from benchmarks.instruments import Row
 from efficient_densenet.memory import StepReport, estimate
 
@@ -48,8 +49,9 @@ Results = Sequence[dict[Competitor, Row]]
 def markdown(results: Results, conditions: dict[str, str]) -> str:
     """One table per case and the conditions of the run."""
     tables = [f"### {name(rows)}\n\n{table(rows)}" for rows in results]
+    goals = f"### Goals\n\n{aligned(table_of_goals(results))}"
     lines = [f"- {key}: {value}" for key, value in conditions.items()]
-    return "\n\n".join([*tables, "Conditions:\n\n" + "\n".join(lines)]) + "\n"
+    return "\n\n".join([*tables, goals, "Conditions:\n\n" + "\n".join(lines)]) + "\n"
 
 
 def name(rows: dict[Competitor, Row]) -> str:

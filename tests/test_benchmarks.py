@@ -12,7 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 
-from benchmarks import instruments, report
+from benchmarks import goals, instruments, report
 from benchmarks.cases import (
     CASES,
     COMPETITORS,
@@ -173,6 +173,18 @@ def test_lost_comparisons_are_marked_and_only_those() -> None:
     assert report.cells(rows_with(0.5)[NORM], rows_with(0.5))[-1] == ""
     note = report.cells(rows_with(1.5)[NORM], rows_with(1.5))[-1]
     assert note == "LOSES: time / naive c.l."
+
+
+def test_goals_that_are_missed_are_bold() -> None:
+    for seconds, shown in ((1.0, "0.50"), (1.5, "**0.75**")):
+        rows = rows_with(seconds)
+        rows[FLOOR] = instruments.Row("case", FLOOR, seconds=[0.8] * 3)
+        header, cells = goals.table([rows])
+        row = dict(zip(header, cells, strict=True))
+        assert row["norm / naive (goal 0.60)"] == shown
+        assert row["norm / naive compiled (goal 0.85)"] == ""
+        assert row["convolutions alone / naive"] == "0.40"
+        assert row["norm beyond them, ms"] == f"{1e3 * (seconds - 0.8):.0f}"
 
 
 def test_table_is_rectangular_markdown() -> None:
