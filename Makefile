@@ -26,8 +26,9 @@ train: setup data
 	$(bin)/efficient-densenet train --model cifar-bc --depth 250 --growth-rate 6 --resize 14 \
 		--batch-size 64 --train-size 1920 --epochs 3 --data-dir $(DATA) --out $(OUT) --resume
 
+# A process for each core, with one thread each.
 test: setup
-	$(bin)/python -m pytest
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: setup
 	$(bin)/ruff check

@@ -17,7 +17,7 @@ setup(
     install_requires=["torch>=2.6", "torchvision"],
     extras_require={
         "train": ["lightning>=2.4", "matplotlib", "rich"],
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"],
+        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"],
         "compat": ["timm", "monai", "torchxrayvision", "segmentation-models-pytorch"],
     },
     entry_points={"console_scripts": ["efficient-densenet = efficient_densenet.cli:main"]},
