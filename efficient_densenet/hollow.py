@@ -66,7 +66,7 @@ def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
 
 @cache
 def _only_reads(func: Any) -> bool:
-    """Whether an operator writes into none of its arguments and returns none of them."""
+    """Whether an operator writes into no argument, and says of no result that it is one."""
     schema = func._schema
     return all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
 

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,10 +73,11 @@ class LiveMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _ADD and not kwargs and self._engine_would_add_in_place(*args):
             return _add_in_place(*args)
-        self._operator = _name(func)
-        if _only_views(func):
+        traits = _traits(func)
+        self._operator = traits.name
+        if traits.views:
             return func(*args, **kwargs)  # no storage is born
-        target = _overwritten(func, args, kwargs)
+        target = traits.target(args, kwargs)
         if target is not None and target.numel() and is_hollow(target):
             return target  # neither here, and there is nothing to compute
         result = self._operators.run(func, args, kwargs)
@@ -175,26 +176,31 @@ def _add_in_place(old: Tensor, new: Tensor) -> Tensor:
     return old if is_hollow(old) else old.add_(new)
 
 
-@cache
-def _name(func: Any) -> str:
-    return str(func)
+class _Traits(NamedTuple):
+    """What the meter asks of an operator.
+
+    ``views``: it returns views of its arguments and nothing else, whatever they are. ``written``:
+    position or keyword of the argument that it writes into and returns, if that is all it does.
+    """
+
+    name: str
+    views: bool
+    written: int | str | None
+
+    def target(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The tensor that the operator writes into and returns."""
+        if self.written is None:
+            return None
+        return kwargs.get(self.written) if isinstance(self.written, str) else args[self.written]
 
 
-@cache
-def _only_views(func: Any) -> bool:
-    """Whether an operator returns views of its arguments and nothing else, whatever they are."""
-    return func.is_view and not func._can_decompose()
+@cache  # once for each operator: there are few, and they are called hundreds of thousands of times
+def _traits(func: Any) -> _Traits:
+    views = func.is_view and not func._can_decompose()
+    return _Traits(str(func), views, _written_argument(func))
 
 
-def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor that an operator writes into and returns, if that is all it does."""
-    where = _written_argument(func)
-    return kwargs.get(where) if isinstance(where, str) else None if where is None else args[where]
-
-
-@cache
 def _written_argument(func: Any) -> int | str | None:
-    """Position or keyword of the one argument that an operator writes into and returns."""
     schema = func._schema
     written = [
         argument.name if argument.kwarg_only else position

@@ -1,0 +1,90 @@
+"""What is made up of shapes seen before is what PyTorch would return."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efficient_densenet.hollow import Operators, tensors_of
+
+aten = torch.ops.aten
+
+
+def empty(*shape: int, dtype=torch.float32, memory_format=torch.contiguous_format) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype, memory_format=memory_format)
+
+
+def form(result):
+    if isinstance(result, torch.Tensor):
+        return result.shape, result.stride(), result.dtype, result.untyped_storage().nbytes()
+    if isinstance(result, (list, tuple)):
+        return type(result), [form(part) for part in result]
+    return result
+
+
+def storages(result) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors_of((result,))}
+
+
+MAPS = empty(4, 6, 5, 5, memory_format=torch.channels_last)
+GEOMETRY = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+CALLS = {
+    "broadcast": (aten.mul.Tensor, (MAPS, empty(6, 1, 1))),
+    "promoted": (aten.add.Tensor, (MAPS, empty(6, 1, 1, dtype=torch.float64))),
+    "reduced": (aten.sum.dim_IntList, (MAPS, [0, 2, 3])),
+    "list of tensors": (aten.cat.default, ([MAPS, MAPS], 1)),
+    "several results": (aten.var_mean.correction, (MAPS, [0, 2, 3])),
+    "declined results": (
+        aten.convolution_backward.default,
+        (*(MAPS, MAPS, empty(6, 6, 1, 1), None), *GEOMETRY, [True, False, False]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("func", "args"), CALLS.values(), ids=CALLS)
+def test_a_call_that_is_repeated_returns_the_same_in_new_storage(func, args) -> None:
+    operators = Operators()
+    expected = func(*args)
+    first, again = (operators.run(func, args, {}) for _ in range(2))
+    assert form(again) == form(first) == form(expected)
+    assert not storages(first) & storages(again)
+
+
+def test_numbers_that_are_equal_but_of_another_type_are_kept_apart() -> None:
+    operators, x = Operators(), empty(3, dtype=torch.int64)
+    made = [operators.run(aten.add.Tensor, (x, number), {}).dtype for number in (1, 1.0, 1, 1.0)]
+    assert made == [torch.int64, torch.float32] * 2
+
+
+def test_a_view_that_is_not_declared_as_one_stays_a_view() -> None:
+    operators, x = Operators(), empty(6)
+    for _ in range(2):
+        y = operators.run(aten._unsafe_view.default, (x, [2, 3]), {})
+        assert y.untyped_storage()._cdata == x.untyped_storage()._cdata
+
+
+def test_values_are_computed_every_time() -> None:
+    operators = Operators()
+    for value in (1.0, 2.0):
+        x = torch.full((3,), value)
+        assert operators.run(aten.mul.Tensor, (x, x), {}).tolist() == [value**2] * 3
+        assert operators.run(aten._local_scalar_dense.default, (x[0],), {}) == value
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("mask", [(True, True, True), (False, True, True)], ids=["all", "vectors"])
+def test_batch_norm_has_the_shapes_of_the_real_one(affine: bool, mask) -> None:
+    def forms(device: str):
+        x = torch.ones(4, 6, 5, 5, device=device).to(memory_format=torch.channels_last)
+        weight = torch.ones(6, device=device) if affine else None
+        operators = Operators()
+        norm = (x, weight, weight, None, None, True, 0.1, 1e-5)
+        result = operators.run(aten.native_batch_norm.default, norm, {})
+        gradients = operators.run(
+            aten.native_batch_norm_backward.default,
+            (x, x, weight, None, None, *result[1:], True, 1e-5, mask),
+            {},
+        )
+        return form(result), form([g for g in gradients if g is not None])
+
+    assert forms("meta") == forms("cpu")
