@@ -1,21 +1,22 @@
 """The recomputing functions as autograd sees them: what is saved, returned and refused.
 
 The mathematics is in ``docs/derivation.md``; the passes are in ``forward.py`` and ``backward.py``.
+What is being compiled takes ``operators.py`` instead of the functions here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from efficient_densenet import operators
 from efficient_densenet.backward import BlockBackward, StemBackward
-from efficient_densenet.forward import Saved, forward_block, forward_stem
+from efficient_densenet.forward import Saved, features_at_border, forward_block, forward_stem
 from efficient_densenet.kernels.interface import Conv, Statistics
+from efficient_densenet.operators import outside_autocast
 from efficient_densenet.spec import BlockSpec, StemSpec, UnitTensors
 
 
@@ -39,11 +40,15 @@ def dense_block(
     none or its norm uses running ones). Running statistics are the caller's to update. Dropout
     draws its seeds from torch's default generator; there is no other side effect.
     """
+    flat = [tensor for unit in units for tensor in unit]
+    if torch.compiler.is_compiling():
+        out, saved = operators.dense_block(spec, x, flat)
+        return out, saved.statistics, saved.bottleneck_statistics
     drops = any(layer.drop_rate > 0 for layer in spec.layers)
     seeds = torch.randint(2**62, (len(spec.layers),)).tolist() if drops else [0] * len(spec.layers)
-    flat = [tensor for unit in units for tensor in unit]
-    out, mean, var, *vectors = _DenseBlock.apply(spec, seeds, x, *flat)
-    return out, Statistics(mean, var), _paired(vectors)
+    out, *kept = _DenseBlock.apply(spec, seeds, x, *flat)
+    saved = Saved.of(spec, features_at_border(spec, x, out), kept)
+    return out, saved.statistics, saved.bottleneck_statistics
 
 
 def stem(x: Tensor, spec: StemSpec, tensors: UnitTensors) -> tuple[Tensor, Statistics | None, int]:
@@ -56,68 +61,81 @@ def stem(x: Tensor, spec: StemSpec, tensors: UnitTensors) -> tuple[Tensor, Stati
     Returns the result, and of the convolution's the statistics (``None`` if the norm uses running
     ones) and how many values a channel has. Nothing here has side effects.
     """
-    out, mean, var, count = _Stem.apply(spec, x, *tensors)
-    (statistics,) = _paired([mean, var])
-    return out, statistics, count
+    count = x.shape[0] * spec.conv.positions(x.shape[2:], tensors.conv_weight.shape[2:])
+    if torch.compiler.is_compiling():
+        return *operators.stem(spec, x, tensors), count
+    out, *vectors = _Stem.apply(spec, x, *tensors)
+    return out, Statistics(*vectors) if vectors else None, count
 
 
-class _DenseBlock(torch.autograd.Function):
+class _Recomputing(torch.autograd.Function):
+    """Base of functions whose first output alone is differentiable, and once."""
+
     @staticmethod
-    def forward(
-        ctx: Any, spec: BlockSpec, seeds: list[int], x: Tensor, *flat: Tensor | None
-    ) -> Any:
-        with _outside_autocast(x.device):
-            saved, out = forward_block(spec, seeds, x, flat)
-        vectors = [v for entry in saved.bottleneck_statistics for v in entry or (None, None)]
-        ctx.spec, ctx.seeds, ctx.input_dtype = spec, seeds, x.dtype
-        ctx.save_for_backward(
-            saved.features, *saved.statistics, *vectors, *saved.bottlenecks, *flat
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise RuntimeError(
+            "vmap cannot enter what recomputes in the backward pass: "
+            'build the block or network with recompute="none"'
         )
+
+
+class _DenseBlock(_Recomputing):
+    @staticmethod
+    def forward(spec: BlockSpec, seeds: list[int], x: Tensor, *flat: Tensor | None) -> Any:
+        with outside_autocast(x.device):
+            saved, out = forward_block(spec, seeds, x, flat)
+        return out, *saved.flat(spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.spec, ctx.seeds, x, *flat = inputs
+        out, *kept = output
+        ctx.kept, ctx.input_dtype = len(kept), x.dtype
+        ctx.save_for_backward(features_at_border(ctx.spec, x, out), *kept, *flat)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*saved.statistics, *(v for v in vectors if v is not None))
-        return out, *saved.statistics, *vectors
+        ctx.mark_non_differentiable(*kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        layers = len(ctx.spec.layers)
-        tensors = iter(ctx.saved_tensors)
-        features, mean, var = islice(tensors, 3)
-        vectors = _paired(list(islice(tensors, 2 * layers)))
-        saved = Saved(features, Statistics(mean, var), list(islice(tensors, layers)), vectors)
+        border, *rest = ctx.saved_tensors
+        saved, flat = Saved.of(ctx.spec, border, rest), rest[ctx.kept :]
         _, _, needs_x, *needs = ctx.needs_input_grad
-        with torch.no_grad(), _outside_autocast(features.device):
-            walk = BlockBackward(ctx.spec, ctx.seeds, saved, list(tensors), needs_x, needs)
-            dx, grads = walk.run(grad)
+        with torch.no_grad(), outside_autocast(grad.device):
+            dx, grads = BlockBackward(ctx.spec, ctx.seeds, saved, flat, needs_x, needs).run(grad)
             dx = None if dx is None else dx.to(ctx.input_dtype)
         return None, None, *_differentiable_once(grad, dx, *grads)
 
 
-class _Stem(torch.autograd.Function):
+class _Stem(_Recomputing):
     @staticmethod
-    def forward(ctx: Any, spec: StemSpec, x: Tensor, *flat: Tensor | None) -> Any:
+    def forward(spec: StemSpec, x: Tensor, *flat: Tensor | None) -> Any:
         tensors = UnitTensors(*flat)
         conv = Conv(tensors.conv_weight, tensors.conv_bias, spec.conv)
-        with _outside_autocast(x.device):
-            out, statistics, count = forward_stem(spec, x, conv, tensors)
-        vectors = statistics or (None, None)
-        ctx.spec = spec
-        ctx.save_for_backward(x, *vectors, *flat)
+        with outside_autocast(x.device):
+            out, statistics = forward_stem(spec, x, conv, tensors)
+        return out, *(statistics or ())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.spec, *tensors = inputs
+        _, *vectors = output
+        ctx.save_for_backward(*tensors, *vectors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(statistics or ()))
-        return out, *vectors, count
+        ctx.mark_non_differentiable(*vectors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, mean, var, *flat = ctx.saved_tensors
-        tensors = UnitTensors(*flat)
+        x, *rest = ctx.saved_tensors
+        width = len(UnitTensors._fields)
+        tensors, vectors = UnitTensors(*rest[:width]), rest[width:]
         conv = Conv(tensors.conv_weight, tensors.conv_bias, ctx.spec.conv)
-        (statistics,) = _paired([mean, var])
+        statistics = Statistics(*vectors) if vectors else None
         _, needs_x, *needs = ctx.needs_input_grad
-        with torch.no_grad(), _outside_autocast(x.device):
+        with torch.no_grad(), outside_autocast(x.device):
             walk = StemBackward(ctx.spec, x, conv, tensors, statistics, grad)
             dx, grads = walk.run(needs_x, UnitTensors(*needs))
             dx = None if dx is None else dx.to(x.dtype)
@@ -141,14 +159,3 @@ class _NoSecondDerivative(torch.autograd.Function):
             "what is recomputed outside of autograd has no second derivative: "
             'to differentiate twice, build the block or network with recompute="none"'
         )
-
-
-def _outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def _paired(vectors: Sequence[Tensor | None]) -> list[Statistics | None]:
-    pairs = zip(vectors[::2], vectors[1::2], strict=True)
-    return [None if mean is None or var is None else Statistics(mean, var) for mean, var in pairs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from efficient_densenet.kernels.convolution import convolve, convolve_backward
 from efficient_densenet.kernels.interface import Conv, Norm, Statistics, UnitGradients
 from efficient_densenet.layout import empty_map, inner_format, outer_format
 from efficient_densenet.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.synchronise import joined_means
 from efficient_densenet.units import UnitRunner
 
 
@@ -27,9 +29,11 @@ class MapGradient:
         units: UnitRunner,
         maps: Tensor,
         statistics: Statistics | None,
+        process_group: Any,
         storage: Tensor | None = None,
     ) -> None:
         self.units, self.maps, self.statistics = units, maps, statistics
+        self.process_group = process_group
         dtype = units.types.statistics
         # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
         # before the correction would cost the precision that the naive block has.
@@ -98,9 +102,10 @@ class MapGradient:
         out = self.grad if whole else empty_map(grad, stop - start, self.units.memory_format)
         if self.statistics is None or start >= self.corrected:
             return out if whole else out.copy_(grad)
-        mean, mean_d, mean_dx = (
+        mean, *local = (
             vector[start:stop] for vector in (self.statistics.mean, self.mean_d, self.mean_dx)
         )
+        mean_d, mean_dx = joined_means(local, self.count, self.process_group)
         return self.units.ops.correct(grad, x, mean, mean_d, mean_dx, out)
 
 
@@ -126,7 +131,7 @@ class BlockBackward:
         memory_format = inner_format(x) if spec.layers else outer_format(x)
         features = x.contiguous(memory_format=memory_format)
         self.units = UnitRunner(spec.kernels, spec.types, features, spec.widest, memory_format)
-        self.total = MapGradient(self.units, features, saved.statistics)
+        self.total = MapGradient(self.units, features, saved.statistics, spec.process_group)
         # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
         self.bottleneck_grad: Tensor | None = None
 
@@ -166,6 +171,7 @@ class BlockBackward:
                 self.units,
                 self._bottleneck(i),
                 self.saved.bottleneck_statistics[i],
+                self.spec.process_group,
                 self.bottleneck_grad,
             )
             self.bottleneck_grad = z.grad
@@ -222,11 +228,13 @@ class StemBackward:
             _, _, sum_d, sum_dx = self._back_through(slice(None), None)
             assert sum_d is not None and sum_dx is not None
             dgamma = self.norm.invstd * sum_dx
-            share = self.norm.scale / self.y[:, 0].numel()
-            corrections = (share * sum_d, share * self.norm.invstd * dgamma)
+            if corrects:
+                count = self.y.numel() // self.y.shape[1]
+                share = self.norm.scale / count
+                local = [share * sum_d, share * self.norm.invstd * dgamma]
+                corrections = joined_means(local, count, self.spec.process_group)
         if any(needs_conv):
             rows = self.units.workspace.slabs(self.y)
-            corrections = corrections if corrects else None
             parts = zip(*(self._slab(r, corrections, needs_conv) for r in rows), strict=True)
             dxs, weights, biases = parts
             dx = torch.cat(dxs) if needs_x else None
@@ -254,7 +262,7 @@ class StemBackward:
     def _slab(
         self,
         rows: slice,
-        corrections: tuple[Tensor, Tensor] | None,
+        corrections: list[Tensor] | None,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One slab's gradients of image, weight and bias."""
@@ -262,7 +270,8 @@ class StemBackward:
         dy = empty_map(y, y.shape[1], self.units.memory_format, self.spec.types.statistics)
         self._back_through(rows, dy)
         if corrections:
-            self.units.ops.correct(dy, y, self.norm.mean, *corrections, dy)
+            mean_d, mean_dx = corrections
+            self.units.ops.correct(dy, y, self.norm.mean, mean_d, mean_dx, dy)
         return convolve_backward(dy.to(y.dtype), self.image[rows], self.conv, needs)
 
 

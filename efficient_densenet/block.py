@@ -91,9 +91,7 @@ class EfficientDenseBlock(DenseBlock):
             if reason:
                 return f"{name}{reason}"
             channels += stage.convs(layer)[-1].out_channels
-        if lowering.lacks_values(x, [norm for _, layer in layers for norm in stage.norms(layer)]):
-            return lowering.LACKS_VALUES
-        return None
+        return lowering.unsupported_statistics(x, stage.all_norms(self.values()))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.why_reference(x):

@@ -12,6 +12,7 @@ from efficient_densenet.kernels.convolution import convolve
 from efficient_densenet.kernels.interface import Conv, Statistics
 from efficient_densenet.layout import empty_map, inner_format, outer_format
 from efficient_densenet.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.synchronise import joined_statistics
 from efficient_densenet.units import UnitRunner
 
 
@@ -26,6 +27,36 @@ class Saved(NamedTuple):
     bottlenecks: list[Tensor | None]
     bottleneck_statistics: list[Statistics | None]
 
+    def flat(self, spec: BlockSpec) -> list[Tensor]:
+        """Its tensors in order; the features only if they are not at the block's border."""
+        pairs = [self.statistics, *filter(None, self.bottleneck_statistics)]
+        maps = [bottleneck for bottleneck in self.bottlenecks if bottleneck is not None]
+        inside = [self.features] if spec.layers and spec.exit else []
+        return inside + [vector for pair in pairs for vector in pair] + maps
+
+    @classmethod
+    def of(cls, spec: BlockSpec, border: Tensor | None, flat: Sequence[Tensor]) -> Saved:
+        """The inverse of :meth:`flat`; ``border`` is :func:`features_at_border`."""
+        tensors = iter(flat)
+        features = next(tensors) if border is None else border
+        statistics = Statistics(next(tensors), next(tensors))
+        seconds = [layer.units[1] if len(layer.units) == 2 else None for layer in spec.layers]
+        bottleneck_statistics = [
+            Statistics(next(tensors), next(tensors)) if unit and unit.batch_statistics else None
+            for unit in seconds
+        ]
+        bottlenecks = [
+            next(tensors) if unit and not spec.recompute_bottleneck else None for unit in seconds
+        ]
+        return cls(features, statistics, bottlenecks, bottleneck_statistics)
+
+
+def features_at_border(spec: BlockSpec, x: Tensor, out: Tensor) -> Tensor | None:
+    """The features if they are the block's result or, without layers, its input."""
+    if not spec.layers:
+        return x
+    return None if spec.exit else out
+
 
 class FeatureBuffer:
     """The concatenation storage, and the batch statistics of every map in it.
@@ -36,9 +67,10 @@ class FeatureBuffer:
     def __init__(self, spec: BlockSpec, x: Tensor) -> None:
         self._dtype = spec.types.statistics
         memory_format = inner_format(x) if spec.layers else outer_format(x)
-        shape = (2, spec.channels, *(1,) * (x.dim() - 2))
-        self.statistics = Statistics(*x.new_empty(shape, dtype=self._dtype))
-        self._filled = 0
+        shape = (spec.channels, *(1,) * (x.dim() - 2))
+        mean, var = (x.new_empty(shape, dtype=self._dtype) for _ in range(2))
+        self.statistics = Statistics(mean, var)
+        self._filled, self._process_group = 0, spec.process_group
         self._read = spec.maps_with_statistics  # of the maps to come
         if spec.layers:
             self.maps = empty_map(x, spec.channels, memory_format, spec.types.features)
@@ -56,7 +88,8 @@ class FeatureBuffer:
         else:
             statistics = None if dtype is None else self.units.ops.batch_statistics(y, dtype)
         if statistics is not None:
-            self.statistics.mean[channels], self.statistics.var[channels] = statistics
+            mean, var = joined_statistics(statistics, y, self._process_group)
+            self.statistics.mean[channels], self.statistics.var[channels] = mean, var
         self._filled, self._read = channels.stop, self._read - 1
 
     def read(
@@ -79,6 +112,8 @@ def forward_block(
         first, *second = layer.units
         wanted = any(unit.batch_statistics for unit in second)
         y, statistics = buffer.read(first, tensors[0], wanted)
+        if statistics is not None:
+            statistics = joined_statistics(statistics, y, spec.process_group)
         bottleneck = y if second else None
         if second:
             y, _ = buffer.units.forward(y, second[0], tensors[1], statistics)
@@ -98,19 +133,17 @@ def forward_block(
 
 def forward_stem(
     spec: StemSpec, x: Tensor, conv: Conv, tensors: UnitTensors
-) -> tuple[Tensor, Statistics | None, int]:
-    """Convolve the image, normalise, rectify and pool.
-
-    Returns the result, the convolution's batch statistics, and its values per channel.
-    """
+) -> tuple[Tensor, Statistics | None]:
+    """Convolve the image, normalise, rectify and pool: the result, and the batch statistics."""
     memory_format = inner_format(x)
     y = convolve(x.to(spec.types.compute, memory_format=memory_format), conv)
     units = UnitRunner(spec.kernels, spec.types, y, y.shape[1], memory_format)
     statistics = None
     if spec.unit.batch_statistics:
         statistics = units.ops.batch_statistics(y, spec.types.statistics)
+        statistics = joined_statistics(statistics, y, spec.process_group)
     out, _ = units.forward(y, spec.unit, tensors, statistics)
-    return out, statistics, y.numel() // y.shape[1]
+    return out, statistics
 
 
 def dropout_mask(

@@ -38,7 +38,7 @@ def empty_map(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """An unwritten map of ``channels`` channels, otherwise as ``like``."""
-    shape = (len(like), channels, *like.shape[2:])
+    shape = (like.shape[0], channels, *like.shape[2:])  # len() would fix a symbolic batch
     return torch.empty(
         shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format
     )

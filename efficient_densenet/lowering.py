@@ -6,22 +6,25 @@ since the last one is seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from efficient_densenet.kernels.interface import Geometry, Statistics
+from efficient_densenet.kernels.interface import Geometry, Pool, Statistics
 from efficient_densenet.spec import Types, UnitSpec, UnitTensors
+from efficient_densenet.synchronise import group_of
 
-NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AVG_POOL_TYPES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 MAX_POOL_TYPES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 POOL_TYPES = (*AVG_POOL_TYPES, *MAX_POOL_TYPES)
 LACKS_VALUES = "there is at most one value per channel to take batch statistics of"
+MIXED_GROUPS = "some norms take the statistics of other processes than others do"
+COMPILED_GROUP = "norms that synchronise are being compiled"
 KNOWN_TYPES = (*NORM_TYPES, *CONV_TYPES, *POOL_TYPES, nn.ReLU)
 
 
@@ -29,8 +32,8 @@ def unsupported_call(x: Tensor) -> str | None:
     """What about a call on ``x``, whatever its modules, the efficient path does not do."""
     if x.numel() == 0:
         return "the batch is empty"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
-        return "the module is being compiled, exported or traced"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.jit.is_scripting():
+        return "the module is being exported or traced"
     if nn_module._has_any_global_hook():
         return "there are global module hooks"
     return None
@@ -92,9 +95,25 @@ def uses_batch_statistics(norm: Any) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def lacks_values(x: Tensor, norms: Iterable[Any]) -> bool:
-    """Whether a map has too few values per channel for the batch statistics that norms want."""
-    return x.numel() <= x.shape[1] and any(map(uses_batch_statistics, norms))
+def process_groups(norms: Iterable[Any]) -> list[Any]:
+    """The different process groups over which norms take batch statistics (``None``: of one)."""
+    groups: list[Any] = []
+    for norm in norms:
+        if uses_batch_statistics(norm) and group_of(norm) not in groups:
+            groups.append(group_of(norm))
+    return groups
+
+
+def unsupported_statistics(x: Tensor, norms: Iterable[Any]) -> str | None:
+    """What about the batch statistics that norms want of maps as large as ``x`` cannot be."""
+    groups = process_groups(norms)
+    if len(groups) > 1:
+        return MIXED_GROUPS
+    if groups == [None] and x.numel() <= x.shape[1]:
+        return LACKS_VALUES
+    if any(groups) and torch.compiler.is_compiling():
+        return COMPILED_GROUP
+    return None
 
 
 def types_of(x: Tensor) -> Types:
@@ -114,7 +133,26 @@ def geometry(conv: Any) -> Geometry:
     return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def unit_spec(norm: Any, conv: Any, pool: Callable[[Tensor], Tensor] | None = None) -> UnitSpec:
+def pooling(pool: Any) -> Pool:
+    """What an average or maximum pooling module does."""
+    dims = POOL_TYPES.index(type(pool)) % 3 + 1
+    return Pool(
+        "average" if type(pool) in AVG_POOL_TYPES else "maximum",
+        _per_dimension(pool.kernel_size, dims),
+        _per_dimension(pool.stride, dims),
+        _per_dimension(pool.padding, dims),
+        _per_dimension(getattr(pool, "dilation", 1), dims),
+        pool.ceil_mode,
+        getattr(pool, "count_include_pad", True),
+        getattr(pool, "divisor_override", None),
+    )
+
+
+def _per_dimension(value: Any, dims: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, tuple) else (value,) * dims
+
+
+def unit_spec(norm: Any, conv: Any, pool: Pool | None = None) -> UnitSpec:
     """BN, ReLU, ``pool`` if there is one, and ``conv`` if there is one, as a unit."""
     return UnitSpec(norm.eps, uses_batch_statistics(norm), conv and geometry(conv), pool)
 
@@ -130,11 +168,10 @@ def unit_tensors(norm: Any, conv: Any) -> UnitTensors:
 
 
 class Seen(NamedTuple):
-    """What a norm saw in a forward pass: batch statistics of ``values`` values per channel."""
+    """What a norm saw in a forward pass."""
 
     norm: Any
     statistics: Statistics | None
-    values: int
 
     def learns(self) -> bool:
         """Whether the norm has running statistics to update."""
@@ -147,21 +184,22 @@ class Seen(NamedTuple):
         mean, var = self.statistics.first(self.norm.num_features)
         return Statistics(mean.view(-1), var.view(-1))
 
-    def share(self) -> float:
-        """The share of this batch in the running statistics."""
+    def share(self) -> float | Tensor:
+        """The share of this batch in the running statistics; no device is waited for."""
         momentum, batches = self.norm.momentum, self.norm.num_batches_tracked
-        if momentum is None:
-            return 0.0 if batches is None else 1.0 / float(batches)
-        return momentum
+        if momentum is not None:
+            return momentum
+        return 0.0 if batches is None else batches.to(self.own().mean.dtype).reciprocal()
 
 
 @torch.no_grad()
-def update_running_statistics(seen: Iterable[Seen]) -> None:
+def update_running_statistics(seen: Iterable[Seen], values: int | Tensor) -> None:
     """What ``nn.BatchNorm`` does to its buffers in training, for all norms together.
 
-    A norm that was used twice learns twice.
+    A channel had ``values`` values. A norm that was used twice learns twice.
     """
     waiting = [s for s in seen if s.learns()]
+    unbiasing = values / (values - 1) if waiting else 1.0
     while waiting:
         now = {id(s.norm): s for s in reversed(waiting)}
         waiting = [s for s in waiting if now[id(s.norm)] is not s]
@@ -170,17 +208,20 @@ def update_running_statistics(seen: Iterable[Seen]) -> None:
         if trackers:
             torch._foreach_add_(trackers, 1)
         alike: dict[Any, list[Seen]] = {}
-        for s in now.values():
-            alike.setdefault((s.share(), s.values, s.norm.running_mean.dtype), []).append(s)
-        for (share, count, _), group in alike.items():
+        for number, s in now.items():
+            momentum = s.norm.momentum
+            key = (number if momentum is None else momentum, s.norm.running_mean.dtype)
+            alike.setdefault(key, []).append(s)
+        for group in alike.values():
             means, variances = zip(*(s.own() for s in group), strict=True)
-            unbiased = torch._foreach_mul(variances, count / (count - 1))
+            share = group[0].share()
             _follow([s.norm.running_mean for s in group], means, share)
+            unbiased = torch._foreach_mul(variances, unbiasing)
             _follow([s.norm.running_var for s in group], unbiased, share)
 
 
-def _follow(running: list[Tensor], new: tuple[Tensor, ...], share: float) -> None:
-    if running[0].dtype == new[0].dtype:
+def _follow(running: list[Tensor], new: tuple[Tensor, ...], share: float | Tensor) -> None:
+    if running[0].dtype == new[0].dtype and not isinstance(share, Tensor):
         torch._foreach_lerp_(running, new, share)
     else:
         for old, vector in zip(running, new, strict=True):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from efficient_densenet import lowering, stage
 from efficient_densenet.block import EfficientDenseBlock
+from efficient_densenet.kernels.interface import Pool
 from efficient_densenet.reference import Transition, global_average
 from efficient_densenet.stage import Exit
 
@@ -33,7 +34,7 @@ class EfficientTransition(Transition):
         reason = self.unsupported()
         if reason:
             return f"the transition{reason}"
-        return lowering.LACKS_VALUES if lowering.lacks_values(x, [self.norm]) else None
+        return lowering.unsupported_statistics(x, [self.norm])
 
     def unsupported(self) -> str | None:
         """What about its modules the efficient path does not know, as the end of a sentence."""
@@ -49,7 +50,7 @@ class EfficientTransition(Transition):
 
     def exit(self) -> Exit:
         """The transition as what reads all features of a block."""
-        return Exit(self.norm, self.pool.forward, self.conv)
+        return Exit(self.norm, lowering.pooling(self.pool), self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.why_reference(x):
@@ -100,7 +101,7 @@ def run_to_average(modules: Sequence[Any], x: Tensor) -> Tensor:
         return global_average(F.relu(run(modules, x)))
     x = run(before, x)
     if shares_features(block, norm, x):
-        return block.run(x, Exit(norm, global_average))
+        return block.run(x, Exit(norm, Pool("all")))
     return global_average(F.relu(norm(block(x))))
 
 
@@ -110,7 +111,7 @@ def shares_features(block: Any, norm: Any, x: Tensor) -> bool:
         type(block) is EfficientDenseBlock
         and not lowering.is_patched(block)
         and block.why_reference(x) is None
-        and not lowering.lacks_values(x, [norm])
+        and not lowering.unsupported_statistics(x, [*stage.all_norms(block.values()), norm])
     )
 
 
@@ -137,7 +138,8 @@ def is_stem(modules: Sequence[Any], x: Tensor) -> bool:
         and lowering.has_plain_padding(conv)
         and not getattr(pool, "return_indices", False)
         and x.dim() == conv.weight.dim()
-        and not (lowering.uses_batch_statistics(norm) and _may_leave_one_value(conv, x))
+        and lowering.unsupported_statistics(x, [norm]) is None
+        and not (None in lowering.process_groups([norm]) and _may_leave_one_value(conv, x))
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from efficient_densenet.kernels.interface import Geometry
+from efficient_densenet.kernels.interface import Geometry, Pool
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class UnitSpec:
     eps: float
     batch_statistics: bool
     conv: Geometry | None
-    pool: Callable[[Tensor], Tensor] | None = None
+    pool: Pool | None = None
 
 
 class UnitTensors(NamedTuple):
@@ -74,7 +73,8 @@ class BlockSpec:
     ``exit`` is a last unit that reads all features (a transition, or the norm before the
     classifier); with it the block returns its result and the features stay inside.
     ``recompute_bottleneck`` drops the bottleneck maps too and convolves again in the backward pass.
-    ``kernels`` names the implementation of the operations.
+    ``kernels`` names the implementation of the operations. Batch statistics are those of all
+    processes of ``process_group``, if there is one.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -83,6 +83,7 @@ class BlockSpec:
     recompute_bottleneck: bool
     types: Types
     kernels: str = "eager"
+    process_group: Any = None
 
     @property
     def channels(self) -> int:
@@ -111,9 +112,13 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class StemSpec:
-    """Convolution - BN - ReLU - pool: a convolution of the image, and the unit that reads it."""
+    """Convolution - BN - ReLU - pool: a convolution of the image, and the unit that reads it.
+
+    ``kernels`` and ``process_group`` as in :class:`BlockSpec`.
+    """
 
     conv: Geometry
     unit: UnitSpec
     types: Types
     kernels: str = "eager"
+    process_group: Any = None

@@ -5,22 +5,24 @@ The callers have made sure that the modules are supported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from efficient_densenet import autograd, lowering
+from efficient_densenet.kernels.interface import Pool
 from efficient_densenet.lowering import Seen
 from efficient_densenet.reference import BasicLayer, BottleneckLayer
 from efficient_densenet.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
+from efficient_densenet.synchronise import joined_count
 
 
 class Exit(NamedTuple):
     """Modules that read all features: a norm, then (after a ReLU) a pooling, then a convolution."""
 
     norm: Any
-    pool: Callable[[Tensor], Tensor]
+    pool: Pool
     conv: Any = None
 
     def spec(self) -> UnitSpec:
@@ -41,6 +43,7 @@ def run_layers(
         input_channels=x.shape[1],
         recompute_bottleneck=recompute_bottleneck,
         types=lowering.types_of(x),
+        process_group=_process_group(all_norms(layers, exit)),
     )
     units = [
         lowering.unit_tensors(norm, conv)
@@ -50,15 +53,15 @@ def run_layers(
     if exit:
         units.append(lowering.unit_tensors(exit.norm, exit.conv))
     out, features, bottlenecks = autograd.dense_block(x, spec, units)
-    count = x.numel() // x.shape[1]
+    count = joined_count(x.numel() // x.shape[1], spec.process_group, x.device)
     seen = [
-        Seen(norm, statistics, count)
+        Seen(norm, statistics)
         for layer, bottleneck in zip(layers, bottlenecks, strict=True)
         for norm, statistics in zip(norms(layer), (features, bottleneck), strict=False)
     ]
     if exit:
-        seen.append(Seen(exit.norm, features, count))
-    lowering.update_running_statistics(seen)
+        seen.append(Seen(exit.norm, features))
+    lowering.update_running_statistics(seen, count)
     return out
 
 
@@ -67,20 +70,28 @@ def run_stem(conv: Any, norm: Any, pool: Any, x: Tensor) -> Tensor:
     compute = lowering.types_of(x).compute
     spec = StemSpec(
         conv=lowering.geometry(conv),
-        unit=lowering.unit_spec(norm, None, pool.forward),
+        unit=lowering.unit_spec(norm, None, lowering.pooling(pool)),
         # A convolution's result has the type in which it computes, and so has what follows.
         types=Types(compute, compute),
+        process_group=_process_group([norm]),
     )
     tensors = lowering.unit_tensors(norm, None)
     tensors = tensors._replace(conv_weight=conv.weight, conv_bias=conv.bias)
-    out, statistics, count = autograd.stem(x, spec, tensors)
-    lowering.update_running_statistics([Seen(norm, statistics, count)])
+    out, statistics, values = autograd.stem(x, spec, tensors)
+    count = joined_count(values, spec.process_group, x.device)
+    lowering.update_running_statistics([Seen(norm, statistics)], count)
     return out
 
 
 def norms(layer: Any) -> list[Any]:
     """The norms of a dense layer in the order of their use."""
     return [layer.norm1, layer.norm2] if isinstance(layer, BottleneckLayer) else [layer.norm1]
+
+
+def all_norms(layers: Iterable[nn.Module], exit: Exit | None = None) -> list[Any]:
+    """The norms of dense layers and of what reads them all."""
+    found = [norm for layer in layers for norm in norms(layer)]
+    return [*found, exit.norm] if exit else found
 
 
 def convs(layer: Any) -> list[Any]:
@@ -104,6 +115,11 @@ def unsupported_layer(layer: nn.Module, channels: int) -> str | None:
     if expected != channels:
         return f".norm1 expects {expected} channels and gets {channels}"
     return None
+
+
+def _process_group(norms: Iterable[Any]) -> Any:
+    groups = lowering.process_groups(norms)
+    return groups[0] if groups else None
 
 
 def _layer_spec(layer: Any) -> LayerSpec:

@@ -20,6 +20,7 @@ from efficient_densenet.kernels.interface import (
     UnitGradients,
     per_channel,
 )
+from efficient_densenet.kernels.pooling import pooled, pooled_backward
 from efficient_densenet.layout import is_channels_last, is_hollow, outer_format
 
 # Scratch that a slab may fill before the next one starts. On two cores with 0.5 MiB of L2 each and
@@ -121,7 +122,7 @@ def _tail_of_slabs(x: Tensor, norm: Norm, tail: Tail, workspace: Workspace) -> T
     shift = _shift(norm)
     for rows in workspace.distinct_slabs(x):
         y = _rectify(x[rows], norm.scale, shift, workspace.scratch(x[rows], tail.dtype))
-        y = tail.pool(y) if tail.pool else y
+        y = pooled(y, tail.pool) if tail.pool else y
         y = convolve(y, tail.conv) if tail.conv else y
         if len(y) == len(x):
             return y
@@ -191,13 +192,9 @@ def _tail_backward(
     """Gradients of ``tail(a)`` with respect to ``a``, the weight and the bias, as far as needed."""
     if tail.pool is None:
         return _convolution_backward(grad, a, tail.conv, needs)
-    with torch.enable_grad():
-        leaf = a.detach().requires_grad_()
-        pooled = tail.pool(leaf)
-    dpooled, weight, bias = _convolution_backward(grad, pooled.detach(), tail.conv, needs)
-    if dpooled is None:
-        return None, weight, bias
-    return torch.autograd.grad(pooled, leaf, dpooled)[0], weight, bias
+    read = pooled(a, tail.pool) if tail.conv else a
+    dread, weight, bias = _convolution_backward(grad, read, tail.conv, needs)
+    return None if dread is None else pooled_backward(dread, a, tail.pool), weight, bias
 
 
 def _convolution_backward(

@@ -6,7 +6,7 @@ as the map, to broadcast over it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,6 +41,14 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
+    def positions(self, size: Sequence[int], kernel: Sequence[int]) -> int:
+        """Positions that a convolution with this ``kernel`` leaves of a map of this ``size``."""
+        count = 1
+        steps = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        for n, k, s, p, d in steps:
+            count *= (n + 2 * p - d * (k - 1) - 1) // s + 1
+        return count
+
 
 class Conv(NamedTuple):
     """A convolution with its tensors."""
@@ -50,13 +58,29 @@ class Conv(NamedTuple):
     geometry: Geometry
 
 
+class Pool(NamedTuple):
+    """A pooling: ``"average"`` or ``"maximum"`` of windows, or the average of ``"all"`` positions.
+
+    The fields after ``kind`` are the arguments of PyTorch's pooling modules.
+    """
+
+    kind: str
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    ceil_mode: bool = False
+    count_padding: bool = True
+    divisor: int | None = None
+
+
 class Tail(NamedTuple):
     """What reads a normalised and rectified map: pooling, a convolution, or one after the other.
 
     It computes in ``dtype``.
     """
 
-    pool: Callable[[Tensor], Tensor] | None
+    pool: Pool | None
     conv: Conv | None
     dtype: torch.dtype
 

@@ -1,0 +1,63 @@
+"""Poolings and their gradients by PyTorch's operators, without autograd."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.kernels.interface import Pool
+
+aten = torch.ops.aten
+AVERAGES = {4: aten.avg_pool2d, 5: aten.avg_pool3d}
+AVERAGES_BACKWARD = {4: aten.avg_pool2d_backward, 5: aten.avg_pool3d_backward}
+MAXIMA = {4: aten.max_pool2d_with_indices, 5: aten.max_pool3d_with_indices}
+MAXIMA_BACKWARD = {
+    4: aten.max_pool2d_with_indices_backward,
+    5: aten.max_pool3d_with_indices_backward,
+}
+
+
+def pooled(x: Tensor, pool: Pool) -> Tensor:
+    """What ``pool`` makes of a map ``(N, channels, *spatial)``."""
+    if pool.kind == "all":
+        return x.mean(tuple(range(2, x.dim())), keepdim=True)
+    if x.dim() == 3:
+        return pooled(x.unsqueeze(2), _of_rows(pool)).squeeze(2)
+    if pool.kind == "average":
+        return AVERAGES[x.dim()](x, *_average(pool))
+    return MAXIMA[x.dim()](x, *_maximum(pool))[0]
+
+
+def pooled_backward(grad: Tensor, x: Tensor, pool: Pool) -> Tensor:
+    """The gradient of :func:`pooled` with respect to ``x``, dense."""
+    if pool.kind == "all":
+        return torch.empty_like(x).copy_(grad / math.prod(x.shape[2:]))
+    if x.dim() == 3:
+        grad, x = grad.unsqueeze(2), x.unsqueeze(2)
+        return pooled_backward(grad, x, _of_rows(pool)).squeeze(2)
+    if pool.kind == "average":
+        return AVERAGES_BACKWARD[x.dim()](grad, x, *_average(pool))
+    _, indices = MAXIMA[x.dim()](x, *_maximum(pool))
+    return MAXIMA_BACKWARD[x.dim()](grad, x, *_maximum(pool), indices)
+
+
+def _average(pool: Pool) -> tuple[Any, ...]:
+    windows = (pool.kernel, pool.stride, pool.padding)
+    return (*windows, pool.ceil_mode, pool.count_padding, pool.divisor)
+
+
+def _maximum(pool: Pool) -> tuple[Any, ...]:
+    return pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+
+
+def _of_rows(pool: Pool) -> Pool:
+    """The same pooling of maps that have got a spatial dimension of size one in front."""
+    return pool._replace(
+        kernel=(1, *pool.kernel),
+        stride=(1, *pool.stride),
+        padding=(0, *pool.padding),
+        dilation=(1, *pool.dilation),
+    )

@@ -1,0 +1,305 @@
+"""The recomputing functions as operators of ``torch.library``, for code that is being compiled.
+
+A compiler sees one operator for each pass and never looks inside: it cannot decide to keep what is
+recomputed, and what is kept is what the forward operator returns. An operator takes and returns
+tensors, numbers and strings. So a specification goes in as text, and a list has no absent tensors:
+``present`` says where in the units' tensors the given ones belong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.backward import BlockBackward, StemBackward
+from efficient_densenet.encoding import decode, encode
+from efficient_densenet.forward import Saved, features_at_border, forward_block, forward_stem
+from efficient_densenet.kernels.convolution import convolve
+from efficient_densenet.kernels.interface import Conv, Statistics
+from efficient_densenet.kernels.pooling import pooled
+from efficient_densenet.layout import empty_map, inner_format, outer_format
+from efficient_densenet.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTensors
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which operations compute in the types that they are given."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def dense_block(spec: BlockSpec, x: Tensor, flat: Sequence[Tensor | None]) -> tuple[Tensor, Saved]:
+    """The block's result, and what is kept of it."""
+    drops = any(layer.drop_rate > 0 for layer in spec.layers)
+    seeds = draw_seeds(len(spec.layers)) if drops else None
+    returned = block_forward(x, seeds, encode(spec), *_dense(flat))
+    out, kept = returned[0], returned[1:]
+    return out, Saved.of(spec, features_at_border(spec, x, out), kept)
+
+
+def stem(
+    spec: StemSpec, x: Tensor, flat: Sequence[Tensor | None]
+) -> tuple[Tensor, Statistics | None]:
+    """The stem's result, and the batch statistics of its convolution."""
+    out, *vectors = stem_forward(x, encode(spec), *_dense(flat))
+    return out, Statistics(*vectors) if vectors else None
+
+
+@torch.library.custom_op(
+    "efficient_densenet::draw_seeds", mutates_args=(), tags=torch.Tag.nondeterministic_seeded
+)
+def draw_seeds(layers: int) -> Tensor:
+    """A seed for the dropout mask of each layer, from torch's default generator."""
+    return torch.randint(2**62, (layers,))
+
+
+@draw_seeds.register_fake
+def _(layers: int) -> Tensor:
+    return torch.empty(layers, dtype=torch.int64)
+
+
+@torch.library.custom_op("efficient_densenet::block_forward", mutates_args=())
+def block_forward(
+    x: Tensor, seeds: Tensor | None, spec: str, present: Sequence[bool], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """The result, and ``Saved.flat``."""
+    block = decode(spec)
+    with outside_autocast(x.device):
+        saved, out = forward_block(block, _listed(block, seeds), x, _spread(tensors, present))
+    inner, outer = _formats(block, x)
+    out = out.contiguous(memory_format=inner if block.exit else outer)
+    kept = saved.flat(block)
+    return [out] + [t.contiguous(memory_format=inner) if t.dim() == x.dim() else t for t in kept]
+
+
+@block_forward.register_fake
+def _(
+    x: Tensor, seeds: Tensor | None, spec: str, present: Sequence[bool], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    block = decode(spec)
+    types, (inner, outer) = block.types, _formats(block, x)
+    returned = []
+    if block.exit:
+        exit_tensors = block.nested(_spread(tensors, present))[1]
+        features = empty_map(x, block.channels, inner)
+        returned.append(_unit_result(features, block.exit, exit_tensors, types, inner))
+    if block.layers:
+        format = inner if block.exit else outer
+        returned.append(empty_map(x, block.channels, format, types.features))
+    seconds = [(layer.width, layer.units[1]) for layer in block.layers if len(layer.units) == 2]
+    widths = [block.channels, *(width for width, unit in seconds if unit.batch_statistics)]
+    returned += [_vector(x, width, types.statistics) for width in widths for _ in range(2)]
+    if not block.recompute_bottleneck:
+        returned += [empty_map(x, width, inner, types.compute) for width, _ in seconds]
+    return returned
+
+
+@torch.library.custom_op("efficient_densenet::block_backward", mutates_args=())
+def block_backward(
+    grad: Tensor,
+    border: Tensor | None,
+    kept: Sequence[Tensor],
+    seeds: Tensor | None,
+    spec: str,
+    present: Sequence[bool],
+    tensors: Sequence[Tensor],
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of the input and of ``tensors``, those alone that are needed."""
+    block = decode(spec)
+    saved = Saved.of(block, border, kept)
+    flat, needs_flat = _spread(tensors, present), _spread(needs, present, False)
+    with outside_autocast(grad.device):
+        walk = BlockBackward(block, _listed(block, seeds), saved, flat, needs_x, needs_flat)
+        dx, grads = walk.run(grad)
+    inner, _ = _formats(block, saved.features)
+    found = [dx.contiguous(memory_format=inner)] if dx is not None else []
+    return found + _laid_out_like(tensors, grads, needs)
+
+
+@block_backward.register_fake
+def _(
+    grad: Tensor,
+    border: Tensor | None,
+    kept: Sequence[Tensor],
+    seeds: Tensor | None,
+    spec: str,
+    present: Sequence[bool],
+    tensors: Sequence[Tensor],
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    block = decode(spec)
+    features = Saved.of(block, border, kept).features
+    inner, _ = _formats(block, features)
+    dx = empty_map(features, block.input_channels, inner, block.types.statistics)
+    return [dx] * needs_x + _empty_like(tensors, needs)
+
+
+@torch.library.custom_op("efficient_densenet::stem_forward", mutates_args=())
+def stem_forward(
+    x: Tensor, spec: str, present: Sequence[bool], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """The result, and the batch statistics of the convolution if the norm uses them."""
+    unit, conv = _stem_tensors(decode(spec), tensors, present)
+    with outside_autocast(x.device):
+        out, statistics = forward_stem(decode(spec), x, conv, unit)
+    return [out.contiguous(memory_format=inner_format(x)), *(statistics or ())]
+
+
+@stem_forward.register_fake
+def _(x: Tensor, spec: str, present: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor]:
+    stem = decode(spec)
+    _, conv = _stem_tensors(stem, tensors, present)
+    y = convolve(x.to(stem.types.compute), conv)
+    out = _unit_result(y, stem.unit, UnitTensors(), stem.types, inner_format(x))
+    batch = [_vector(x, y.shape[1], stem.types.statistics) for _ in range(2)]
+    return [out, *batch] if stem.unit.batch_statistics else [out]
+
+
+@torch.library.custom_op("efficient_densenet::stem_backward", mutates_args=())
+def stem_backward(
+    grad: Tensor,
+    x: Tensor,
+    vectors: Sequence[Tensor],
+    spec: str,
+    present: Sequence[bool],
+    tensors: Sequence[Tensor],
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of the image and of ``tensors``, those alone that are needed."""
+    unit, conv = _stem_tensors(decode(spec), tensors, present)
+    statistics = Statistics(*vectors) if vectors else None
+    with outside_autocast(x.device):
+        walk = StemBackward(decode(spec), x, conv, unit, statistics, grad)
+        dx, grads = walk.run(needs_x, UnitTensors(*_spread(needs, present, False)))
+    found = [dx.contiguous(memory_format=inner_format(x))] if dx is not None else []
+    return found + _laid_out_like(tensors, grads, needs)
+
+
+@stem_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    vectors: Sequence[Tensor],
+    spec: str,
+    present: Sequence[bool],
+    tensors: Sequence[Tensor],
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    dx = empty_map(x, x.shape[1], inner_format(x), decode(spec).types.compute)
+    return [dx] * needs_x + _empty_like(tensors, needs)
+
+
+def _keep_block(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, seeds, ctx.spec, ctx.present, tensors = inputs
+    border = features_at_border(decode(ctx.spec), x, output[0])
+    ctx.kept, ctx.input_dtype = len(output) - 1, x.dtype
+    ctx.save_for_backward(seeds, border, *output[1:], *tensors)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _block_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    seeds, border, *rest = ctx.saved_tensors
+    kept, tensors = rest[: ctx.kept], rest[ctx.kept :]
+    needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    if grads[0] is None:
+        return None, None, None, None, [None] * len(tensors)
+    found = block_backward(
+        grads[0], border, kept, seeds, ctx.spec, ctx.present, tensors, needs_x, needs
+    )
+    dx = found.pop(0).to(ctx.input_dtype) if needs_x else None
+    return dx, None, None, None, _spread(found, needs)
+
+
+def _keep_stem(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, ctx.spec, ctx.present, tensors = inputs
+    ctx.kept = len(output) - 1
+    ctx.save_for_backward(x, *output[1:], *tensors)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _stem_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    vectors, tensors = rest[: ctx.kept], rest[ctx.kept :]
+    needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    if grads[0] is None:
+        return None, None, None, [None] * len(tensors)
+    found = stem_backward(grads[0], x, vectors, ctx.spec, ctx.present, tensors, needs_x, needs)
+    dx = found.pop(0).to(x.dtype) if needs_x else None
+    return dx, None, None, _spread(found, needs)
+
+
+block_forward.register_autograd(_block_gradients, setup_context=_keep_block)
+stem_forward.register_autograd(_stem_gradients, setup_context=_keep_stem)
+
+
+def _formats(spec: BlockSpec, x: Tensor) -> tuple[torch.memory_format, torch.memory_format]:
+    """Memory formats inside the block and at its borders, by its input or its features."""
+    outer = outer_format(x)
+    return (inner_format(x) if spec.layers else outer), outer
+
+
+def _stem_tensors(
+    spec: StemSpec, tensors: Sequence[Tensor], present: Sequence[bool]
+) -> tuple[UnitTensors, Conv]:
+    unit = UnitTensors(*_spread(tensors, present))
+    return unit, Conv(unit.conv_weight, unit.conv_bias, spec.conv)
+
+
+def _unit_result(
+    x: Tensor,
+    unit: UnitSpec,
+    tensors: UnitTensors,
+    types: Types,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """An unwritten map as ``unit`` makes of one like ``x``."""
+    y = x.to(types.compute if unit.conv else types.features)
+    y = pooled(y, unit.pool) if unit.pool else y
+    y = convolve(y, Conv(tensors.conv_weight, tensors.conv_bias, unit.conv)) if unit.conv else y
+    return empty_map(y, y.shape[1], memory_format)
+
+
+def _vector(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((channels, *(1,) * (x.dim() - 2)), dtype=dtype)
+
+
+def _listed(spec: BlockSpec, seeds: Tensor | None) -> list[int]:
+    return [0] * len(spec.layers) if seeds is None else seeds.tolist()
+
+
+def _dense(flat: Sequence[Tensor | None]) -> tuple[list[bool], list[Tensor]]:
+    """Which tensors there are, and these."""
+    return [t is not None for t in flat], [t for t in flat if t is not None]
+
+
+def _spread(values: Sequence[Any], present: Sequence[bool], absent: Any = None) -> list[Any]:
+    """The values at the places that are ``present``; the inverse of :func:`_dense`."""
+    rest = iter(values)
+    return [next(rest) if is_in else absent for is_in in present]
+
+
+def _laid_out_like(
+    tensors: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients that are there, each with the strides of its tensor."""
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    found = [grad for grad in grads if grad is not None]
+    return [
+        grad if grad.stride() == tensor.stride() else torch.empty_like(tensor).copy_(grad)
+        for tensor, grad in zip(wanted, found, strict=True)
+    ]
+
+
+def _empty_like(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    return [torch.empty_like(t) for t, need in zip(tensors, needs, strict=True) if need]

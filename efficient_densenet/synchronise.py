@@ -1,0 +1,66 @@
+"""Batch statistics over the processes of a group, as ``nn.SyncBatchNorm`` takes them.
+
+Every function is a collective: all processes of the group call it in the same order. Without a
+group (``None``) each returns what it was given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from efficient_densenet.kernels.interface import Statistics
+
+
+def group_of(norm: Any) -> Any:
+    """The process group over which a norm takes its batch's statistics, ``None`` for this process.
+
+    As in ``nn.SyncBatchNorm``: only in training, and only where there are several processes.
+    """
+    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def joined_statistics(statistics: Statistics, x: Tensor, group: Any) -> Statistics:
+    """The statistics over all processes, from those of this process's map ``x``.
+
+    By Chan's formula: ``mean = Σ n_p m_p / n``, ``var = Σ n_p (v_p + (m_p - mean)²) / n``.
+    """
+    if group is None:
+        return statistics
+    mean, var = statistics
+    count = x.numel() // x.shape[1]
+    mine = torch.cat([mean.flatten(), var.flatten(), mean.new_full((1,), count)])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    means, variances, counts = torch.stack(everyone).split([len(mean), len(mean), 1], 1)
+    shares = counts / counts.sum()
+    joined = (shares * means).sum(0)
+    spread = (shares * (variances + (means - joined).square())).sum(0)
+    return Statistics(joined.view_as(mean), spread.view_as(var))
+
+
+def joined_means(means: list[Tensor], count: int, group: Any) -> list[Tensor]:
+    """Means over the values of all processes, from those over this process's ``count`` values."""
+    if group is None:
+        return means
+    sums = torch.cat([*(mean.flatten() * count for mean in means), means[0].new_full((1,), count)])
+    dist.all_reduce(sums, group=group)
+    *totals, total = sums.split([*(mean.numel() for mean in means), 1])
+    return [(t / total).view_as(mean) for t, mean in zip(totals, means, strict=True)]
+
+
+def joined_count(count: int, group: Any, device: torch.device) -> int | Tensor:
+    """The values per channel of all processes together."""
+    if group is None:
+        return count
+    total = torch.full((), count, dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=group)
+    return total
