@@ -102,7 +102,10 @@ def run_to_average(modules: Sequence[Any], x: Tensor) -> Tensor:
     x = run(before, x)
     if shares_features(block, norm, x):
         return block.run(x, Exit(norm, Pool("all")))
-    return global_average(F.relu(norm(block(x))))
+    x = block(x)
+    if lowering.unsupported_call(x) or lowering.unsupported_statistics(x, [norm]):
+        return global_average(F.relu(norm(x)))
+    return stage.run_layers([], x, False, Exit(norm, Pool("all")))
 
 
 def shares_features(block: Any, norm: Any, x: Tensor) -> bool:

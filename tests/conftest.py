@@ -1,6 +1,6 @@
 """Every test starts from one seed, and reads NaN where it reads memory that nobody wrote."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -22,3 +22,22 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def clause(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """What the matrix in docs/interop.md reads of a test marked with a clause."""
+    marker = request.node.get_closest_marker("clause")
+    if marker is not None:
+        record_property("clause", marker.args[0])
+        record_property("mode", request.node.callspec.params["mode"])
+
+
+@pytest.fixture
+def took(record_property: Callable[[str, object], None]) -> Callable[[str | None], None]:
+    """Records the path that was taken, for the matrix: ``None`` is the efficient one."""
+
+    def record(reason: str | None) -> None:
+        record_property("path", reason or "efficient")
+
+    return record
