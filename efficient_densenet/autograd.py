@@ -69,7 +69,7 @@ def stem(x: Tensor, spec: StemSpec, tensors: UnitTensors) -> tuple[Tensor, Stati
 
 
 class _Recomputing(torch.autograd.Function):
-    """Base of functions whose first output alone is differentiable, and once."""
+    """Base of what is computed outside of autograd and of ``torch.func``."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -146,12 +146,16 @@ def _differentiable_once(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | 
     return _NoSecondDerivative.apply(grad, *grads) if torch.is_grad_enabled() else grads
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class _NoSecondDerivative(_Recomputing):
     """Hands gradients through, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, *grads: Tensor | None) -> Any:
+    def forward(grad: Tensor, *grads: Tensor | None) -> Any:
         return tuple(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:

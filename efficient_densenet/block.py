@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -74,6 +74,13 @@ class EfficientDenseBlock(DenseBlock):
         if mode not in get_args(Recompute):
             raise ValueError(f"recompute must be one of {get_args(Recompute)}, got {mode!r}")
         self._recompute = mode
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by ``torch.jit.script`` on every module of a model."""
+        raise RuntimeError(
+            "TorchScript cannot script what recomputes: trace or export the model, or put a "
+            "reference.DenseBlock with the same state dict in the place of each dense block"
+        )
 
     def extra_repr(self) -> str:
         return f"recompute={self.recompute!r}"

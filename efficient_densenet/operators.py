@@ -35,7 +35,7 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def dense_block(spec: BlockSpec, x: Tensor, flat: Sequence[Tensor | None]) -> tuple[Tensor, Saved]:
     """The block's result, and what is kept of it."""
     drops = any(layer.drop_rate > 0 for layer in spec.layers)
-    seeds = draw_seeds(len(spec.layers)) if drops else None
+    seeds = draw_seeds(x, len(spec.layers)) if drops else None
     returned = block_forward(x, seeds, encode(spec), *_dense(flat))
     out, kept = returned[0], returned[1:]
     return out, Saved.of(spec, features_at_border(spec, x, out), kept)
@@ -52,13 +52,16 @@ def stem(
 @torch.library.custom_op(
     "efficient_densenet::draw_seeds", mutates_args=(), tags=torch.Tag.nondeterministic_seeded
 )
-def draw_seeds(layers: int) -> Tensor:
-    """A seed for the dropout mask of each layer, from torch's default generator."""
+def draw_seeds(x: Tensor, layers: int) -> Tensor:
+    """A seed for the dropout mask of each layer, from torch's default generator.
+
+    Not before ``x`` is there: a compiler may not draw for a later block first.
+    """
     return torch.randint(2**62, (layers,))
 
 
 @draw_seeds.register_fake
-def _(layers: int) -> Tensor:
+def _(x: Tensor, layers: int) -> Tensor:
     return torch.empty(layers, dtype=torch.int64)
 
 

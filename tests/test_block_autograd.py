@@ -441,33 +441,6 @@ def test_saved_block_comes_back(recompute, through):
     assert_same_training(loaded, reference, image())
 
 
-def share_weight(block):
-    block["denselayer2"].conv2.weight = block["denselayer1"].conv2.weight
-
-
-def share_convolution(block):
-    block["denselayer3"].conv2 = block["denselayer1"].conv2
-
-
-def share_norm(block):
-    block["denselayer2"].norm2 = block["denselayer1"].norm2
-
-
-def share_norm_with_cumulative_average(block):
-    share_norm(block)
-    block["denselayer2"].norm2.momentum = None
-
-
-SHARING = [share_weight, share_convolution, share_norm, share_norm_with_cumulative_average]
-
-
-@either_mode
-@pytest.mark.parametrize("share", SHARING)
-def test_shared_parameters_match_reference(recompute, share):
-    efficient, reference = block_pair(recompute=recompute, change=share)
-    assert_same_training(efficient, reference, image(), steps=3)
-
-
 class TwoBlocks(nn.Module):
     """Calls the given blocks one after the other on the first five channels."""
 
@@ -485,34 +458,6 @@ def test_block_called_twice_in_one_graph_matches_reference(recompute, bn_size):
     efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
     twice = TwoBlocks(efficient, efficient), TwoBlocks(reference, reference)
     assert_same_training(*twice, image(), steps=2)
-
-
-@either_mode
-def test_saved_tensors_may_be_moved_away(recompute):
-    efficient, reference = block_pair(recompute=recompute)
-    x = image().requires_grad_()
-    with torch.autograd.graph.save_on_cpu():
-        got = training_results(efficient, x)
-    assert_all_close(got, training_results(reference, x), 1e-10)
-
-
-@either_mode
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_block_may_be_checkpointed(recompute, reentrant):
-    efficient, reference = block_pair(recompute=recompute, change=nn.Module.eval)
-    x = image().requires_grad_()
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block = efficient
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=reentrant)
-
-    got = training_results(Checkpointed(), x)
-    expected = training_results(reference, x)
-    assert_all_close(dict(enumerate(got.values())), dict(enumerate(expected.values())), 1e-10)
 
 
 @either_mode
@@ -593,36 +538,3 @@ def test_one_block_may_serve_several_threads(recompute):
         thread.join()
     for i in range(4):
         assert_close(f"output {i}", outs[i], expected[i], 1e-10)
-
-
-@either_mode
-@both_kinds
-def test_tracing_takes_the_reference_path(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute, change=nn.Module.eval)
-    x = image()
-    traced = torch.jit.trace(efficient, x)
-    assert all("PythonOp" not in node.kind() for node in traced.inlined_graph.nodes())
-    assert_close("output", traced(x), reference(x), 1e-10)
-
-
-@either_mode
-def test_exported_block_is_plain_operators(recompute):
-    efficient, reference = block_pair(recompute=recompute, change=nn.Module.eval)
-    x = image()
-    program = torch.export.export(efficient, (x,))
-    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    assert targets
-    assert all(target.startswith("aten.") for target in targets)
-    assert_close("output", program.module()(x), reference(x), 1e-10)
-
-
-@either_mode
-@both_kinds
-def test_compiled_block_matches_reference(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
-    compiled = torch.compile(efficient, backend="aot_eager", fullgraph=True)
-    x = image().requires_grad_()
-    got = training_results(compiled, x)
-    expected = training_results(reference, x)
-    assert_all_close(dict(enumerate(got.values())), dict(enumerate(expected.values())), 1e-10)
-    assert_same_state(efficient, reference)
