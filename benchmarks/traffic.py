@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import BN_SIZE, make_block
-from efficient_densenet.kernels import eager
+from efficient_densenet.kernels import workspace
 
 PASSES = ("forward", "backward")
 KINDS = ("naive", "norm", "bottleneck")
@@ -142,7 +142,7 @@ def counted(kind: str, block: Block) -> dict[str, tuple[float, float]]:
     model = model.to(memory_format=torch.channels_last)
     shape = (block.batch, block.channels, block.size, block.size)
     x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
-    with patch.object(eager, "WORKSPACE_BYTES", 1):
+    with patch.object(workspace, "WORKSPACE_BYTES", 1):
         with Traffic(block) as forward:
             output = model(x)
         gradient = torch.randn_like(output)

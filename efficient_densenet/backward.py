@@ -46,6 +46,11 @@ class MapGradient:
         self.written = False
         self.corrected = 0
 
+    def norm(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> Norm:
+        """The norm of a unit that reads the first ``channels``."""
+        statistics = self.statistics and self.statistics.first(channels)
+        return self.units.norm(unit, tensors, statistics, self.maps.dim())
+
     def start(self, grad: Tensor) -> None:
         """Begin with the gradient that arrives from outside the block."""
         self.grad.copy_(grad)
@@ -54,20 +59,21 @@ class MapGradient:
     def back_through(
         self,
         grad: Tensor,
+        norm: Norm,
         unit: UnitSpec,
         tensors: UnitTensors,
-        channels: int,
         needs: UnitTensors,
         needs_maps: bool,
     ) -> UnitTensors:
-        """Add the gradient through ``unit``, which reads the first ``channels``; return its own."""
-        x = self.maps[:, :channels]
-        statistics = self.statistics and self.statistics.first(channels)
-        norm = self.units.norm(unit, tensors, statistics, x.dim())
+        """Add the gradient through ``unit``, which reads the channels of ``norm``.
+
+        Returns the gradients of the unit's own tensors.
+        """
+        channels = len(norm.mean)
         corrects = needs_maps and unit.batch_statistics
-        weight, bias, sum_d, sum_dx = self.units.backward(
+        weight, bias, sums = self.units.backward(
             grad,
-            x,
+            self.maps[:, :channels],
             norm,
             unit,
             tensors,
@@ -77,23 +83,17 @@ class MapGradient:
             accumulate=self.written,
         )
         self.written = self.written or needs_maps
-        dgamma = None
-        if sum_d is not None and sum_dx is not None:
-            dgamma = norm.invstd * sum_dx
-            if corrects:
-                self._collect(norm, sum_d, dgamma)
+        dbeta = dgamma = None
+        if sums is not None:
+            totals = (self.mean_d[:channels], self.mean_dx[:channels]) if corrects else None
+            dbeta, dgamma = self.units.ops.collect(sums, norm, 1.0 / self.count, totals)
+            self.corrected = max(self.corrected, channels if corrects else 0)
         return UnitTensors(
             weight=_like(dgamma, tensors.weight, needs.weight),
-            bias=_like(sum_d, tensors.bias, needs.bias),
+            bias=_like(dbeta, tensors.bias, needs.bias),
             conv_weight=_like(weight, tensors.conv_weight, needs.conv_weight),
             conv_bias=_like(bias, tensors.conv_bias, needs.conv_bias),
         )
-
-    def _collect(self, norm: Norm, sum_d: Tensor, dgamma: Tensor) -> None:
-        channels, share = len(sum_d), 1.0 / self.count
-        self.corrected = max(self.corrected, channels)
-        self.mean_d[:channels].addcmul_(norm.scale, sum_d, value=share)
-        self.mean_dx[:channels].addcmul_(norm.scale * norm.invstd, dgamma, value=share)
 
     def finish(self, start: int, stop: int) -> Tensor:
         """The gradient of the channels ``[start, stop)``, whose readers have all been walked."""
@@ -152,47 +152,47 @@ class BlockBackward:
         return dx, [tensor for unit in reversed(gradients) for tensor in unit]
 
     def _exit(self, grad: Tensor) -> UnitTensors:
-        assert self.spec.exit is not None
+        unit, tensors = self.spec.exit, self.exit_tensors
+        assert unit is not None
+        norm = self.total.norm(unit, tensors, self.spec.channels)
         below = self.needs_x or self.lowest < len(self.layers)
-        return self.total.back_through(
-            grad, self.spec.exit, self.exit_tensors, self.spec.channels, self.needs_exit, below
-        )
+        return self.total.back_through(grad, norm, unit, tensors, self.needs_exit, below)
 
     def _layer(self, i: int) -> Iterator[UnitTensors]:
         """Gradients of a layer's units, the last first."""
-        layer, units, needs = self.spec.layers[i], self.layers[i], self.needs[i]
+        layer, needs = self.spec.layers[i], self.needs[i]
+        first, *second = zip(layer.units, self.layers[i], strict=True)
+        norm = self.total.norm(*first, layer.channels)
         below = self.needs_x or i > self.lowest
         grad = self.total.finish(layer.channels, layer.channels + layer.growth)
         if layer.drop_rate:
             grad.mul_(dropout_mask(grad, layer.drop_rate, self.seeds[i], self.units.memory_format))
         needs_first = below or any(needs[0])
-        if len(layer.units) == 2:
+        if second:
             z = MapGradient(
                 self.units,
-                self._bottleneck(i),
+                self._bottleneck(i, norm),
                 self.saved.bottleneck_statistics[i],
                 self.spec.process_group,
                 self.bottleneck_grad,
             )
             self.bottleneck_grad = z.grad
-            yield z.back_through(grad, layer.units[1], units[1], layer.width, needs[1], needs_first)
+            norm2 = z.norm(*second[0], layer.width)
+            yield z.back_through(grad, norm2, *second[0], needs[1], needs_first)
             grad = z.finish(0, layer.width) if needs_first else grad
             del z
-        if not needs_first:
+        if needs_first:
+            yield self.total.back_through(grad, norm, *first, needs[0], below)
+        else:
             yield UnitTensors()
-            return
-        yield self.total.back_through(
-            grad, layer.units[0], units[0], layer.channels, needs[0], below
-        )
 
-    def _bottleneck(self, i: int) -> Tensor:
+    def _bottleneck(self, i: int, norm: Norm) -> Tensor:
         kept = self.saved.bottlenecks[i]
         if kept is not None:
             return kept
         layer = self.spec.layers[i]
         x = self.total.maps[:, : layer.channels]
-        statistics = self.saved.statistics.first(layer.channels)
-        bottleneck, _ = self.units.forward(x, layer.units[0], self.layers[i][0], statistics)
+        bottleneck, _ = self.units.forward(x, norm, layer.units[0], self.layers[i][0])
         return bottleneck
 
 
@@ -223,16 +223,14 @@ class StemBackward:
         """The gradients of the image and of all tensors, the convolution's in those of the unit."""
         needs_conv = (needs_x, needs.conv_weight, needs.conv_bias)
         corrects = any(needs_conv) and self.spec.unit.batch_statistics
-        sum_d = dgamma = dx = weight = bias = corrections = None
+        dbeta = dgamma = dx = weight = bias = corrections = None
         if needs.weight or needs.bias or corrects:
-            _, _, sum_d, sum_dx = self._back_through(slice(None), None)
-            assert sum_d is not None and sum_dx is not None
-            dgamma = self.norm.invstd * sum_dx
+            sums = self._back_through(slice(None), None).sums
+            count, mean = self.y.numel() // self.y.shape[1], self.norm.mean
+            totals = torch.zeros_like(mean), torch.zeros_like(mean)
+            dbeta, dgamma = self.units.ops.collect(sums, self.norm, 1.0 / count, totals)
             if corrects:
-                count = self.y.numel() // self.y.shape[1]
-                share = self.norm.scale / count
-                local = [share * sum_d, share * self.norm.invstd * dgamma]
-                corrections = joined_means(local, count, self.spec.process_group)
+                corrections = joined_means([*totals], count, self.spec.process_group)
         if any(needs_conv):
             rows = self.units.workspace.slabs(self.y)
             parts = zip(*(self._slab(r, corrections, needs_conv) for r in rows), strict=True)
@@ -241,7 +239,7 @@ class StemBackward:
             weight, bias = _total(weights), _total(biases)
         return dx, UnitTensors(
             weight=_like(dgamma, self.tensors.weight, needs.weight),
-            bias=_like(sum_d, self.tensors.bias, needs.bias),
+            bias=_like(dbeta, self.tensors.bias, needs.bias),
             conv_weight=_like(weight, self.tensors.conv_weight, needs.conv_weight),
             conv_bias=_like(bias, self.tensors.conv_bias, needs.conv_bias),
         )

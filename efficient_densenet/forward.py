@@ -97,7 +97,8 @@ class FeatureBuffer:
     ) -> tuple[Tensor, Statistics | None]:
         """The result of a unit that reads all maps so far, and its batch statistics."""
         x, statistics = self.maps[:, : self._filled], self.statistics.first(self._filled)
-        return self.units.forward(x, unit, tensors, statistics, need_statistics)
+        norm = self.units.norm(unit, tensors, statistics, x.dim())
+        return self.units.forward(x, norm, unit, tensors, need_statistics)
 
 
 def forward_block(
@@ -116,7 +117,8 @@ def forward_block(
             statistics = joined_statistics(statistics, y, spec.process_group)
         bottleneck = y if second else None
         if second:
-            y, _ = buffer.units.forward(y, second[0], tensors[1], statistics)
+            norm = buffer.units.norm(second[0], tensors[1], statistics, y.dim())
+            y, _ = buffer.units.forward(y, norm, second[0], tensors[1])
         bottlenecks.append(None if spec.recompute_bottleneck else bottleneck)
         bottleneck_statistics.append(statistics)
         if layer.drop_rate:
@@ -142,7 +144,8 @@ def forward_stem(
     if spec.unit.batch_statistics:
         statistics = units.ops.batch_statistics(y, spec.types.statistics)
         statistics = joined_statistics(statistics, y, spec.process_group)
-    out, _ = units.forward(y, spec.unit, tensors, statistics)
+    norm = units.norm(spec.unit, tensors, statistics, y.dim())
+    out, _ = units.forward(y, norm, spec.unit, tensors)
     return out, statistics
 
 

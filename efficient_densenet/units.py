@@ -39,13 +39,12 @@ class UnitRunner:
     def forward(
         self,
         x: Tensor,
+        norm: Norm,
         unit: UnitSpec,
         tensors: UnitTensors,
-        statistics: Statistics | None,
         need_statistics: bool = False,
     ) -> tuple[Tensor, Statistics | None]:
-        """What a unit makes of the map ``x`` with these statistics, and those of the result."""
-        norm = self.norm(unit, tensors, statistics, x.dim())
+        """What a unit makes of the map ``x``, and the batch statistics of the result."""
         tail = self._tail(unit, tensors)
         return self.ops.norm_relu_tail(
             x, norm, tail, self.workspace, need_statistics=need_statistics
@@ -82,19 +81,12 @@ class UnitRunner:
         self, unit: UnitSpec, tensors: UnitTensors, statistics: Statistics | None, dim: int
     ) -> Norm:
         """The unit's norm for maps of ``dim`` dimensions with these batch statistics."""
-        mean, var, weight, bias = (
-            None if vector is None else self._vector(vector, dim)
-            for vector in (tensors.running_mean, tensors.running_var, tensors.weight, tensors.bias)
-        )
         if statistics is not None and unit.batch_statistics:
             mean, var = statistics
-        assert mean is not None and var is not None
-        invstd = (var + unit.eps).rsqrt_()
-        scale = invstd if weight is None else weight * invstd
-        return Norm(mean, invstd, scale, torch.zeros_like(mean) if bias is None else bias)
-
-    def _vector(self, vector: Tensor, dim: int) -> Tensor:
-        return per_channel(vector.to(self.types.statistics), dim)
+        else:
+            vectors = (tensors.running_mean, tensors.running_var)
+            mean, var = (per_channel(v.to(self.types.statistics), dim) for v in vectors)
+        return self.ops.ready(mean, var, tensors.weight, tensors.bias, unit.eps)
 
     def _tail(self, unit: UnitSpec, tensors: UnitTensors) -> Tail:
         if unit.conv is None:

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.densenet import _DenseBlock
 
 from efficient_densenet import EfficientDenseBlock
-from efficient_densenet.kernels import eager
+from efficient_densenet.kernels import workspace
 from efficient_densenet.memory import GRANULARITY, estimate, measure, meter
 from efficient_densenet.models import densenet_cifar
 from efficient_densenet.reference import DenseBlock
@@ -172,7 +172,7 @@ def test_estimate_is_the_meter_to_the_byte(model: nn.Module, x: torch.Tensor) ->
 def test_estimate_is_the_meter_to_the_byte_in_many_slabs(
     recompute: str, samples_per_slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eager, "WORKSPACE_BYTES", samples_per_slab * 52 * 8 * 8 * 4)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", samples_per_slab * 52 * 8 * 8 * 4)
     model = densenet_cifar(16, 10, recompute=recompute)  # up to 50 channels, at 8x8 pixels
     x = torch.randn(11, 3, 8, 8)
     estimated, metered = estimate(model, x), meter(model, x, granularity=GRANULARITY)

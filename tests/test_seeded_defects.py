@@ -4,8 +4,8 @@ import pytest
 import torch
 from compare import KINDS, MODES, assert_efficient, assert_same_training, block_pair, image
 
-from efficient_densenet import backward, lowering
-from efficient_densenet.kernels import eager
+from efficient_densenet import lowering
+from efficient_densenet.kernels import eager, tail
 
 
 def update_statistics_twice(monkeypatch):
@@ -15,41 +15,41 @@ def update_statistics_twice(monkeypatch):
     )
 
 
-def drop_second_sum(monkeypatch):
-    collect = backward.MapGradient._collect
+def drop_sum(index, monkeypatch):
+    collect = eager.collect
 
-    def without_s2(self, norm, sum_d, dgamma):
-        collect(self, norm, sum_d, torch.zeros_like(dgamma))
+    def without(sums, norm, share, totals):
+        kept = totals and tuple(
+            torch.zeros_like(total) if i == index else total for i, total in enumerate(totals)
+        )
+        return collect(sums, norm, share, kept)
 
-    monkeypatch.setattr(backward.MapGradient, "_collect", without_s2)
+    monkeypatch.setattr(eager, "collect", without)
 
 
 def drop_first_sum(monkeypatch):
-    collect = backward.MapGradient._collect
+    drop_sum(0, monkeypatch)
 
-    def without_s1(self, norm, sum_d, dgamma):
-        collect(self, norm, torch.zeros_like(sum_d), dgamma)
 
-    monkeypatch.setattr(backward.MapGradient, "_collect", without_s1)
+def drop_second_sum(monkeypatch):
+    drop_sum(1, monkeypatch)
 
 
 def forget_the_rectifiers_mask(monkeypatch):
-    tail_backward = eager._tail_backward
+    tail_backward = tail.tail_backward
 
-    def unmasked(grad, a, tail, needs):
-        gradients = tail_backward(grad, a, tail, needs)
+    def unmasked(grad, a, *args):
+        gradients = tail_backward(grad, a, *args)
         a.fill_(1.0)
         return gradients
 
-    monkeypatch.setattr(eager, "_tail_backward", unmasked)
+    monkeypatch.setattr(tail, "tail_backward", unmasked)
 
 
 def use_biased_running_variance(monkeypatch):
     update = lowering.update_running_statistics
     monkeypatch.setattr(
-        lowering,
-        "update_running_statistics",
-        lambda seen: update([s._replace(values=10**12) for s in seen]),
+        lowering, "update_running_statistics", lambda seen, values: update(seen, 10**12)
     )
 
 

@@ -247,9 +247,9 @@ def test_call_without_grad_matches_the_reference(build, training):
 
 @pytest.mark.parametrize("build", [transitions, stems], ids=lambda b: b.__name__)
 def test_slabs_of_one_sample_change_nothing(build, monkeypatch):
-    from efficient_densenet.kernels import eager
+    from efficient_densenet.kernels import workspace
 
-    monkeypatch.setattr(eager, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
     efficient, reference = build(bias=True)
     assert_same_training(efficient, reference, big(2), steps=2)
 

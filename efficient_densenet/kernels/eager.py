@@ -6,27 +6,14 @@ Equations and shapes are in ``interface.py``. A slab is as many samples as the w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from efficient_densenet.kernels.convolution import convolve, convolve_backward
-from efficient_densenet.kernels.interface import (
-    Conv,
-    Norm,
-    Statistics,
-    Tail,
-    UnitGradients,
-    per_channel,
-)
-from efficient_densenet.kernels.pooling import pooled, pooled_backward
-from efficient_densenet.layout import is_channels_last, is_hollow, outer_format
-
-# Scratch that a slab may fill before the next one starts. On two cores with 0.5 MiB of L2 each and
-# 32 MiB of shared L3, blocks took the same time with 4, 5, 6 and 8 MiB (within the noise of 5%) and
-# DenseNet-121 4% more with 4 than with 8; the peak of a step grows by twice the difference.
-WORKSPACE_BYTES = 4 << 20
+from efficient_densenet.kernels.interface import Norm, Statistics, Tail, UnitGradients, per_channel
+from efficient_densenet.kernels.tail import Rectify, add, backward_of_slabs, tail_of_slabs
+from efficient_densenet.kernels.workspace import Workspace
+from efficient_densenet.layout import is_channels_last, outer_format
 
 # Channels that PyTorch's batch-norm kernels should find in a row. They take 16 at once, and what is
 # left over one by one, which costs up to twelve times as much (12 channels of 1.5 MiB: 0.43 against
@@ -36,55 +23,16 @@ ROW = 128
 aten = torch.ops.aten
 
 
-class Workspace:
-    """One scratch slab, allocated once a pass, overwritten by every layer."""
-
-    def __init__(
-        self, like: Tensor, widest: int, dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> None:
-        samples, _, *spatial = like.shape
-        self.memory_format, self.dtype = memory_format, dtype
-        self._threads = torch.get_num_threads()
-        self._positions = math.prod(spatial)
-        self._spatial_strides = [math.prod(spatial[i + 1 :]) for i in range(len(spatial))]
-        self._capacity = WORKSPACE_BYTES // dtype.itemsize
-        sample = widest * self._positions
-        size = min(samples * sample, max(self._capacity, sample))
-        self._storage = torch.empty(size, dtype=dtype, device=like.device)
-
-    def slabs(self, x: Tensor) -> Iterator[slice]:
-        """The rows of ``x`` that make up each slab: as few as fit, of equal size.
-
-        A multiple of the threads, or some would wait (a 3x3 convolution's backward pass on 5 and 3
-        samples takes a quarter more time than on 4 and 4).
-        """
-        samples, channels = x.shape[:2]
-        most = max(1, self._capacity // (channels * self._positions))
-        step = -(-samples // -(-samples // most))
-        if most >= self._threads:
-            step = min(-(-step // self._threads), most // self._threads) * self._threads
-        for start in range(0, samples, step):
-            yield slice(start, min(start + step, samples))
-
-    def distinct_slabs(self, x: Tensor) -> Iterable[slice]:
-        """The rows of each slab; of a map without values, of the slabs that differ in memory.
-
-        From the third on all slabs but a shorter last one make and drop the same, and some hundred
-        layers have tens of thousands of them: an estimate would take a minute.
-        """
-        slabs = list(self.slabs(x))
-        return [*slabs[:3], *slabs[3:][-1:]] if is_hollow(x) else slabs
-
-    def scratch(self, slab: Tensor, dtype: torch.dtype) -> Tensor:
-        """The storage in the shape of ``slab``: whatever it held is lost."""
-        channels = slab.shape[1]
-        last = self.memory_format is not torch.contiguous_format
-        across_channels, step = (1, channels) if last else (self._positions, 1)
-        spatial = [step * stride for stride in self._spatial_strides]
-        storage = self._storage if dtype == self.dtype else self._storage.view(dtype)
-        return storage.as_strided(
-            slab.shape, (channels * self._positions, across_channels, *spatial)
-        )
+def ready(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Norm:
+    weight, bias = (
+        None if vector is None else per_channel(vector.to(mean.dtype), mean.dim() + 1)
+        for vector in (weight, bias)
+    )
+    invstd = (var + eps).rsqrt_()
+    scale = invstd if weight is None else weight * invstd
+    return Norm(mean, invstd, scale, torch.zeros_like(mean) if bias is None else bias)
 
 
 def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
@@ -113,28 +61,8 @@ def append(y: Tensor, into: Tensor, dtype: torch.dtype | None) -> Statistics | N
 def norm_relu_tail(
     x: Tensor, norm: Norm, tail: Tail, workspace: Workspace, *, need_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
-    y = _tail_of_slabs(x, norm, tail, workspace)
+    y = tail_of_slabs(x, tail, workspace, _rectifier(norm))
     return y, batch_statistics(y, workspace.dtype) if need_statistics else None
-
-
-def _tail_of_slabs(x: Tensor, norm: Norm, tail: Tail, workspace: Workspace) -> Tensor:
-    out: Tensor | None = None
-    shift = _shift(norm)
-    for rows in workspace.distinct_slabs(x):
-        y = _rectify(x[rows], norm.scale, shift, workspace.scratch(x[rows], tail.dtype))
-        y = pooled(y, tail.pool) if tail.pool else y
-        y = convolve(y, tail.conv) if tail.conv else y
-        if len(y) == len(x):
-            return y
-        if out is None:
-            shape = (len(x), *y.shape[1:])
-            out = torch.empty(
-                shape, dtype=y.dtype, device=y.device, memory_format=workspace.memory_format
-            )
-        out[rows] = y
-        del y  # or it would live beside the next slab's
-    assert out is not None
-    return out
 
 
 def norm_relu_tail_backward(
@@ -150,26 +78,32 @@ def norm_relu_tail_backward(
     target: Tensor | None,
     accumulate: bool,
 ) -> UnitGradients:
-    weight = bias = sum_d = sum_dx = None
-    needs = (need_sums or target is not None, need_weight, need_bias)
-    shift = _shift(norm)
-    for rows in workspace.distinct_slabs(x):
-        slab = x[rows]
-        a = _rectify(slab, norm.scale, shift, workspace.scratch(slab, tail.dtype))
-        d, slab_weight, slab_bias = _tail_backward(grad[rows].to(tail.dtype), a, tail, needs)
-        weight, bias = _add(weight, slab_weight), _add(bias, slab_bias)
-        if d is None:
-            continue
+    sum_d = sum_dx = None
+
+    def receive(rows: slice, a: Tensor, d: Tensor) -> None:
+        nonlocal sum_d, sum_dx
         aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
         if need_sums:
-            slab_d, slab_dx = _channel_sums(d, slab, norm.mean, workspace)
-            sum_d, sum_dx = _add(sum_d, slab_d), _add(sum_dx, slab_dx)
+            slab_d, slab_dx = _channel_sums(d, x[rows], norm.mean, workspace)
+            sum_d, sum_dx = add(sum_d, slab_d), add(sum_dx, slab_dx)
         if target is not None and accumulate:
             target[rows].addcmul_(d, norm.scale)
         elif target is not None:
             torch.mul(d, norm.scale, out=target[rows])
-        del d  # or it would live beside the next slab's
-    return UnitGradients(weight, bias, sum_d, sum_dx)
+
+    needs = (need_sums or target is not None, need_weight, need_bias)
+    weight, bias = backward_of_slabs(grad, x, tail, workspace, _rectifier(norm), needs, receive)
+    return UnitGradients(weight, bias, (sum_d, sum_dx) if need_sums else None)
+
+
+def collect(
+    sums: tuple[Tensor, Tensor], norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    dbeta, dgamma = sums[0], norm.invstd * sums[1]
+    if totals is not None:
+        totals[0].addcmul_(norm.scale, dbeta, value=share)
+        totals[1].addcmul_(norm.scale * norm.invstd, dgamma, value=share)
+    return dbeta, dgamma
 
 
 def correct(grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -177,32 +111,14 @@ def correct(grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Te
     return out.addcmul_(x, b, value=-1)
 
 
-def _shift(norm: Norm) -> Tensor:
-    return torch.addcmul(norm.bias, norm.mean, norm.scale, value=-1)
+def _rectifier(norm: Norm) -> Rectify:
+    shift = torch.addcmul(norm.bias, norm.mean, norm.scale, value=-1)
 
+    def rectify(x: Tensor, out: Tensor) -> Tensor:
+        # Reads x once, and rounds as PyTorch's own batch norm does on a CPU.
+        return torch.addcmul(shift, x, norm.scale, out=out).relu_()
 
-def _rectify(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    # Reads x once, and rounds as PyTorch's own batch norm does on a CPU.
-    return torch.addcmul(shift, x, scale, out=out).relu_()
-
-
-def _tail_backward(
-    grad: Tensor, a: Tensor, tail: Tail, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``tail(a)`` with respect to ``a``, the weight and the bias, as far as needed."""
-    if tail.pool is None:
-        return _convolution_backward(grad, a, tail.conv, needs)
-    read = pooled(a, tail.pool) if tail.conv else a
-    dread, weight, bias = _convolution_backward(grad, read, tail.conv, needs)
-    return None if dread is None else pooled_backward(dread, a, tail.pool), weight, bias
-
-
-def _convolution_backward(
-    grad: Tensor, a: Tensor, conv: Conv | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if conv is None:
-        return (grad if needs[0] else None), None, None
-    return convolve_backward(grad, a, conv, needs)
+    return rectify
 
 
 def _channel_sums(
@@ -244,7 +160,3 @@ def _fold(x: Tensor) -> int:
 def _folded(x: Tensor, fold: int) -> Tensor:
     """A map as a matrix of ``fold`` positions a row; itself if that is one."""
     return x if fold == 1 else x.movedim(1, -1).reshape(-1, fold * x.shape[1])
-
-
-def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    return part if total is None or part is None else total + part

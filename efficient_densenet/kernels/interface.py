@@ -86,16 +86,15 @@ class Tail(NamedTuple):
 
 
 class UnitGradients(NamedTuple):
-    """Gradients of the convolution, and the two sums per channel that batch norm's need.
+    """Gradients of the convolution, and the sums per channel that batch norm's need.
 
-    ``sum_d = Σ d`` and ``sum_dx = Σ d * (x - mean)`` for the gradient ``d`` at the rectifier's
-    input.
+    ``sums`` is the implementation's own form of ``Σ d`` and ``Σ d * (x - mean)`` for the gradient
+    ``d`` at the rectifier's input: what :meth:`Operations.collect` reads.
     """
 
     conv_weight: Tensor | None
     conv_bias: Tensor | None
-    sum_d: Tensor | None
-    sum_dx: Tensor | None
+    sums: Any
 
 
 class Operations(Protocol):
@@ -111,6 +110,14 @@ class Operations(Protocol):
 
         ``like`` is a map of the samples and the size that will be normalised, ``widest`` the
         channels of the widest of them; ``dtype`` is that of statistics, the widest one stored.
+        """
+
+    def ready(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Norm:
+        """A norm from statistics shaped to broadcast over a map, and vectors γ and β.
+
+        ``invstd = (var + eps)^(-1/2)``, ``scale = γ * invstd``; absent, γ is one and β zero.
         """
 
     def batch_statistics(self, x: Tensor, dtype: torch.dtype) -> Statistics:
@@ -147,8 +154,17 @@ class Operations(Protocol):
         """Gradients of :meth:`norm_relu_tail`; batch norm's correction is left to :meth:`correct`.
 
         With ``d`` the gradient at the rectifier's input, writes ``scale * d`` into ``target`` (adds
-        it if ``accumulate``; ``None``: not wanted) and returns the convolution's gradients, ``Σ d``
-        and ``Σ d * (x - mean)``.
+        it if ``accumulate``; ``None``: not wanted) and returns the convolution's gradients and what
+        :meth:`collect` reads.
+        """
+
+    def collect(
+        self, sums: Any, norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``, the gradients of a batch norm.
+
+        Adds ``share * scale * dβ`` and ``share * scale * invstd * dγ`` to ``totals``: with a share
+        of one by the number of values, what :meth:`correct` takes for ``a`` and ``b``.
         """
 
     def correct(

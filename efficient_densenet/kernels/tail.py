@@ -1,0 +1,90 @@
+"""What reads a normalised and rectified map, by PyTorch's operators, one slab after the other.
+
+The caller says how a slab is rectified into the workspace, and takes each slab's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.kernels.convolution import convolve, convolve_backward
+from efficient_densenet.kernels.interface import Conv, Tail
+from efficient_densenet.kernels.pooling import pooled, pooled_backward
+from efficient_densenet.kernels.workspace import Workspace
+
+Rectify = Callable[[Tensor, Tensor], Tensor]  # a slab into its place in the workspace
+
+
+def tail_of_slabs(x: Tensor, tail: Tail, workspace: Workspace, rectify: Rectify) -> Tensor:
+    """``tail(rectify(x))``."""
+    out: Tensor | None = None
+    for rows in workspace.distinct_slabs(x):
+        y = _tail(rectify(x[rows], workspace.scratch(x[rows], tail.dtype)), tail)
+        if len(y) == len(x):
+            return y
+        if out is None:
+            shape = (len(x), *y.shape[1:])
+            out = torch.empty(
+                shape, dtype=y.dtype, device=y.device, memory_format=workspace.memory_format
+            )
+        out[rows] = y
+        del y  # or it would live beside the next slab's
+    assert out is not None
+    return out
+
+
+def backward_of_slabs(
+    grad: Tensor,
+    x: Tensor,
+    tail: Tail,
+    workspace: Workspace,
+    rectify: Rectify,
+    needs: tuple[bool, bool, bool],
+    receive: Callable[[slice, Tensor, Tensor], None],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`tail_of_slabs` with respect to weight and bias, as far as needed.
+
+    ``receive`` gets each slab's rows, its rectified map, and the gradient with respect to that; it
+    may write into the gradient.
+    """
+    weight = bias = None
+    for rows in workspace.distinct_slabs(x):
+        a = rectify(x[rows], workspace.scratch(x[rows], tail.dtype))
+        d, slab_weight, slab_bias = tail_backward(grad[rows].to(tail.dtype), a, tail, needs)
+        weight, bias = add(weight, slab_weight), add(bias, slab_bias)
+        if d is not None:
+            receive(rows, a, d)
+        del d  # or it would live beside the next slab's
+    return weight, bias
+
+
+def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of what is there."""
+    return part if total is None or part is None else total + part
+
+
+def _tail(a: Tensor, tail: Tail) -> Tensor:
+    a = pooled(a, tail.pool) if tail.pool else a
+    return convolve(a, tail.conv) if tail.conv else a
+
+
+def tail_backward(
+    grad: Tensor, a: Tensor, tail: Tail, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``tail(a)`` with respect to ``a``, the weight and the bias, as far as needed."""
+    if tail.pool is None:
+        return _convolution_backward(grad, a, tail.conv, needs)
+    read = pooled(a, tail.pool) if tail.conv else a
+    dread, weight, bias = _convolution_backward(grad, read, tail.conv, needs)
+    return None if dread is None else pooled_backward(dread, a, tail.pool), weight, bias
+
+
+def _convolution_backward(
+    grad: Tensor, a: Tensor, conv: Conv | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if conv is None:
+        return (grad if needs[0] else None), None, None
+    return convolve_backward(grad, a, conv, needs)
