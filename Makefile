@@ -1,4 +1,4 @@
-# make setup | data | train | test | lint | bench
+# make setup | data | train | test | lint | bench | gpu | gpu-rehearsal
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +8,7 @@ OUT ?= runs/deep
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 
-.PHONY: setup data train test lint bench
+.PHONY: setup data train test lint bench gpu gpu-rehearsal
 
 setup: $(stamp)
 
@@ -37,3 +37,11 @@ lint: setup
 
 bench: setup
 	$(bin)/python -m pytest benchmarks/ --benchmark-only
+
+# These two make no environment and fetch nothing: PYTHON has torch, torchvision, Triton and pytest.
+# The programme keeps to its time by itself; `timeout` is for a driver that hangs.
+gpu:
+	PYTHONPATH=. timeout --kill-after=5 530 $(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
+
+gpu-rehearsal:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --rehearse $(GPU_OPTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 import traceback
@@ -14,7 +15,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import COMPETITORS, DEVICE, FLOOR, NAIVE, Case, Competitor, Subject
@@ -30,6 +30,7 @@ In float32 a rectifier whose input is all but zero opens in one model and not in
 that the naive DenseNet-121's own gradients differ by 1.5% between its two memory formats.
 """
 OUT_OF_MEMORY = "out of memory"
+NO_TIME = "no time was left"
 SECONDS_PER_CASE = 8.0
 ROUNDS = (5, 15)
 """Fewest and most interleaved rounds; between them, as many as ``SECONDS_PER_CASE`` allows."""
@@ -45,7 +46,7 @@ class Row:
     kept: int = 0
     peak: int = 0
     operator: str = ""
-    convolution_share: float = 1.0
+    convolution_share: float | None = None
     first_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
 
@@ -104,29 +105,38 @@ def compete(
     competitors: Sequence[Competitor],
     judge: Judge,
     tell: Tell = lambda rows, competitor: None,
+    left: Callable[[], float] = lambda: math.inf,
+    seconds: float = SECONDS_PER_CASE,
 ) -> Rows:
     """Measure those ``competitors`` on ``case`` that are right, and the floor, interleaved.
 
     Who is wrong, or raises an error, has that as its failure. ``tell`` is called with the rows
-    before anything is done with a competitor, and with ``None`` before all are timed.
+    before anything is done with a competitor, and with ``None`` before all are timed, which takes
+    about ``seconds``. Who would leave no time for that, of the ``left()`` seconds, is left out.
 
     Raises:
         RuntimeError: if a competitor left the device unusable.
     """
     torch.compiler.reset()  # compiled code of another case would hide this one's compile time
     rows = {competitor: Row(case.name, competitor) for competitor in (*competitors, FLOOR)}
-    subjects: dict[Competitor, Subject | ConvolutionsAlone] = {FLOOR: case.floor()}
-    seconds_per_round = 0.0
-    for competitor in competitors:
-        row = rows[competitor]
+    subjects: dict[Competitor, Subject | ConvolutionsAlone] = {}
+    round_seconds = slowest = 0.0
+    for competitor, row in rows.items():
         tell(rows, competitor)
+        if left() < slowest + ROUNDS[0] * round_seconds:
+            row.failure = NO_TIME
+            continue
+        start = time.perf_counter()
         try:
+            if competitor == FLOOR:
+                subjects[FLOOR] = case.floor()
+                continue
             subject = case.subject(competitor)
             row.failure = judge.before(competitor)
             row.first_seconds = timed(subject)
             row.failure = row.failure or judge.after(subject)
             if row.failure is None:
-                seconds_per_round += weigh(subject, row)
+                round_seconds += weigh(subject, row)
                 subjects[competitor] = subject
         except torch.OutOfMemoryError:
             row.failure = OUT_OF_MEMORY
@@ -134,9 +144,11 @@ def compete(
             traceback.print_exc()
             row.failure = told(error)
             synchronize()  # raises if no one can use the device any more
+        slowest = max(slowest, time.perf_counter() - start)
     tell(rows, None)
-    for competitor, seconds in interleaved(subjects, rounds(seconds_per_round)).items():
-        rows[competitor].seconds = seconds
+    count = rounds(round_seconds, min(seconds, left() / 2))
+    for competitor, times in interleaved(subjects, count).items():
+        rows[competitor].seconds = times
     return rows
 
 
@@ -194,13 +206,11 @@ def weigh(subject: Subject, row: Row) -> float:
     """Fill in the memory of one step; returns about how many seconds it takes."""
     if DEVICE.type == "cuda":
         row.kept, row.peak = counted(subject)
-        seconds = timed(subject)
-    else:
-        report = measure(subject.model, subject.x, autocast=subject.autocast)
-        row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
-        seconds = report.seconds or 0.0
+        return timed(subject)
+    report = measure(subject.model, subject.x, autocast=subject.autocast)
+    row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
     row.convolution_share = convolution_share(subject)
-    return seconds
+    return report.seconds or 0.0
 
 
 def counted(subject: Subject) -> tuple[int, int]:
@@ -223,29 +233,18 @@ def counted(subject: Subject) -> tuple[int, int]:
 
 
 def convolution_share(subject: Subject) -> float:
-    """The part of a step's time that operators spend in convolutions, from ``torch.profiler``.
-
-    On a GPU its kernels' time, of those that operators named so have launched.
-    """
-    activities = [ProfilerActivity.CPU]
-    if DEVICE.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    """The part of a CPU's step that operators spend in convolutions, from ``torch.profiler``."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         timed(subject)
     events = profiler.key_averages()
-    on_gpu = DEVICE.type == "cuda"
-    spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    operators = [e for e in events if e.device_type == DeviceType.CPU]
-    # An operator's device time is that of its kernels, which are events of their own too.
-    all_of_it = [e for e in events if e.device_type == DeviceType.CUDA] if on_gpu else operators
-    convolutions = sum(getattr(e, spent) for e in operators if "convolution" in e.key)
-    return convolutions / max(sum(getattr(e, spent) for e in all_of_it), 1)
+    convolutions = sum(e.self_cpu_time_total for e in events if "convolution" in e.key)
+    return convolutions / sum(e.self_cpu_time_total for e in events)
 
 
-def rounds(seconds_per_round: float) -> int:
+def rounds(seconds_per_round: float, seconds: float = SECONDS_PER_CASE) -> int:
     """How many interleaved rounds a case gets."""
     fewest, most = ROUNDS
-    return min(max(int(SECONDS_PER_CASE / max(seconds_per_round, 1e-9)), fewest), most)
+    return min(max(int(seconds / max(seconds_per_round, 1e-9)), fewest), most)
 
 
 def interleaved(

@@ -75,7 +75,7 @@ def cells(row: Row, rows: dict[Competitor, Row]) -> tuple[str, ...]:
         f"{row.peak / MIB:.1f}" if measured else "",
         f"{row.median * 1e3:.0f} ({low * 1e3:.0f}–{high * 1e3:.0f})",
         *(f"{against[key]:.2f}" if key in against else "" for key in HEADER[4:9]),
-        f"{row.convolution_share:.0%}",
+        "" if row.convolution_share is None else f"{row.convolution_share:.0%}",
         note(row, against),
     )
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from dataclasses import asdict
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +15,27 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import DEVICE, Case, Competitor
 from benchmarks.gpu.runner import Job, PartFailed
-from benchmarks.instruments import OUT_OF_MEMORY, Row, Rows, compete, synchronize, told
+from benchmarks.instruments import (
+    NO_TIME,
+    OUT_OF_MEMORY,
+    Row,
+    Rows,
+    compete,
+    synchronize,
+    told,
+)
 from benchmarks.precision import PrecisionJudge
-from efficient_densenet.config import AUTOCAST, make_optimizer
-from efficient_densenet.memory import GRANULARITY, estimate, measure
-from efficient_densenet.planner import MODES, Work, plan_work
+from efficient_densenet.config import make_optimizer
+from efficient_densenet.planner import MODES, Work
 from scripts.edge_of_budget import step_within
 
 LEARNING_RATE = 0.01
 LOSS_TOLERANCE = 0.05
 """Relative difference allowed between the first losses of two ways to train the same network."""
 MOST_KERNELS = 12
-BEYOND_THE_PLAN = 0.03
-MOST_TRIES = 5
 STATISTICS = "num_batches_tracked"
-
-Varies = Literal["batch", "depth"]
+ALL_MEMORY = 1 << 50
+COUNTS = ("requested", "allocated", "reserved")
 
 
 def tests(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
@@ -48,7 +48,8 @@ def tests(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
 
     tally = _Tally(job)
     without = [f"--deselect={test}" for test in job.without]
-    pytest.main(["-q", "-p", "no:cacheprovider", *without, *arguments], [tally])
+    options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    pytest.main([*options, *without, *arguments], [tally])
     job.tell(tally.result())
     failed, passed = len(tally.failures), tally.outcomes["passed"]
     if failed or not passed:
@@ -64,7 +65,7 @@ class _Tally:
         self.failures = [{"test": test, "error": error} for test, error in job.without.items()]
 
     def result(self) -> dict[str, Any]:
-        return {"outcomes": dict(self.outcomes), "failures": self.failures}
+        return {"kind": "tests", "outcomes": dict(self.outcomes), "failures": self.failures}
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.job.tell(self.result(), running=nodeid)
@@ -117,7 +118,7 @@ def training(
     Raises:
         PartFailed: if it does not, or if a norm counted other batches than there were.
     """
-    result = {"case": case.name, "steps": steps, "learning_rate": LEARNING_RATE, "rows": []}
+    result = {"kind": "training", "case": case.name, "learning_rate": LEARNING_RATE, "rows": []}
 
     def fill(competitor: Competitor, row: dict[str, Any]) -> None:
         row |= _train(case, competitor, classes, steps)
@@ -160,13 +161,13 @@ def _untrained(row: dict[str, Any], naive: dict[str, Any], steps: int) -> str | 
 
 
 def memory(job: Job, works: Sequence[Work]) -> dict[str, Any]:
-    """Peak bytes of whole training steps, as estimated and as the allocator counted them.
+    """Peak bytes of whole training steps, as estimated and as the CUDA allocator counted them.
 
     All bytes count: parameters, gradients, the optimizer's state and the batch as well. What the
-    allocator handed out is ``allocated``, what it was asked for ``requested``; ``events`` is the
-    largest moment in the profiler's account of births and deaths.
+    allocator was asked for is ``requested``, what it handed out ``allocated``, and what it took
+    from the device ``reserved``. On a CPU the meter's count stands for all three.
     """
-    result: dict[str, Any] = {"rows": []}
+    result: dict[str, Any] = {"kind": "memory", "rows": []}
     wanted = [Weighed(work, mode) for work in works for mode in MODES]
 
     def fill(weighed: Weighed, row: dict[str, Any]) -> None:
@@ -189,40 +190,17 @@ class Weighed(NamedTuple):
 
 
 def _peaks(work: Work, mode: str) -> dict[str, Any]:
-    with DEVICE:
-        network = work.build(mode).to(memory_format=torch.channels_last)
-        images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
-        labels = torch.arange(work.batch_size) % work.classes
-    images = images.contiguous(memory_format=torch.channels_last)
-    options: dict[str, Any] = {
-        "target": labels,
-        "optimizer": partial(make_optimizer, lr=LEARNING_RATE),
-        "autocast": AUTOCAST.get(work.precision),
-    }
-    estimated = estimate(network, images, granularity=GRANULARITY, **options).peak.total
-    before = _resident()
-    report = measure(network, images, **options)
-    peaks = {"estimated": estimated, "events": report.peak.total}
-    for name, value, resident in zip(
-        ("allocated", "requested"), (report.allocated, report.requested), before, strict=True
-    ):
-        # The network itself is resident beside the copy that is measured; the batch is shared.
-        peaks[name] = None if value is None else value - resident + report.peak.inputs
-    return peaks
-
-
-def _resident() -> tuple[int, int]:
-    """Bytes that live on the device now: allocated, and requested."""
-    gc.collect()
-    if DEVICE.type != "cuda":
-        return 0, 0
-    torch.cuda.empty_cache()
-    stats = torch.cuda.memory_stats()
-    return stats["allocated_bytes.all.current"], stats["requested_bytes.all.current"]
+    estimated = work.estimate(mode, "cuda").peak.total
+    metered = step_within(work, mode, ALL_MEMORY, DEVICE)
+    if metered is None:
+        return {"estimated": estimated, "failure": OUT_OF_MEMORY}
+    counted = torch.cuda.memory_stats() if DEVICE.type == "cuda" else {}
+    peaks = {kind: counted.get(f"{kind}_bytes.all.peak", metered) for kind in COUNTS}
+    return {"estimated": estimated, **peaks}
 
 
 def bench(
-    job: Job, case: Case, competitors: Sequence[Competitor], judged_batch: int
+    job: Job, case: Case, competitors: Sequence[Competitor], judged_batch: int, seconds: float
 ) -> dict[str, Any]:
     """Time and memory of one step of every competitor that is right, all in one run, interleaved.
 
@@ -239,17 +217,19 @@ def bench(
         running = None if competitor is None else str(competitor)
         job.tell(_as_json(case, judge, {**rows, **missing}), running)
 
-    rows = compete(case, [c for c in competitors if c not in missing], judge, tell)
+    able = [c for c in competitors if c not in missing]
+    rows = compete(case, able, judge, tell, job.left, seconds)
     result = _as_json(case, judge, {**rows, **missing})
     job.tell(result)
-    wrong = [row for row in result["rows"] if row["failure"] not in (None, OUT_OF_MEMORY)]
-    if wrong:
+    fine = (None, OUT_OF_MEMORY, NO_TIME)
+    if wrong := [row for row in result["rows"] if row["failure"] not in fine]:
         raise PartFailed("; ".join(f"{row['name']}: {row['failure']}" for row in wrong))
     return result
 
 
 def _as_json(case: Case, judge: PrecisionJudge, rows: Rows) -> dict[str, Any]:
     return {
+        "kind": "bench",
         "case": case.name,
         "batch": case.shape[0],
         "precision": str(case.precision).removeprefix("torch."),
@@ -271,7 +251,7 @@ def launches(
 
     On a CPU operators stand for kernels.
     """
-    result: dict[str, Any] = {"case": case.name, "layers": layers, "rows": []}
+    result: dict[str, Any] = {"kind": "launches", "case": case.name, "layers": layers, "rows": []}
 
     def fill(competitor: Competitor, row: dict[str, Any]) -> None:
         row |= _launches(case, competitor, layers)
@@ -316,79 +296,3 @@ def _kernels(run: Any) -> dict[str, tuple[int, float]]:
     )
     events = [e for e in profiler.key_averages() if e.device_type == kind]
     return {e.key: (e.count, getattr(e, spent)) for e in events}
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is the largest batch, or the deepest network, within ``budget`` bytes?"""
-
-    name: str
-    work: Work
-    varies: Varies
-    budget: int
-
-    def sized(self, size: int) -> Work:
-        changed = {"batch": "batch_size", "depth": "depth"}[self.varies]
-        return replace(self.work, **{changed: size})
-
-    @property
-    def unit(self) -> int:
-        """How far one size is from the next."""
-        return 1 if self.varies == "batch" else 6
-
-
-def plans(job: Job, questions: Sequence[Question], processes: int) -> dict[str, Any]:
-    """The planner's answer to every question and mode, from shapes, on as many processor cores."""
-    result: dict[str, Any] = {question.name: {} for question in questions}
-    with ProcessPoolExecutor(
-        min(processes, os.cpu_count() or 1), multiprocessing.get_context("spawn")
-    ) as pool:
-        asked = {pool.submit(_plan, q, mode): (q.name, mode) for q in questions for mode in MODES}
-        for answer in as_completed(asked):
-            name, mode = asked[answer]
-            result[name][mode] = answer.result()
-            job.tell(result)
-    return result
-
-
-def _plan(question: Question, mode: str) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    made = plan_work(question.work, question.varies, question.budget, DEVICE.type, [mode])
-    (fit,) = made.fits
-    return {"largest": fit.largest, "peak": fit.peak, "reserve": made.reserve}
-
-
-def limit(job: Job, question: Question, plan: str) -> dict[str, Any]:
-    """Training steps of what was planned, held to the budget, and of what is a little larger.
-
-    Raises:
-        PartFailed: if what was planned runs out of memory.
-    """
-    planned = job.earlier[plan][question.name]
-    rows: list[dict[str, Any]] = []
-    result = {
-        "question": question.name,
-        "varies": question.varies,
-        "budget": question.budget,
-        "precision": question.work.precision,
-        "rows": rows,
-    }
-    for mode in [mode for mode in MODES if mode in planned]:
-        row: dict[str, Any] = {"mode": mode, "planned": planned[mode], "tries": []}
-        rows.append(row)
-        job.tell(result)
-        for size in _sizes(planned[mode]["largest"], question.unit):
-            peak = step_within(question.sized(size), mode, question.budget, DEVICE)
-            row["tries"].append({"size": size, "peak": peak})
-            job.tell(result)
-            if peak is None:
-                break
-    if short := [row["mode"] for row in rows if row["tries"] and row["tries"][0]["peak"] is None]:
-        raise PartFailed(f"planned, and out of memory: {', '.join(short)}")
-    return result
-
-
-def _sizes(planned: int, unit: int) -> list[int]:
-    """The planned size and some above it."""
-    rise = max(round(planned * BEYOND_THE_PLAN / unit), 1) * unit
-    return [planned + i * rise for i in range(MOST_TRIES)] if planned else []

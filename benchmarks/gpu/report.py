@@ -1,4 +1,4 @@
-"""Tables and pictures of a run on a GPU, from its JSON alone.
+"""Tables of a run on a GPU, from its JSON alone, and the pictures of charts.py.
 
 python -m benchmarks.gpu.report docs/results/gpu.json    # writes gpu.md and PNGs beside it
 """
@@ -13,38 +13,72 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.cases import FLOOR, NAIVE, NAIVE_CHANNELS_LAST
+from benchmarks.gpu.charts import draw_all
 from benchmarks.report import aligned
 
-JSON = "gpu.json"
-MIB, GIB = 2**20, 2**30
-FLOOR_NAME, BASES = str(FLOOR), {"naive": str(NAIVE), "naive c.l.": str(NAIVE_CHANNELS_LAST)}
+MIB = 2**20
+FLOOR_NAME, NAIVE_NAME, CHANNELS_LAST_NAME = map(str, (FLOOR, NAIVE, NAIVE_CHANNELS_LAST))
+COMPILED = "torch.compile"
 NOT_MEASURED = "not measured"
-COLOURS = {
-    "naive": "#8a94a6",
-    "torchvision": "#b08900",
-    "norm": "#2563eb",
-    "bottleneck": "#c2410c",
-    "checkpointed": "#b08900",
-    "(": "#111827",
-}
-HATCHES = {"eager": "//", "torch.compile": "xx"}
+GOALS = {"time / naive c.l.": 0.60, "time / compiled": 0.85, "peak / naive c.l.": 1 / 6}
+"""What DenseNet-121 in bf16 should take at most, of the naive network in channels_last."""
 
+Result = dict[str, Any]
 Table = Sequence[Sequence[str]]
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Every part of a run in order, with what became of it, and the conditions."""
-    title = "Rehearsal: the numbers mean nothing" if found["rehearsal"] else "Measured on a GPU"
+def json_name(rehearsal: bool) -> str:
+    """A rehearsal never writes what a GPU has written."""
+    return "rehearsal.json" if rehearsal else "gpu.json"
+
+
+def markdown(found: Result) -> str:
+    """Conditions, goals, and every part of a run in order with what became of it."""
+    device = found["conditions"]["device"]
+    title = f"Measured on {device}"
+    if found["rehearsal"]:
+        title = f"Rehearsal on {device}: no GPU, and the numbers mean nothing"
     conditions = "\n".join(f"- {name}: {value}" for name, value in found["conditions"].items())
-    overview = [("part", "s", "allowed s", "status")]
+    overview = [("part", "s", "at most s", "status")]
     for part in found["parts"]:
         times = (f"{part['seconds']:.0f}", f"{part['allowance']:.0f}")
         overview.append((part["name"], *times, part["status"]))
-    sections = [f"# {title}", conditions, aligned(overview), *map(section, found["parts"])]
+    sections = [
+        f"# {title}",
+        conditions,
+        "## Goals",
+        aligned(goals(found)),
+        "## Parts",
+        aligned(overview),
+        *map(section, found["parts"]),
+    ]
     return "\n\n".join(sections) + "\n"
 
 
-def section(part: dict[str, Any]) -> str:
+def goals(found: Result) -> Table:
+    """Of each case the faster of ours, against the naive network; goals that are missed in bold."""
+    named = [f"{name} (goal {goal:.2f})" for name, goal in GOALS.items()]
+    rows = [("case", "faster of ours", "ms", *named)]
+    for part in found["parts"]:
+        if part["result"] and part["result"]["kind"] == "bench":
+            rows.append(_goal_row(part["result"]))
+    return rows if len(rows) > 1 else [*rows, ("", NOT_MEASURED, "", "", "", "")]
+
+
+def _goal_row(result: Result) -> tuple[str, ...]:
+    timed = {row["name"]: row for row in result["rows"] if row["seconds"]}
+    ours = min(filter(is_ours, timed), key=lambda name: _time(timed[name]), default=None)
+    if ours is None:
+        return (result["case"], NOT_MEASURED, "", "", "", "")
+    found = _ratios(timed[ours], timed)
+    cells = []
+    for name, goal in GOALS.items():
+        ratio = f"{found[name]:.2f}" if name in found else ""
+        cells.append(f"**{ratio}**" if name in found and found[name] > goal else ratio)
+    return (result["case"], ours, milliseconds(timed[ours]["seconds"]), *cells)
+
+
+def section(part: Result) -> str:
     """One part: its tables, and why they are not there or not whole."""
     lines = [f"## {part['name']}"]
     if part["status"] != "ok":
@@ -53,7 +87,7 @@ def section(part: dict[str, Any]) -> str:
     if result is None:
         lines.append(NOT_MEASURED)
     else:
-        lines += [aligned(table) for table in tables(result) if len(table) > 1]
+        lines += [aligned(table) for table in TABLES[result["kind"]](result) if len(table) > 1]
     return "\n\n".join(lines)
 
 
@@ -62,23 +96,15 @@ def last_line(error: str | None) -> str:
     return ((error or "").strip().splitlines() or [""])[-1]
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    """Those of a part's result, by what it holds."""
-    for key, make in TABLES.items():
-        if key in result:
-            return make(result)
-    return [plan_table(question, fits) for question, fits in result.items()]
-
-
-def tests_tables(result: dict[str, Any]) -> list[Table]:
+def tests_tables(result: Result) -> list[Table]:
     outcomes = [("outcome", "tests"), *((n, str(c)) for n, c in result["outcomes"].items())]
     failures = [("failed", "message")]
     for failure in result["failures"]:
-        failures.append((failure["test"], last_line(failure["error"]).replace("|", "\\|")))
+        failures.append((failure["test"], _cell(last_line(failure["error"]))))
     return [outcomes, failures]
 
 
-def training_tables(result: dict[str, Any]) -> list[Table]:
+def training_tables(result: Result) -> list[Table]:
     rows = [("network", "first loss", "last loss", "note")]
     for row in result["rows"]:
         losses = row.get("losses")
@@ -87,104 +113,104 @@ def training_tables(result: dict[str, Any]) -> list[Table]:
     return [rows]
 
 
-def memory_tables(result: dict[str, Any]) -> list[Table]:
-    rows = [
-        (
-            "step",
-            "estimated MiB",
-            "requested MiB",
-            "allocated MiB",
-            "requested / estimated",
-            "allocated / estimated",
-            "note",
-        )
-    ]
+def memory_tables(result: Result) -> list[Table]:
+    counted = ("requested", "allocated", "reserved")
+    sizes = [f"{name} MiB" for name in ("estimated", *counted)]
+    rows = [("step", *sizes, *(f"{name} / estimated" for name in counted[:2]), "note")]
     for row in result["rows"]:
-        sizes = [row.get(name) for name in ("estimated", "requested", "allocated")]
-        estimated = sizes[0]
-        rows.append(
-            (
-                row["name"],
-                *(mib(size) for size in sizes),
-                *(f"{size / estimated:.3f}" if size else "" for size in sizes[1:]),
-                row["failure"] or "",
-            )
-        )
+        ratios = [f"{row[n] / row['estimated']:.3f}" if n in row else "" for n in counted[:2]]
+        sizes = [mib(row.get(name)) for name in ("estimated", *counted)]
+        rows.append((row["name"], *sizes, *ratios, row["failure"] or ""))
     return [rows]
 
 
-def step_tables(result: dict[str, Any]) -> list[Table]:
+def bench_tables(result: Result) -> list[Table]:
     """Medians, and their ratios to the rows that were timed in the same run."""
     timed = {row["name"]: row for row in result["rows"] if row["seconds"]}
-    bases = {f"time / {short}": name for short, name in BASES.items() if name in timed}
-    compiled = next((name for name in timed if "torch.compile" in name), None)
-    if compiled:
-        bases["time / compiled"] = compiled
-    naive = timed.get(BASES["naive c.l."])
+    ratios = {name: _ratios(row, timed) for name, row in timed.items()}
+    columns = list(dict.fromkeys(key for row in ratios.values() for key in row))
     header = (
         "competitor",
         "ms (quartiles)",
         "per second",
         "kept MiB",
         "peak MiB",
-        "peak / naive c.l.",
-        *bases,
-        "in convolutions",
+        *columns,
         "note",
     )
     rows: list[tuple[str, ...]] = [header]
     for row in result["rows"]:
         if row["name"] not in timed:
             blanks = [""] * (len(header) - 2)
-            rows.append((row["name"], *blanks, row["failure"] or NOT_MEASURED))
+            rows.append((row["name"], *blanks, _cell(row["failure"] or NOT_MEASURED)))
             continue
-        own, floor = median(row["seconds"]), row["name"] == FLOOR_NAME
-        ratios = [own / median(timed[name]["seconds"]) for name in bases.values()]
+        own, floor = ratios[row["name"]], row["name"] == FLOOR_NAME
         rows.append(
             (
                 row["name"],
                 milliseconds(row["seconds"]),
-                f"{result['batch'] / own:.0f}",
+                f"{result['batch'] / _time(row):.0f}",
                 "" if floor else mib(row["kept"]),
                 "" if floor else mib(row["peak"]),
-                "" if floor or naive is None else f"{row['peak'] / naive['peak']:.2f}",
-                *(f"{ratio:.2f}" for ratio in ratios),
-                f"{row['convolution_share']:.0%}",
-                step_note(row, dict(zip(bases, ratios, strict=True))),
+                *(f"{own[name]:.2f}" if name in own else "" for name in columns),
+                _note(row, own),
             )
         )
     return [rows]
 
 
-def step_note(row: dict[str, Any], ratios: dict[str, float]) -> str:
+def _ratios(row: Result, timed: dict[str, Result]) -> dict[str, float]:
+    """Of a row's time and peak to those of the naive rows, as far as those were measured."""
+    compiled = next((name for name in timed if COMPILED in name), None)
+    others = {"naive": NAIVE_NAME, "naive c.l.": CHANNELS_LAST_NAME, "compiled": compiled}
+    found = {
+        f"time / {short}": _time(row) / _time(timed[name])
+        for short, name in others.items()
+        if name in timed
+    }
+    if CHANNELS_LAST_NAME in timed and row["name"] != FLOOR_NAME:
+        found["peak / naive c.l."] = row["peak"] / timed[CHANNELS_LAST_NAME]["peak"]
+    return found
+
+
+def _note(row: Result, ratios: dict[str, float]) -> str:
     """Where ours is beaten, or how long compiling took."""
-    if "torch.compile" in row["name"]:
+    if COMPILED in row["name"]:
         return f"first step {row['first_seconds']:.0f} s"
     lost = [name for name, ratio in ratios.items() if ratio > 1.0]
-    ours = row["name"].startswith(("norm", "bottleneck"))
-    return "LOSES: " + ", ".join(lost) if ours and lost else ""
+    return "LOSES: " + ", ".join(lost) if is_ours(row["name"]) and lost else ""
 
 
-def launches_tables(result: dict[str, Any]) -> list[Table]:
-    rows = [("competitor", "forward", "backward", "note")]
+def is_ours(name: str) -> bool:
+    return name.startswith(("norm", "bottleneck"))
+
+
+def launches_tables(result: Result) -> list[Table]:
+    rows = [("launches of a layer", "forward", "backward", "note")]
     found: list[Table] = [rows]
     for row in result["rows"]:
         counts = [row.get(f"{way}_per_layer") for way in ("forward", "backward")]
         told = ["" if count is None else f"{count:.1f}" for count in counts]
         rows.append((row["name"], *told, row["failure"] or ""))
         kernels = [
-            (
-                kernel["name"].replace("|", "\\|"),
-                str(kernel["count"]),
-                f"{kernel['microseconds']:.0f}",
-            )
+            (_cell(kernel["name"]), str(kernel["count"]), f"{kernel['microseconds']:.0f}")
             for kernel in row.get("kernels", ())
         ]
         found.append([(f"kernels of a step: {row['name']}", "count", "µs"), *kernels])
     return found
 
 
-def limit_tables(result: dict[str, Any]) -> list[Table]:
+def plans_tables(result: Result) -> list[Table]:
+    found = []
+    for question, fits in result["questions"].items():
+        rows = [(question, "planned", "estimated MiB", "reserve MiB")]
+        for mode, fit in fits.items():
+            rows.append((mode, str(fit["largest"]), mib(fit["peak"]), mib(fit["reserve"])))
+        found.append(rows)
+    return found
+
+
+def limit_tables(result: Result) -> list[Table]:
     rows = [
         (
             "mode",
@@ -196,37 +222,36 @@ def limit_tables(result: dict[str, Any]) -> list[Table]:
         )
     ]
     for row in result["rows"]:
-        ran = [t for t in row["tries"] if t["peak"] is not None]
-        failed = [t for t in row["tries"] if t["peak"] is None]
+        ran = {t["size"]: t["peak"] for t in row["tries"] if t["peak"] is not None}
+        failed = [t["size"] for t in row["tries"] if t["peak"] is None]
+        largest = max(ran, default=None)
         rows.append(
             (
                 row["mode"],
                 str(row["planned"]["largest"]),
                 mib(row["planned"]["peak"]),
-                str(ran[-1]["size"]) if ran else "",
-                mib(ran[-1]["peak"]) if ran else "",
-                str(failed[0]["size"]) if failed else "",
+                "" if largest is None else str(largest),
+                mib(ran.get(largest)),
+                str(min(failed, default="")),
             )
         )
     return [rows]
 
 
-def plan_table(question: str, fits: dict[str, Any]) -> Table:
-    rows = [(question, "planned", "estimated MiB", "reserve MiB")]
-    for mode, fit in fits.items():
-        rows.append((mode, str(fit["largest"]), mib(fit["peak"]), mib(fit["reserve"])))
-    return rows
-
-
-TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
-    "outcomes": tests_tables,
-    "learning_rate": training_tables,
-    "errors_of_naive": step_tables,
-    "layers": launches_tables,
-    "question": limit_tables,
-    "rows": memory_tables,
+TABLES: dict[str, Callable[[Result], list[Table]]] = {
+    "tests": tests_tables,
+    "training": training_tables,
+    "memory": memory_tables,
+    "bench": bench_tables,
+    "launches": launches_tables,
+    "plans": plans_tables,
+    "limit": limit_tables,
 }
-"""What makes the tables of a result, by a key that only such results have; in this order."""
+"""What makes the tables of a result, by its kind."""
+
+
+def _time(row: Result) -> float:
+    return median(row["seconds"])
 
 
 def mib(size: int | None) -> str:
@@ -241,139 +266,14 @@ def milliseconds(seconds: Sequence[float]) -> str:
     return f"{own} ({low}–{high})"
 
 
-def steps_chart(found: dict[str, Any], path: Path) -> bool:
-    """Draw time and peak memory of every timed case, each beside its naive row; false if none."""
-    results = [
-        p["result"]
-        for p in found["parts"]
-        if p["result"] and any(row.get("seconds") for row in p["result"].get("rows", ()))
-    ]
-    if not results:
-        return False
-    heights = [_height(result) for result in results]
-    figure = _figure((11, 0.5 + sum(heights)))
-    boxes = figure.subfigures(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for box, result in zip(boxes, results, strict=True):
-        rows = [row for row in result["rows"] if row["seconds"]][::-1]
-        names = [row["name"] for row in rows]
-        weighed = [None if row["name"] == FLOOR_NAME else row["peak"] / MIB for row in rows]
-        left, right = box.subplots(1, 2, sharey=True)
-        _bars(left, names, [median(row["seconds"]) * 1e3 for row in rows], "{:.3g}")
-        _bars(right, names, weighed, "{:,.4g}")
-        left.set_xlabel("ms of a step", fontsize=8)
-        right.set_xlabel("peak MiB", fontsize=8)
-        box.suptitle(result["case"], x=0.01, ha="left", fontsize=9, weight="bold")
-    _finish(figure, found, path)
-    return True
-
-
-def _height(result: dict[str, Any]) -> float:
-    return 1.1 + 0.24 * sum(bool(row["seconds"]) for row in result["rows"])
-
-
-def _bars(axes: Any, names: list[str], values: Sequence[float | None], form: str) -> None:
-    places = range(len(names))
-    widths = [value or 0 for value in values]
-    bars = axes.barh(places, widths, color=[_colour(name) for name in names], height=0.75)
-    for bar, name in zip(bars, names, strict=True):
-        bar.set_hatch(next((h for key, h in HATCHES.items() if key in name), ""))
-        bar.set_edgecolor("white")
-    labels = ["" if value is None else form.format(value) for value in values]
-    axes.bar_label(bars, labels, fontsize=8, padding=3)
-    axes.set_yticks(places, names, fontsize=8)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.margins(x=0.12)
-
-
-def limit_chart(found: dict[str, Any], path: Path) -> bool:
-    """Draw what ran within the budget, and what was planned; false if nothing was tried."""
-    results = [p["result"] for p in found["parts"] if p["result"] and "question" in p["result"]]
-    if not any(row["tries"] for result in results for row in result["rows"]):
-        return False
-    figure = _figure((6.5 * len(results), 3.6))
-    for axes, result in zip(
-        figure.subplots(1, len(results), squeeze=False)[0], results, strict=True
-    ):
-        rows = result["rows"]
-        ran = [
-            max([t["size"] for t in row["tries"] if t["peak"] is not None], default=0)
-            for row in rows
-        ]
-        places = range(len(rows))
-        bars = axes.bar(places, ran, color=[_colour(row["mode"]) for row in rows], width=0.7)
-        axes.bar_label(bars, fontsize=9, padding=2)
-        planned = [row["planned"]["largest"] for row in rows]
-        axes.scatter(places, planned, marker="_", s=900, color="black", label="planned")
-        axes.set_xticks(places, [row["mode"] for row in rows])
-        axes.set_title(result["question"], loc="left", fontsize=9)
-        axes.set_ylabel(f"{result['varies']} that ran")
-        axes.margins(y=0.15)
-        axes.legend(frameon=False, loc="upper left", markerscale=0.4)
-    _finish(figure, found, path)
-    return True
-
-
-def estimate_chart(found: dict[str, Any], path: Path) -> bool:
-    """Draw what the allocator counted over what was estimated; false if it counted nothing."""
-    rows = [
-        row
-        for part in found["parts"]
-        for row in (part["result"] or {}).get("rows", ())
-        if row.get("estimated") and row.get("requested")
-    ]
-    if not rows:
-        return False
-    figure = _figure((9, 1.4 + 0.42 * len(rows)))
-    axes = figure.subplots()
-    places = range(len(rows))[::-1]
-    for name, marker in (("requested", "o"), ("allocated", "x")):
-        ratios = [row[name] / row["estimated"] for row in rows]
-        axes.scatter(ratios, places, marker=marker, color="#2563eb", label=name)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks(places, [row["name"] for row in rows], fontsize=8)
-    axes.set_xlabel("peak / estimated peak")
-    axes.legend(frameon=False)
-    _finish(figure, found, path)
-    return True
-
-
-CHARTS = {
-    "gpu-steps.png": steps_chart,
-    "gpu-estimate.png": estimate_chart,
-    "gpu-limit.png": limit_chart,
-}
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained")
-
-
-def _colour(name: str) -> str:
-    return next(colour for start, colour in COLOURS.items() if name.startswith(start))
-
-
-def _finish(figure: Any, found: dict[str, Any], path: Path) -> None:
-    conditions = found["conditions"]
-    told = [conditions[name] for name in ("device", "date", "commit")]
-    rehearsal = ["REHEARSAL"] if found["rehearsal"] else []
-    figure.suptitle(", ".join([*rehearsal, f"torch {conditions['torch']}", *told]), fontsize=9)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def write(source: Path) -> None:
-    """Write ``gpu.md`` and the pictures beside ``source``; pictures of nothing are removed."""
+    """Write the tables and the pictures beside ``source``, under its name."""
     found = json.loads(source.read_text(encoding="utf-8"))
-    pictures = []
-    for name, draw in CHARTS.items():
-        path = source.with_name(name)
-        if draw(found, path):
-            pictures.append(f"![{path.stem}]({name})")
-        else:
-            path.unlink(missing_ok=True)
+    pictures = [f"![{path.stem}]({path.name})" for path in draw_all(found, source)]
     text = "\n\n".join([markdown(found).strip(), *pictures]) + "\n"
     source.with_suffix(".md").write_text(text, encoding="utf-8")
 

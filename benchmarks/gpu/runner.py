@@ -19,6 +19,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 OK, FAILED, CUT_OFF, SKIPPED, NOT_REACHED = "ok", "failed", "cut off", "skipped", "not reached"
+LEAST = 10.0
+"""Seconds for which a part that is allowed more is still worth starting."""
+DYING = 5.0
+"""Seconds that a killed process may take to end; a driver can hold it for ever."""
 
 
 class PartFailed(Exception):
@@ -30,18 +34,24 @@ class Job:
     """What a part is given, and how it tells what it has found so far.
 
     Attributes:
+        deadline: when the part will be cut off, by :func:`time.monotonic`.
         without: what earlier tries of the part broke at, and how; to be left out.
         earlier: results of the parts before, by name.
     """
 
+    deadline: float
     without: dict[str, str]
     earlier: dict[str, Any]
     pipe: Connection | None = field(default=None, repr=False)
 
+    def left(self) -> float:
+        """Seconds until the part will be cut off."""
+        return self.deadline - time.monotonic()
+
     def tell(self, result: Any, running: str | None = None) -> None:
         """Put on record all that was found so far.
 
-        ``running`` names what comes next: should the process break at it, the part is run again
+        ``running`` names what comes next: should the process die of it, the part is run again
         without it.
         """
         assert self.pipe is not None
@@ -52,9 +62,9 @@ class Job:
 class Part:
     """Something to run: ``run`` takes a :class:`Job`, may be pickled, and returns its result.
 
-    ``allowance`` is in seconds. A part that ``leaves_traces`` in its process is its last. One that
-    runs ``beside`` the others has a process of its own from the start, and is waited for in its
-    turn: for work that does not disturb the parts before.
+    ``allowance`` is in seconds, for all its tries. A part that ``leaves_traces`` in its process is
+    its last. One that runs ``beside`` the others has a process of its own from the start, and is
+    waited for in its turn: for work that does not disturb the parts before.
     """
 
     name: str
@@ -78,16 +88,15 @@ class Record:
 
 def run_parts(
     parts: Sequence[Part],
-    seconds: float,
+    end: float,
     write: Callable[[list[Record]], None],
     say: Callable[[str], None] = print,
 ) -> list[Record]:
-    """Run ``parts`` in order within ``seconds`` together.
+    """Run ``parts`` in order until ``end``, by :func:`time.monotonic`.
 
-    A part that might take longer than what is left is skipped, and one that takes longer than its
-    allowance is cut off. ``write`` is called with all records whenever there is something new.
+    A part is cut off when its allowance or the time is over, and skipped if there is too little
+    left to start it. ``write`` is called with all records whenever there is something new.
     """
-    end = time.monotonic() + seconds
     records = [Record(part.name, part.allowance) for part in parts]
     lock = threading.Lock()
 
@@ -111,10 +120,10 @@ def run_parts(
                 threads[part.name] = threading.Thread(target=carry_out, args=arguments)
                 threads[part.name].start()
         for part, record in zip(parts, records, strict=True):
-            say(f"{part.name} ...")
             if part.beside:
                 threads[part.name].join()
             else:
+                say(f"{part.name} ...")
                 carry_out(main, part, record)
     finally:
         for worker in (main, *others):
@@ -137,36 +146,33 @@ class Worker:
         end: float,
         note: Callable[[], None],
     ) -> None:
-        """Run ``part`` before ``end``, again without what it broke at, and fill in ``record``."""
-        without: dict[str, str] = {}
+        """Run ``part`` before ``end``, again without what killed it, and fill in ``record``."""
+        start = time.monotonic()
+        if end - start < min(part.allowance, LEAST):
+            record.status, record.error = SKIPPED, f"{max(end - start, 0):.0f} s are left"
+            note()
+            return
+        job = Job(min(start + part.allowance, end), {}, earlier)
         while True:
-            left = end - time.monotonic()
-            if left < part.allowance:
-                if not without:
-                    record.status = SKIPPED
-                    record.error = f"may take {part.allowance:.0f} s, and {left:.0f} s are left"
-                break
-            start = time.monotonic()
-            running = self._try(part, Job(without, earlier), record, note)
-            record.seconds += time.monotonic() - start
+            running = self._try(part, job, record, note)
+            record.seconds = time.monotonic() - start
             if part.leaves_traces:
                 self.kill()
-            if running is None or running in without:
+            if running is None or running in job.without or job.left() <= 0:
                 break
-            without[running] = f"{record.status}: {(record.error or '').splitlines()[-1]}"
+            job.without[running] = f"{record.status}: {(record.error or '').splitlines()[-1]}"
         note()
 
     def _try(self, part: Part, job: Job, record: Record, note: Callable[[], None]) -> str | None:
         """One try; returns what was running when the process broke, if the part had said so."""
         self._start()
         self._pipe.send((part.run, job))
-        end = time.monotonic() + part.allowance
         kind, value = "told", (None, None)
         while kind == "told":
             record.result, running = value
             note()
             try:
-                in_time = self._pipe.poll(max(end - time.monotonic(), 0))
+                in_time = self._pipe.poll(max(job.left(), 0))
                 kind, value = self._pipe.recv() if in_time else ("late", None)
             except (EOFError, ConnectionResetError):
                 kind, value = "died", None
@@ -177,9 +183,10 @@ class Worker:
             record.status, record.error = FAILED, value
             return None
         if kind == "late":
-            record.status, record.error = CUT_OFF, f"took longer than {part.allowance:.0f} s"
+            at = f" at {running}" if running else ""
+            record.status, record.error = CUT_OFF, f"its time was over{at}"
         elif kind == "died":
-            self._process.join()
+            self._process.join(DYING)
             code = self._process.exitcode
             record.status, record.error = FAILED, f"the process died with exit code {code}"
         else:
@@ -188,8 +195,9 @@ class Worker:
         return running
 
     def _start(self) -> None:
-        if self._process is not None:
+        if self._process is not None and self._process.is_alive():
             return
+        self.kill()
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,))
@@ -203,7 +211,7 @@ class Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()  # it may not have made its group yet
-        self._process.join()
+        self._process.join(DYING)
         self._pipe.close()
         self._process = self._pipe = None
 
