@@ -50,7 +50,7 @@ def stem(
 
 
 @torch.library.custom_op(
-    "efficient_densenet::draw_seeds", mutates_args=(), tags=torch.Tag.nondeterministic_seeded
+    "efficient_densenet::draw_seeds", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
 def draw_seeds(x: Tensor, layers: int) -> Tensor:
     """A seed for the dropout mask of each layer, from torch's default generator.
