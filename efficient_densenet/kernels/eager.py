@@ -43,9 +43,8 @@ def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
         fold = _fold(x)
         mean, var = torch.batch_norm_update_stats(_folded(x, fold), None, None, 0.0)
         if fold > 1:  # groups of equal size, joined by Chan's formula
-            means = mean.view(fold, x.shape[1])
-            mean = means.mean(0)
-            var = var.view_as(means).mean(0).add_((means - mean).square_().mean(0))
+            spread, mean = torch.var_mean(mean.view(fold, x.shape[1]), 0, correction=0)
+            var = var.view(fold, x.shape[1]).mean(0).add_(spread)
     return Statistics(per_channel(mean, x.dim()), per_channel(var, x.dim()))
 
 

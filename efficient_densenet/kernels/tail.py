@@ -22,7 +22,8 @@ def tail_of_slabs(x: Tensor, tail: Tail, workspace: Workspace, rectify: Rectify)
     """``tail(rectify(x))``."""
     out: Tensor | None = None
     for rows in workspace.distinct_slabs(x):
-        y = _tail(rectify(x[rows], workspace.scratch(x[rows], tail.dtype)), tail)
+        slab = x[rows]
+        y = _tail(rectify(slab, workspace.scratch(slab, tail.dtype)), tail)
         if len(y) == len(x):
             return y
         if out is None:
@@ -52,7 +53,8 @@ def backward_of_slabs(
     """
     weight = bias = None
     for rows in workspace.distinct_slabs(x):
-        a = rectify(x[rows], workspace.scratch(x[rows], tail.dtype))
+        slab = x[rows]
+        a = rectify(slab, workspace.scratch(slab, tail.dtype))
         d, slab_weight, slab_bias = tail_backward(grad[rows].to(tail.dtype), a, tail, needs)
         weight, bias = add(weight, slab_weight), add(bias, slab_bias)
         if d is not None:
