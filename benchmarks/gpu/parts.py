@@ -87,7 +87,7 @@ class _Tally:
 T = TypeVar("T")
 
 
-def _fill_rows(
+def fill_rows(
     job: Job,
     result: dict[str, Any],
     wanted: Iterable[T],
@@ -124,7 +124,7 @@ def training(
         row |= _train(case, competitor, classes, steps)
         row["failure"] = _untrained(row, result["rows"][0], steps)
 
-    _fill_rows(job, result, competitors, fill)
+    fill_rows(job, result, competitors, fill)
     if wrong := [row["name"] for row in result["rows"] if row["failure"]]:
         raise PartFailed(f"not trained: {', '.join(wrong)}")
     return result
@@ -173,7 +173,7 @@ def memory(job: Job, works: Sequence[Work]) -> dict[str, Any]:
     def fill(weighed: Weighed, row: dict[str, Any]) -> None:
         row |= _peaks(weighed.work, weighed.mode)
 
-    _fill_rows(job, result, wanted, fill)
+    fill_rows(job, result, wanted, fill)
     return result
 
 
@@ -256,7 +256,7 @@ def launches(
     def fill(competitor: Competitor, row: dict[str, Any]) -> None:
         row |= _launches(case, competitor, layers)
 
-    _fill_rows(job, result, competitors, fill)
+    fill_rows(job, result, competitors, fill)
     return result
 
 

@@ -20,10 +20,12 @@ from benchmarks.cases import (
 )
 from benchmarks.gpu import limits, parts
 from benchmarks.gpu.limits import Question
+from benchmarks.gpu.operations import Site, operations
 from benchmarks.gpu.runner import Part
 from efficient_densenet.planner import Work
 
 BF16 = torch.bfloat16
+IMPLEMENTATIONS = ("eager",)
 OURS = tuple(Competitor(kind, channels_last=True) for kind in ("norm", "bottleneck"))
 PLAIN = (NAIVE, NAIVE_CHANNELS_LAST, Competitor("torchvision", channels_last=True), *OURS)
 TRAINED = (NAIVE_CHANNELS_LAST, *OURS)
@@ -45,6 +47,8 @@ class Scale:
     classes: int
     judged_batch: int
     seconds: float
+    sites: tuple[Site, ...]
+    ceiling: tuple[int, int]
     works: tuple[Work, ...]
     questions: tuple[Question, ...]
     planners: int
@@ -64,6 +68,19 @@ REAL = Scale(
     classes=1000,
     judged_batch=8,
     seconds=6.0,
+    sites=(
+        *(
+            Site(64, size, channels, features, 128, 32, BF16)
+            for size, channels, features in (
+                (56, 160, 256),
+                (28, 320, 512),
+                (14, 640, 1024),
+                (7, 768, 1024),
+            )
+        ),
+        Site(64, 28, 320, 512, 128, 32, torch.float32),
+    ),
+    ceiling=(1 << 30, 8192),
     works=tuple(
         Work("densenet121", 224, 64, classes=1000, precision=precision)
         for precision in ("bf16-mixed", "32-true")
@@ -93,6 +110,8 @@ REHEARSAL = Scale(
     classes=10,
     judged_batch=2,
     seconds=0.0,
+    sites=(Site(2, 4, 12, 20, 8, 4, BF16), Site(2, 4, 12, 20, 8, 4, torch.float32)),
+    ceiling=(1 << 12, 32),
     works=(Work("cifar-bc", 8, 4, 10, 4, precision="bf16-mixed"),),
     questions=(
         Question("largest batch", Work("cifar-bc", 8, depth=10, growth_rate=4), "batch", 200 << 10),
@@ -114,11 +133,15 @@ def programme(scale: Scale) -> list[Part]:
     training = partial(
         parts.training, case=headline, competitors=TRAINED, classes=scale.classes, steps=8
     )
+    singly = partial(
+        operations, sites=scale.sites, implementations=IMPLEMENTATIONS, ceiling=scale.ceiling
+    )
     launches = partial(parts.launches, case=second, competitors=PLAIN, layers=scale.block[0])
     plan = partial(limits.plans, questions=scale.questions, processes=scale.planners)
     return [
         Part("tests", partial(parts.tests, arguments=scale.tests), 90, leaves_traces=True),
         Part("training", training, 40),
+        Part("operations", singly, 50),
         Part("memory", partial(parts.memory, works=scale.works), 50),
         bench(second, 40),
         bench(headline, 45),

@@ -185,6 +185,28 @@ def is_ours(name: str) -> bool:
     return name.startswith(("norm", "bottleneck"))
 
 
+def operations_tables(result: Result) -> list[Table]:
+    """Of each implementation the median, and how near the fastest comes to the ceilings."""
+    copied, multiplied = result["copied"], result["multiplied"]
+    names = list(dict.fromkeys(n for row in result["rows"] for n in row.get("seconds", ())))
+    header = ("operation", *(f"{name} µs" for name in names), "fastest", "GB/s", "TFLOP/s")
+    ceiling = ("a large copy, a large bf16 product", *[""] * (len(names) + 1))
+    rows: list[tuple[str, ...]] = [(*header, "largest difference", "note")]
+    rows.append((*ceiling, f"{copied / 1e9:.0f}", f"{multiplied / 1e12:.1f}", "", ""))
+    for row in result["rows"]:
+        times = {name: median(seconds) for name, seconds in row.get("seconds", {}).items()}
+        told = [f"{times[name] * 1e6:.0f}" if name in times else "" for name in names]
+        fastest = min(times, key=lambda name: times[name], default=None)
+        rates = ("", "", "")
+        if fastest is not None:
+            moved, done = row["bytes"] / times[fastest], row["flops"] / times[fastest]
+            rates = (fastest, f"{moved / 1e9:.0f}", f"{done / 1e12:.1f}" if done else "")
+        difference = max(row.get("differences", {}).values(), default=None)
+        largest = "" if difference is None else f"{difference:.1e}"
+        rows.append((row["name"], *told, *rates, largest, _cell(row["failure"] or "")))
+    return [rows]
+
+
 def launches_tables(result: Result) -> list[Table]:
     rows = [("launches of a layer", "forward", "backward", "note")]
     found: list[Table] = [rows]
@@ -243,6 +265,7 @@ TABLES: dict[str, Callable[[Result], list[Table]]] = {
     "training": training_tables,
     "memory": memory_tables,
     "bench": bench_tables,
+    "operations": operations_tables,
     "launches": launches_tables,
     "plans": plans_tables,
     "limit": limit_tables,

@@ -1,0 +1,231 @@
+"""Each operation by itself, by every implementation: time, bytes, arithmetic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import DEVICE
+from benchmarks.gpu.parts import fill_rows
+from benchmarks.gpu.runner import Job, PartFailed
+from benchmarks.instruments import relative_error, synchronize
+from efficient_densenet import kernels
+from efficient_densenet.kernels.interface import Conv, Geometry, Operations, Tail, per_channel
+
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
+"""Relative difference (2-norm) allowed from the eager operation; in float32 products are TF32."""
+REPEATS = 20
+EPS = 1e-5
+POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
+THREE = Geometry((1, 1), (1, 1), (1, 1), 1)
+
+Run = Callable[[], Sequence[Tensor]]
+
+
+class Site(NamedTuple):
+    """A bottleneck layer that reads ``channels`` of a block's ``features`` and adds ``growth``."""
+
+    batch: int
+    size: int
+    channels: int
+    features: int
+    width: int
+    growth: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        read = f"{self.channels} of {self.features}"
+        return f"{self.size}², {read} channels, {str(self.dtype).removeprefix('torch.')}"
+
+
+class Call(NamedTuple):
+    """An operation at a site, with what it cannot do without: bytes moved, and arithmetic.
+
+    ``prepare`` makes from an implementation what runs it, and returns what is to be compared.
+    """
+
+    operation: str
+    site: Site
+    bytes: int
+    flops: int
+    prepare: Callable[[Operations], Run]
+
+    def __str__(self) -> str:
+        return f"{self.operation}, {self.site}"
+
+
+def operations(
+    job: Job, sites: Sequence[Site], implementations: Sequence[str], ceiling: tuple[int, int]
+) -> dict[str, Any]:
+    """Seconds of every operation at every site, by each implementation; the first is the truth.
+
+    ``ceiling`` is the bytes of a copy, and the rows of a square product in bfloat16, that show what
+    the device can do.
+
+    Raises:
+        PartFailed: if an implementation fails, or differs from the first.
+    """
+    copied, multiplied = ceilings(*ceiling)
+    rows: list[dict[str, Any]] = []
+    result = {"kind": "operations", "copied": copied, "multiplied": multiplied, "rows": rows}
+
+    def fill(call: Call, row: dict[str, Any]) -> None:
+        row |= {"bytes": call.bytes, "flops": call.flops, "seconds": {}, "differences": {}}
+        truth: Sequence[Tensor] = ()
+        for name in implementations:
+            run = call.prepare(kernels.load(name))
+            found = [tensor.clone() for tensor in run()]
+            truth = truth or found
+            difference = max(map(relative_error, found, truth))
+            row["differences"][name] = difference
+            row["seconds"][name] = seconds(run)
+            if not difference <= TOLERANCE[call.site.dtype]:
+                row["failure"] = f"{name} differs by {difference:.1e}"
+
+    fill_rows(job, result, [call for site in sites for call in calls(site)], fill)
+    if wrong := [row["name"] for row in rows if row["failure"]]:
+        raise PartFailed(f"wrong, or failed: {'; '.join(wrong)}")
+    return result
+
+
+def calls(site: Site) -> list[Call]:
+    """The operations of one layer, forward and backward, on maps of the same random values."""
+    features, gradients = (_map(site, site.features) for _ in range(2))
+    read, added = slice(site.channels), slice(site.channels, site.channels + site.growth)
+    x, slot = features[:, read], features[:, added]
+    z, dz = (_map(site, site.width) for _ in range(2))
+    new, dnew = (_map(site, site.growth) for _ in range(2))
+    first = Conv(_weight(site.width, site.channels, 1), None, POINTWISE)
+    second = Conv(_weight(site.growth, site.width, 3), None, THREE)
+    vectors = torch.randn(3, site.growth, device=DEVICE)
+    c, b, k, positions = site.channels, site.width, site.growth, site.batch * site.size**2
+    value = positions * site.dtype.itemsize
+
+    def append(ops: Operations) -> Run:
+        def run() -> Sequence[Tensor]:
+            statistics = ops.append(new, slot, torch.float32)
+            assert statistics is not None
+            return [slot, *statistics]
+
+        return run
+
+    def correct(ops: Operations) -> Run:
+        mean, a, b = (per_channel(vector, 4) for vector in vectors)
+        return lambda: [ops.correct(gradients[:, added], slot, mean, a, b, dnew)]
+
+    return [
+        Call("append", site, 2 * k * value, 0, append),
+        Call("1×1", site, (c + b) * value, 2 * c * b * positions, _forward(x, first, True)),
+        Call("3×3", site, (b + k) * value, 18 * b * k * positions, _forward(z, second, False)),
+        Call(
+            "3×3 backward",
+            site,
+            (k + 2 * b) * value,
+            36 * b * k * positions,
+            _backward(dnew, z, second, torch.empty_like(z), False),
+        ),
+        Call(
+            "1×1 backward",
+            site,
+            (b + 3 * c) * value,
+            4 * c * b * positions,
+            _backward(dz, x, first, gradients[:, read], True),
+        ),
+        Call("correct", site, 3 * k * value, 0, correct),
+    ]
+
+
+def _forward(x: Tensor, conv: Conv, need_statistics: bool) -> Callable[[Operations], Run]:
+    def prepare(ops: Operations) -> Run:
+        norm, tail, workspace = _unit(ops, x, conv)
+
+        def run() -> Sequence[Tensor]:
+            y, statistics = ops.norm_relu_tail(
+                x, norm, tail, workspace, need_statistics=need_statistics
+            )
+            return [y, *(statistics or ())]
+
+        return run
+
+    return prepare
+
+
+def _backward(
+    grad: Tensor, x: Tensor, conv: Conv, target: Tensor, accumulate: bool
+) -> Callable[[Operations], Run]:
+    def prepare(ops: Operations) -> Run:
+        norm, tail, workspace = _unit(ops, x, conv)
+        target.fill_(1.0)
+
+        def run() -> Sequence[Tensor]:
+            weight, _, sums = ops.norm_relu_tail_backward(
+                grad,
+                x,
+                norm,
+                tail,
+                workspace,
+                need_weight=True,
+                need_bias=False,
+                need_sums=True,
+                target=target,
+                accumulate=accumulate,
+            )
+            assert weight is not None
+            return [weight, target, *ops.collect(sums, norm, 1.0, None)]
+
+        return run
+
+    return prepare
+
+
+def _unit(ops: Operations, x: Tensor, conv: Conv) -> tuple[Any, Tail, Any]:
+    var, mean = torch.var_mean(x.float(), [0, 2, 3], correction=0)
+    gamma, beta = torch.ones_like(mean), torch.full_like(mean, 0.1)
+    norm = ops.ready(per_channel(mean, 4), per_channel(var, 4), gamma, beta, EPS)
+    workspace = ops.Workspace(x, x.shape[1], torch.float32, torch.channels_last)
+    return norm, Tail(None, conv, x.dtype), workspace
+
+
+def _map(site: Site, channels: int) -> Tensor:
+    values = torch.randn(site.batch, channels, site.size, site.size, device=DEVICE)
+    return values.to(site.dtype, memory_format=torch.channels_last)
+
+
+def _weight(leaves: int, reads: int, kernel: int) -> Tensor:
+    values = torch.randn(leaves, reads, kernel, kernel, device=DEVICE) / (reads * kernel**2) ** 0.5
+    return values.to(memory_format=torch.channels_last)
+
+
+def ceilings(copied: int, rows: int) -> tuple[float, float]:
+    """Bytes a second that a copy reads and writes, operations a second of a large product."""
+    source = torch.randn(copied // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    factor = torch.randn(rows, rows, device=DEVICE, dtype=torch.bfloat16)
+    copy = min(seconds(lambda: [target.copy_(source)]))
+    product = min(seconds(lambda: [factor @ factor]))
+    return 2 * copied / copy, 2 * rows**3 / product
+
+
+def seconds(run: Run) -> list[float]:
+    """Of each of some runs that follow each other, after one to warm up."""
+    run()
+    if DEVICE.type != "cuda":
+        return [_on_cpu(run) for _ in range(REPEATS)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]
+
+
+def _on_cpu(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
