@@ -1,4 +1,4 @@
-# make setup | data | train | test | lint | bench | gpu | gpu-rehearsal
+# make setup | data | train | test | lint | bench | gate | gpu | gpu-rehearsal
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +8,7 @@ OUT ?= runs/deep
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 
-.PHONY: setup data train test lint bench gpu gpu-rehearsal
+.PHONY: setup data train test lint bench gate gpu gpu-rehearsal
 
 setup: $(stamp)
 
@@ -37,6 +37,9 @@ lint: setup
 
 bench: setup
 	$(bin)/python -m pytest benchmarks/ --benchmark-only
+
+gate: setup
+	$(bin)/python -m benchmarks.gate
 
 # These two make no environment and fetch nothing: PYTHON has torch, torchvision, Triton and pytest.
 # The programme keeps to its time by itself; `timeout` is for a driver that hangs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -139,17 +140,13 @@ def estimate(
 
     Other arguments and errors as in :func:`measure`.
     """
-    with _shape_only(autocast) as device:
+    with _uncollected(), _shape_only(autocast) as device:
         twin = _twin(model, device)
         dtype = _dtype(model)
-        step = _Step(
-            twin,
-            [_hollow(x, device, dtype) for x in inputs],
-            None if target is None else _hollow(target, device, torch.int64),
-            loss,
-            optimizer,
-            autocast,
-        )
+        images = [_hollow(x, device, dtype) for x in inputs]
+        labels = None if target is None else _hollow(target, device, torch.int64)
+        with LiveMeter():  # what it saw is not read: it is quick where there are no values
+            step = _Step(twin, images, labels, loss, optimizer, autocast)
         return _metered(step, granularity, scratch)
 
 
@@ -310,6 +307,18 @@ def _synchronize(device: torch.device) -> None:
 
 def _forked_rng(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's garbage collector, which takes a fifth of an estimate's time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

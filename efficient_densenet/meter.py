@@ -80,9 +80,12 @@ class LiveMeter(TorchDispatchMode):
         target = traits.target(args, kwargs)
         if target is not None and target.numel() and is_hollow(target):
             return target  # neither here, and there is nothing to compute
-        result = self._operators.run(func, args, kwargs)
+        result, own = self._operators.run(func, args, kwargs)
         for tensor in tensors_of((result,)):
-            self._see(tensor, args, kwargs)
+            if own:
+                self._bear(tensor.untyped_storage())
+            else:
+                self._see(tensor, args, kwargs)
         if self._scratch is not None:
             self._pass_by(self._scratch(func, args, result))
         return result
@@ -101,19 +104,26 @@ class LiveMeter(TorchDispatchMode):
         )
 
     def _see(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        key = _key(tensor)
+        storage = tensor.untyped_storage()
+        key = storage._cdata
         record = self._live.get(key)
-        if record is None and any(_key(given) == key for given in _given(args, kwargs)):
-            return  # a view of something older than the meter
-        size = -(-tensor.untyped_storage().nbytes() // self._granularity) * self._granularity
-        if record is None:
-            watch = weakref.ref(tensor.untyped_storage(), lambda _: self._bury(key))
-            record = self._live[key] = _Record(self._born, size, watch)
-            self._born += 1
-            self._log(record.number, size)
-        elif size != record.size:
-            grown, record.size = size - record.size, size
-            self._log(record.number, grown)
+        if record is not None:
+            grown = self._rounded(storage) - record.size
+            if grown:
+                record.size += grown
+                self._log(record.number, grown)
+        elif all(_key(given) != key for given in _given(args, kwargs)):
+            self._bear(storage)  # else it is a view of something older than the meter
+
+    def _bear(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, self._rounded(storage)
+        watch = weakref.ref(storage, lambda _: self._bury(key))
+        self._live[key] = _Record(self._born, size, watch)
+        self._born += 1
+        self._log(self._born - 1, size)
+
+    def _rounded(self, storage: torch.UntypedStorage) -> int:
+        return -(-storage.nbytes() // self._granularity) * self._granularity
 
     def _pass_by(self, size: int) -> None:
         if size:

@@ -45,21 +45,22 @@ CALLS = {
 def test_a_call_that_is_repeated_returns_the_same_in_new_storage(func, args) -> None:
     operators = Operators()
     expected = func(*args)
-    first, again = (operators.run(func, args, {}) for _ in range(2))
+    first, again = (operators.run(func, args, {})[0] for _ in range(2))
     assert form(again) == form(first) == form(expected)
     assert not storages(first) & storages(again)
 
 
 def test_numbers_that_are_equal_but_of_another_type_are_kept_apart() -> None:
     operators, x = Operators(), empty(3, dtype=torch.int64)
-    made = [operators.run(aten.add.Tensor, (x, number), {}).dtype for number in (1, 1.0, 1, 1.0)]
+    made = [operators.run(aten.add.Tensor, (x, number), {})[0].dtype for number in (1, 1.0, 1, 1.0)]
     assert made == [torch.int64, torch.float32] * 2
 
 
 def test_a_view_that_is_not_declared_as_one_stays_a_view() -> None:
     operators, x = Operators(), empty(6)
     for _ in range(2):
-        y = operators.run(aten._unsafe_view.default, (x, [2, 3]), {})
+        y, own = operators.run(aten._unsafe_view.default, (x, [2, 3]), {})
+        assert not own
         assert y.untyped_storage()._cdata == x.untyped_storage()._cdata
 
 
@@ -67,8 +68,40 @@ def test_values_are_computed_every_time() -> None:
     operators = Operators()
     for value in (1.0, 2.0):
         x = torch.full((3,), value)
-        assert operators.run(aten.mul.Tensor, (x, x), {}).tolist() == [value**2] * 3
-        assert operators.run(aten._local_scalar_dense.default, (x[0],), {}) == value
+        assert operators.run(aten.mul.Tensor, (x, x), {})[0].tolist() == [value**2] * 3
+        assert operators.run(aten._local_scalar_dense.default, (x[0],), {}) == (value, False)
+
+
+VECTORS, COLUMN = empty(6), empty(1, 6, 1, 1)
+OPERANDS = {
+    "maps": (MAPS, MAPS),
+    "vectors": (VECTORS, VECTORS),
+    "a number": (MAPS, 0.5),
+    "whole numbers and a fraction": (empty(6, dtype=torch.int64), 0.5),
+    "single and double": (VECTORS, empty(6, dtype=torch.float64)),
+    "two layouts": (empty(4, 6, 5, 5), MAPS),
+    "every other channel": (empty(4, 12, 5, 5)[:, ::2], empty(4, 12, 5, 5)[:, ::2]),
+    "column": (MAPS, COLUMN),
+}
+
+
+@pytest.mark.parametrize("func", [aten.add.Tensor, aten.mul.Tensor], ids=str)
+@pytest.mark.parametrize("operands", OPERANDS.values(), ids=OPERANDS)
+def test_elementwise_results_are_those_of_torch(func, operands) -> None:
+    assert form(Operators().run(func, operands, {})[0]) == form(func(*operands))
+
+
+@pytest.mark.parametrize("x", [MAPS, VECTORS, empty(4, 12, 5, 5)[:, ::2]], ids=["maps", "v", "cut"])
+def test_elementwise_results_of_one_and_of_three_operands_are_those_of_torch(x) -> None:
+    calls = (
+        (aten.addcmul.default, (x, x, x), {"value": -1}),
+        (aten.addcmul.default, (x[:1], x, x), {}),
+        (aten.threshold_backward.default, (x, x, 0), {}),
+        (aten.zeros_like.default, (x,), {"pin_memory": False}),
+        (aten.ones_like.default, (x,), {"dtype": torch.float64}),
+    )
+    for func, args, kwargs in calls:
+        assert form(Operators().run(func, args, kwargs)[0]) == form(func(*args, **kwargs))
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -79,8 +112,8 @@ def test_batch_norm_has_the_shapes_of_the_real_one(affine: bool, mask) -> None:
         weight = torch.ones(6, device=device) if affine else None
         operators = Operators()
         norm = (x, weight, weight, None, None, True, 0.1, 1e-5)
-        result = operators.run(aten.native_batch_norm.default, norm, {})
-        gradients = operators.run(
+        result, _ = operators.run(aten.native_batch_norm.default, norm, {})
+        gradients, _ = operators.run(
             aten.native_batch_norm_backward.default,
             (x, x, weight, None, None, *result[1:], True, 1e-5, mask),
             {},

@@ -58,7 +58,10 @@ class Workspace:
         layers have tens of thousands of them: an estimate would take a minute.
         """
         slabs = list(self.slabs(x))
-        return [*slabs[:3], *slabs[3:][-1:]] if is_hollow(x) else slabs
+        if not is_hollow(x) or len(slabs) <= 3:
+            return slabs
+        last_is_shorter = len(x) % slabs[0].stop
+        return [*slabs[:3], slabs[-1]] if last_is_shorter else slabs[:3]
 
     def scratch(self, slab: Tensor, dtype: torch.dtype) -> Tensor:
         """The storage in the shape of ``slab``: whatever it held is lost."""
