@@ -1,0 +1,223 @@
+"""The choices of the CPU path, each beside what else could have been chosen, timed.
+
+python -m scripts.choices            # print the table
+python -m scripts.choices --write    # put it into docs/benchmarks.md
+
+Two threads where there are two cores; nothing else should run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.provenance import cpu
+from efficient_densenet import EfficientDenseBlock
+from efficient_densenet.kernels import eager, workspace
+from efficient_densenet.reference import DenseBlock
+from scripts import marked
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+ROUNDS = 15
+MIB = 1 << 20
+BATCH, SIZE, WIDE, BOTTLENECK, NEW = 16, 32, 216, 48, 12
+
+
+class Choice(NamedTuple):
+    """Ways to do the same; the one chosen is among them."""
+
+    question: str
+    chosen: str
+    ways: dict[str, Callable[[], object]]
+
+
+def image(channels: int, last: bool = True, size: int = SIZE) -> Tensor:
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.randn(BATCH, channels, size, size).to(memory_format=memory_format)
+
+
+def pointwise() -> Choice:
+    """Forward and backward of a 1x1 convolution."""
+    weight = torch.randn(BOTTLENECK, WIDE)
+
+    def convolution(last: bool) -> Callable[[], object]:
+        x, grad, kernel = image(WIDE, last), image(BOTTLENECK, last), weight[:, :, None, None]
+
+        def step() -> object:
+            F.conv2d(x, kernel)
+            return torch.ops.aten.convolution_backward(
+                grad, x, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
+            )
+
+        return step
+
+    x, grad = (image(c).permute(0, 2, 3, 1).reshape(-1, c) for c in (WIDE, BOTTLENECK))
+    return Choice(
+        f"1×1 convolution, {WIDE} to {BOTTLENECK} channels, forward and backward",
+        "convolution, channels last",
+        {
+            "convolution, channels first": convolution(last=False),
+            "convolution, channels last": convolution(last=True),
+            "matrix products": lambda: (x @ weight.T, grad @ weight, grad.T @ x),
+        },
+    )
+
+
+def statistics(channels: int) -> Choice:
+    """Mean and variance of every channel."""
+    first, last = image(channels, last=False), image(channels)
+    return Choice(
+        f"batch statistics of {channels} channels",
+        "batch_norm_update_stats, folded",
+        {
+            "var_mean, channels first": lambda: torch.var_mean(first, [0, 2, 3]),
+            "var_mean, channels last": lambda: torch.var_mean(last, [0, 2, 3]),
+            "batch_norm_update_stats, channels first": lambda: update_stats(first),
+            "batch_norm_update_stats, channels last": lambda: update_stats(last),
+            "batch_norm_update_stats, folded": lambda: eager.batch_statistics(last, last.dtype),
+        },
+    )
+
+
+def update_stats(x: Tensor) -> object:
+    return torch.batch_norm_update_stats(x, None, None, 0.0)
+
+
+def rectification() -> Choice:
+    """Normalise and rectify a prefix of the features."""
+    x = image(2 * WIDE)[:, :WIDE]
+    scale, shift = torch.rand(2, WIDE, 1, 1)
+    whole = torch.empty(BATCH, WIDE, SIZE, SIZE).to(memory_format=torch.channels_last)
+    slab = whole[:4]
+
+    def slabs() -> None:
+        for rows in torch.arange(BATCH).split(len(slab)):
+            part = x[int(rows[0]) : int(rows[-1]) + 1]
+            torch.addcmul(shift, part, scale, out=slab).relu_()
+
+    return Choice(
+        f"normalise and rectify {WIDE} channels",
+        "into a slab that is used again",
+        {
+            "into new memory": lambda: torch.addcmul(shift, x, scale).relu_(),
+            "into a map that is used again": lambda: torch.addcmul(
+                shift, x, scale, out=whole
+            ).relu_(),
+            "into a slab that is used again": slabs,
+        },
+    )
+
+
+def workspaces() -> Choice:
+    """A step of a block with scratch of different sizes."""
+    step = training_step(EfficientDenseBlock(32, 24, 4, NEW, recompute="norm"), image(24))
+    chosen = workspace.WORKSPACE_BYTES
+
+    def with_bytes(size: int) -> Callable[[], object]:
+        def run() -> None:
+            workspace.WORKSPACE_BYTES = size
+            try:
+                step()
+            finally:
+                workspace.WORKSPACE_BYTES = chosen
+
+        return run
+
+    return Choice(
+        f"workspace of a block of 32 layers, k={NEW}",
+        f"{chosen // MIB} MiB",
+        {f"{size} MiB": with_bytes(size * MIB) for size in (1, 2, 4, 8, 16, 64)},
+    )
+
+
+def small_operators() -> Choice:
+    """Maps so small that only the number of operators counts."""
+    blocks = {
+        "naive": DenseBlock(32, 24, 4, NEW),
+        "norm": EfficientDenseBlock(32, 24, 4, NEW, recompute="norm"),
+        "bottleneck": EfficientDenseBlock(32, 24, 4, NEW, recompute="bottleneck"),
+    }
+    return Choice(
+        f"32 layers, k={NEW}, on maps of 2²: the operators' own cost",
+        "norm",
+        {name: training_step(block, image(24, size=2)) for name, block in blocks.items()},
+    )
+
+
+def training_step(block: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Forward and backward, with the channels last."""
+    block.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    grad = torch.randn_like(block(x))
+
+    def step() -> None:
+        block.zero_grad(set_to_none=True)
+        x.grad = None
+        block(x).backward(grad)
+
+    return step
+
+
+def choices() -> Iterator[Choice]:
+    yield pointwise()
+    yield statistics(NEW)
+    yield statistics(BOTTLENECK)
+    yield rectification()
+    yield workspaces()
+    yield small_operators()
+
+
+def timed(choice: Choice) -> dict[str, float]:
+    """Median milliseconds of every way, in rounds in shuffled order after one to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in choice.ways}
+    for _ in range(ROUNDS + 1):
+        for name in random.sample(list(choice.ways), len(choice.ways)):
+            start = time.perf_counter()
+            choice.ways[name]()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+    return {name: median(times[1:]) for name, times in taken.items()}
+
+
+def markdown() -> str:
+    lines = ["| what | how | ms | / chosen |", "|---|---|---:|---:|"]
+    for choice in choices():
+        taken = timed(choice)
+        for i, (name, ms) in enumerate(taken.items()):
+            mark = "**" if name == choice.chosen else ""
+            what = choice.question if i == 0 else ""
+            lines.append(
+                f"| {what} | {mark}{name}{mark} | {ms:.2f} | {ms / taken[choice.chosen]:.2f} |"
+            )
+    version, threads = torch.__version__.split("+")[0], torch.get_num_threads()
+    lines += [
+        "",
+        f"Batch {BATCH}, maps of {SIZE}², float32, medians of {ROUNDS} interleaved rounds. Made by "
+        f"`python -m scripts.choices --write` on {cpu()}, {threads} threads, torch {version}, "
+        f"{time.strftime('%Y-%m-%d')}.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    table = markdown()
+    if arguments.write:
+        marked.write(DOCUMENT, "choices", table)
+    else:
+        print(table)
+
+
+if __name__ == "__main__":
+    main()
