@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["efficient_densenet", "efficient_densenet.*"]),
     package_data={"efficient_densenet": ["py.typed"]},
-    install_requires=["torch>=2.6", "torchvision"],
+    install_requires=["torch>=2.11", "torchvision"],
     extras_require={
         "train": ["lightning>=2.4", "matplotlib", "rich"],
         "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"],
