@@ -166,7 +166,7 @@ class BlockBackward:
         below = self.needs_x or i > self.lowest
         grad = self.total.finish(layer.channels, layer.channels + layer.growth)
         if layer.drop_rate:
-            grad.mul_(dropout_mask(grad, layer.drop_rate, self.seeds[i], self.units.memory_format))
+            grad.mul_(dropout_mask(grad, layer, self.seeds[i], self.units.memory_format))
         needs_first = below or any(needs[0])
         if second:
             z = MapGradient(

@@ -2,18 +2,104 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficient_densenet import lowering, stage
-from efficient_densenet.reference import DenseBlock
+from efficient_densenet.anatomy import (
+    BASIC,
+    BOTTLENECK,
+    Anatomy,
+    Layer,
+    read_layer,
+    unsupported_layer,
+)
+from efficient_densenet.reference import BasicLayer, BottleneckLayer, DenseBlock
 from efficient_densenet.stage import Exit
 
 Recompute = Literal["bottleneck", "norm", "none"]
 
 
-class EfficientDenseBlock(DenseBlock):
+class RecomputingBlock(nn.Module):
+    """What makes a dense block recompute: a base in front of the class whose forward is naive.
+
+    A call that the efficient path does not support runs on the class behind; :meth:`why_reference`
+    says why. The layers are read at every call, each by the anatomy of its class.
+    """
+
+    layer_classes: ClassVar[Sequence[tuple[type[nn.Module], Anatomy]]]
+    """The layers that are known, by their forward function: a subclass may not have its own."""
+
+    @property
+    def recompute(self) -> Recompute:
+        """What the backward pass recomputes: ``"bottleneck"``, ``"norm"`` or ``"none"``."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, mode: Recompute) -> None:
+        if mode not in get_args(Recompute):
+            raise ValueError(f"recompute must be one of {get_args(Recompute)}, got {mode!r}")
+        self._recompute = mode
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by ``torch.jit.script`` on every module of a model."""
+        raise RuntimeError(
+            "TorchScript cannot script what recomputes: trace or export the model, or put a "
+            "reference.DenseBlock with the same state dict in the place of each dense block"
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [super().extra_repr(), f"recompute={self.recompute!r}"]))
+
+    def dense_layers(self) -> list[tuple[str, nn.Module]]:
+        """The block's layers in the order of their use, each with its path in the block."""
+        return [(name, layer) for name, layer in self._modules.items() if layer is not None]
+
+    def anatomy_of(self, layer: nn.Module) -> Anatomy | None:
+        """Where the parts of a layer are, ``None`` if its forward function is not known."""
+        for known, anatomy in self.layer_classes:
+            if isinstance(layer, known) and type(layer).forward is known.forward:
+                return anatomy
+        return None
+
+    def why_reference(self, x: Tensor) -> str | None:
+        """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
+        if self.recompute == "none":
+            return 'recompute="none"'
+        reason = lowering.unsupported_call(x) or self.unsupported(x.shape[1])
+        return reason or lowering.unsupported_statistics(x, stage.all_norms(self.read_layers()))
+
+    def unsupported(self, channels: int | None = None) -> str | None:
+        """What about its layers the efficient path does not know, if ``channels`` enter."""
+        for name, layer in self.dense_layers():
+            anatomy = self.anatomy_of(layer)
+            if anatomy is None:
+                return f"{name} is a {type(layer).__name__}"
+            reason = unsupported_layer(layer, anatomy, channels)
+            if reason:
+                return f"{name}{reason}"
+            units = read_layer(layer, anatomy).units
+            channels = units[0].norm.num_features + units[-1].conv.out_channels
+        return None
+
+    def read_layers(self) -> list[Layer]:
+        """The modules of every layer, of which nothing is unsupported."""
+        pairs = ((layer, self.anatomy_of(layer)) for _, layer in self.dense_layers())
+        return [read_layer(layer, anatomy) for layer, anatomy in pairs if anatomy]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_reference(x):
+            return super().forward(x)
+        return self.run(x)
+
+    def run(self, x: Tensor, exit: Exit | None = None) -> Tensor:
+        """The efficient path: the features, or what ``exit`` makes of them."""
+        return stage.run_layers(self.read_layers(), x, self.recompute == "bottleneck", exit)
+
+
+class EfficientDenseBlock(RecomputingBlock, DenseBlock):
     """Dense block that keeps ``k`` channels per layer instead of ``2c + 2b``, and trains the same.
 
     Maps ``(N, num_input_features, *spatial)`` to
@@ -41,6 +127,8 @@ class EfficientDenseBlock(DenseBlock):
     What the efficient path does not support runs on the naive one; :meth:`why_reference` says why.
     """
 
+    layer_classes = ((BottleneckLayer, BOTTLENECK), (BasicLayer, BASIC))
+
     def __init__(
         self,
         num_layers: int,
@@ -63,48 +151,3 @@ class EfficientDenseBlock(DenseBlock):
             bias=bias,
         )
         self.recompute = recompute
-
-    @property
-    def recompute(self) -> Recompute:
-        """What the backward pass recomputes: ``"bottleneck"``, ``"norm"`` or ``"none"``."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, mode: Recompute) -> None:
-        if mode not in get_args(Recompute):
-            raise ValueError(f"recompute must be one of {get_args(Recompute)}, got {mode!r}")
-        self._recompute = mode
-
-    def __prepare_scriptable__(self) -> Any:
-        """Called by ``torch.jit.script`` on every module of a model."""
-        raise RuntimeError(
-            "TorchScript cannot script what recomputes: trace or export the model, or put a "
-            "reference.DenseBlock with the same state dict in the place of each dense block"
-        )
-
-    def extra_repr(self) -> str:
-        return f"recompute={self.recompute!r}"
-
-    def why_reference(self, x: Tensor) -> str | None:
-        """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
-        if self.recompute == "none":
-            return 'recompute="none"'
-        reason = lowering.unsupported_call(x)
-        if reason:
-            return reason
-        layers, channels = list(self.items()), x.shape[1]
-        for name, layer in layers:
-            reason = stage.unsupported_layer(layer, channels)
-            if reason:
-                return f"{name}{reason}"
-            channels += stage.convs(layer)[-1].out_channels
-        return lowering.unsupported_statistics(x, stage.all_norms(self.values()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.why_reference(x):
-            return super().forward(x)
-        return self.run(x)
-
-    def run(self, x: Tensor, exit: Exit | None = None) -> Tensor:
-        """The efficient path: the features, or what ``exit`` makes of them."""
-        return stage.run_layers(self.values(), x, self.recompute == "bottleneck", exit)

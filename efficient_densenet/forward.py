@@ -11,7 +11,7 @@ from torch import Tensor
 from efficient_densenet.kernels.convolution import convolve
 from efficient_densenet.kernels.interface import Conv, Statistics
 from efficient_densenet.layout import empty_map, inner_format, outer_format
-from efficient_densenet.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.synchronise import joined_statistics
 from efficient_densenet.units import UnitRunner
 
@@ -122,7 +122,7 @@ def forward_block(
         bottlenecks.append(None if spec.recompute_bottleneck else bottleneck)
         bottleneck_statistics.append(statistics)
         if layer.drop_rate:
-            y.mul_(dropout_mask(y, layer.drop_rate, seed, buffer.units.memory_format))
+            y.mul_(dropout_mask(y, layer, seed, buffer.units.memory_format))
         buffer.append(y)
         del y, bottleneck
     features = buffer.maps
@@ -150,10 +150,17 @@ def forward_stem(
 
 
 def dropout_mask(
-    like: Tensor, rate: float, seed: int, memory_format: torch.memory_format
+    like: Tensor, layer: LayerSpec, seed: int, memory_format: torch.memory_format
 ) -> Tensor:
-    """Zeros and ``1 / (1 - rate)``, the same whenever it is drawn from one seed and layout."""
-    mask = empty_map(like, like.shape[1], memory_format)
+    """Zeros and ``1 / (1 - rate)``, the same whenever it is drawn from one seed and layout.
+
+    As large as ``like``, or of one value for each of its maps.
+    """
+    rate = layer.drop_rate
+    if layer.drops_maps:
+        mask = like.new_empty((*like.shape[:2], *(1,) * (like.dim() - 2)))
+    else:
+        mask = empty_map(like, like.shape[1], memory_format)
     if rate == 1.0:
         return mask.zero_()
     generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)

@@ -25,27 +25,18 @@ POOL_TYPES = (*AVG_POOL_TYPES, *MAX_POOL_TYPES)
 LACKS_VALUES = "there is at most one value per channel to take batch statistics of"
 MIXED_GROUPS = "some norms take the statistics of other processes than others do"
 COMPILED_GROUP = "norms that synchronise are being compiled"
-KNOWN_TYPES = (*NORM_TYPES, *CONV_TYPES, *POOL_TYPES, nn.ReLU)
 
 
 def unsupported_call(x: Tensor) -> str | None:
     """What about a call on ``x``, whatever its modules, the efficient path does not do."""
+    if not isinstance(x, Tensor):
+        return f"the input is a {type(x).__name__}"
     if x.numel() == 0:
         return "the batch is empty"
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.jit.is_scripting():
         return "the module is being exported or traced"
     if nn_module._has_any_global_hook():
         return "there are global module hooks"
-    return None
-
-
-def unsupported_children(module: nn.Module) -> str | None:
-    """What child the efficient path cannot stand in for, as the end of a sentence about it."""
-    for name, child in module.named_children():
-        if type(child) not in KNOWN_TYPES:
-            return f".{name} is a {type(child).__name__}"
-        if is_patched(child):
-            return f".{name} has hooks or a forward of its own"
     return None
 
 

@@ -3,19 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet import lowering, stage
-from efficient_densenet.block import EfficientDenseBlock
+from efficient_densenet.anatomy import TRANSITION, Anatomy
+from efficient_densenet.block import RecomputingBlock
 from efficient_densenet.kernels.interface import Pool
 from efficient_densenet.reference import Transition, global_average
 from efficient_densenet.stage import Exit
 
 
-class EfficientTransition(Transition):
+class RecomputingTransition(nn.Module):
+    """What makes a transition recompute: a base in front of the class whose forward is naive.
+
+    A call that the efficient path does not support runs on the class behind; :meth:`why_reference`
+    says why. The modules are read at every call, by the anatomy of the class.
+    """
+
+    anatomy: ClassVar[Anatomy] = TRANSITION
+
+    def why_reference(self, x: Tensor) -> str | None:
+        """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
+        reason = lowering.unsupported_call(x)
+        if reason:
+            return reason
+        reason = self.unsupported()
+        if reason:
+            return f"the transition{reason}"
+        return lowering.unsupported_statistics(x, [self.exit().norm])
+
+    def unsupported(self) -> str | None:
+        """What about its modules the efficient path does not know, as the end of a sentence."""
+        reason = self.anatomy.unsupported(self)
+        if reason:
+            return reason
+        conv, pool = (self.anatomy.find(self, role)[0] for role in ("conv", "pool"))
+        if not (lowering.is_pointwise(conv) and lowering.is_plain_average(pool)):
+            return " does not convolve 1x1 and average without padding: the two do not commute"
+        return None
+
+    def exit(self) -> Exit:
+        """The transition as what reads all features of a block."""
+        norm, conv, pool = (self.anatomy.find(self, role)[0] for role in ("norm", "conv", "pool"))
+        return Exit(norm, lowering.pooling(pool), conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_reference(x):
+            return super().forward(x)
+        return stage.run_layers([], x, False, self.exit())
+
+
+class EfficientTransition(RecomputingTransition, Transition):
     """Transition that keeps its input alone, and pools before it convolves.
 
     Maps ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial // 2)``, in
@@ -26,39 +67,15 @@ class EfficientTransition(Transition):
     What the efficient path does not support runs on the naive one; :meth:`why_reference` says why.
     """
 
-    def why_reference(self, x: Tensor) -> str | None:
-        """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
-        reason = lowering.unsupported_call(x)
-        if reason:
-            return reason
-        reason = self.unsupported()
-        if reason:
-            return f"the transition{reason}"
-        return lowering.unsupported_statistics(x, [self.norm])
 
-    def unsupported(self) -> str | None:
-        """What about its modules the efficient path does not know, as the end of a sentence."""
-        reason = lowering.unsupported_children(self)
-        if reason:
-            return reason
-        names = [name for name, _ in self.named_children()]
-        if names != ["norm", "relu", "conv", "pool"]:
-            return f" has the children {names}"
-        if not (lowering.is_pointwise(self.conv) and lowering.is_plain_average(self.pool)):
-            return " does not convolve 1x1 and average without padding: the two do not commute"
-        return None
+class RecomputingSequence(nn.Module):
+    """What makes a sequence run its neighbours together: a base in front of ``nn.Sequential``."""
 
-    def exit(self) -> Exit:
-        """The transition as what reads all features of a block."""
-        return Exit(self.norm, lowering.pooling(self.pool), self.conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.why_reference(x):
-            return super().forward(x)
-        return stage.run_layers([], x, False, self.exit())
+    def forward(self, input: Tensor) -> Tensor:
+        return run(list(self._modules.values()), input)
 
 
-class EfficientSequential(nn.Sequential):
+class EfficientSequential(RecomputingSequence, nn.Sequential):
     """``nn.Sequential`` that runs neighbours together where that keeps less.
 
     A stem (convolution, batch norm, ReLU, max-pooling) keeps the image alone and convolves again
@@ -70,9 +87,6 @@ class EfficientSequential(nn.Sequential):
     ``nn.Sequential``. A child with hooks is called by itself.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return run(list(self), input)
-
 
 def run(modules: Sequence[Any], x: Tensor) -> Tensor:
     """``modules`` one after the other, as :class:`EfficientSequential` runs them."""
@@ -83,7 +97,9 @@ def run(modules: Sequence[Any], x: Tensor) -> Tensor:
             conv, norm, _, pool = here
             x, i = stage.run_stem(conv, norm, pool, x), i + 4
         elif (
-            len(here) > 1 and reads_features(here[1]) and shares_features(here[0], here[1].norm, x)
+            len(here) > 1
+            and reads_features(here[1])
+            and shares_features(here[0], here[1].exit().norm, x)
         ):
             x, i = here[0].run(x, here[1].exit()), i + 2
         else:
@@ -111,17 +127,19 @@ def run_to_average(modules: Sequence[Any], x: Tensor) -> Tensor:
 def shares_features(block: Any, norm: Any, x: Tensor) -> bool:
     """Whether a module is a dense block inside which ``norm`` may read the features, for ``x``."""
     return (
-        type(block) is EfficientDenseBlock
+        isinstance(block, RecomputingBlock)
+        and type(block).forward is RecomputingBlock.forward
         and not lowering.is_patched(block)
         and block.why_reference(x) is None
-        and not lowering.unsupported_statistics(x, [*stage.all_norms(block.values()), norm])
+        and not lowering.unsupported_statistics(x, [*stage.all_norms(block.read_layers()), norm])
     )
 
 
 def reads_features(transition: Any) -> bool:
     """Whether a module is a transition that can read a block's features inside the block."""
     return (
-        type(transition) is EfficientTransition
+        isinstance(transition, RecomputingTransition)
+        and type(transition).forward is RecomputingTransition.forward
         and not lowering.is_patched(transition)
         and transition.unsupported() is None
     )

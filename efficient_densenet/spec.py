@@ -43,7 +43,8 @@ class UnitTensors(NamedTuple):
 class LayerSpec:
     """A dense layer: one unit (basic) or two (bottleneck), reading the first ``channels`` features.
 
-    The first unit leaves ``width`` channels, the last one ``growth``.
+    The first unit leaves ``width`` channels, the last one ``growth``. Dropout zeroes single values,
+    or with ``drops_maps`` whole maps of a sample.
     """
 
     units: tuple[UnitSpec, ...]
@@ -51,6 +52,7 @@ class LayerSpec:
     width: int
     growth: int
     drop_rate: float
+    drops_maps: bool = False
 
 
 @dataclass(frozen=True)

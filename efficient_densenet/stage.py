@@ -5,15 +5,15 @@ The callers have made sure that the modules are supported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from efficient_densenet import autograd, lowering
+from efficient_densenet.anatomy import Layer
 from efficient_densenet.kernels.interface import Pool
 from efficient_densenet.lowering import Seen
-from efficient_densenet.reference import BasicLayer, BottleneckLayer
 from efficient_densenet.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
 from efficient_densenet.synchronise import joined_count
 
@@ -30,13 +30,12 @@ class Exit(NamedTuple):
 
 
 def run_layers(
-    layers: Iterable[nn.Module], x: Tensor, recompute_bottleneck: bool, exit: Exit | None = None
+    layers: Sequence[Layer], x: Tensor, recompute_bottleneck: bool, exit: Exit | None = None
 ) -> Tensor:
     """What dense layers, one after the other, and then ``exit`` make of ``x``.
 
     Returns the features, or the result of the exit. Running statistics are updated once.
     """
-    layers = list(layers)
     spec = BlockSpec(
         layers=tuple(map(_layer_spec, layers)),
         exit=exit and exit.spec(),
@@ -45,19 +44,15 @@ def run_layers(
         types=lowering.types_of(x),
         process_group=_process_group(all_norms(layers, exit)),
     )
-    units = [
-        lowering.unit_tensors(norm, conv)
-        for layer in layers
-        for norm, conv in zip(norms(layer), convs(layer), strict=True)
-    ]
+    units = [lowering.unit_tensors(*unit) for layer in layers for unit in layer.units]
     if exit:
         units.append(lowering.unit_tensors(exit.norm, exit.conv))
     out, features, bottlenecks = autograd.dense_block(x, spec, units)
     count = joined_count(x.numel() // x.shape[1], spec.process_group, x.device)
     seen = [
-        Seen(norm, statistics)
+        Seen(unit.norm, statistics)
         for layer, bottleneck in zip(layers, bottlenecks, strict=True)
-        for norm, statistics in zip(norms(layer), (features, bottleneck), strict=False)
+        for unit, statistics in zip(layer.units, (features, bottleneck), strict=False)
     ]
     if exit:
         seen.append(Seen(exit.norm, features))
@@ -83,38 +78,10 @@ def run_stem(conv: Any, norm: Any, pool: Any, x: Tensor) -> Tensor:
     return out
 
 
-def norms(layer: Any) -> list[Any]:
-    """The norms of a dense layer in the order of their use."""
-    return [layer.norm1, layer.norm2] if isinstance(layer, BottleneckLayer) else [layer.norm1]
-
-
-def all_norms(layers: Iterable[nn.Module], exit: Exit | None = None) -> list[Any]:
+def all_norms(layers: Iterable[Layer], exit: Exit | None = None) -> list[Any]:
     """The norms of dense layers and of what reads them all."""
-    found = [norm for layer in layers for norm in norms(layer)]
+    found = [unit.norm for layer in layers for unit in layer.units]
     return [*found, exit.norm] if exit else found
-
-
-def convs(layer: Any) -> list[Any]:
-    """The convolutions of a dense layer in the order of their use."""
-    return [layer.conv1, layer.conv2] if isinstance(layer, BottleneckLayer) else [layer.conv1]
-
-
-def unsupported_layer(layer: nn.Module, channels: int) -> str | None:
-    """What about a dense layer the efficient path does not know, as the end of a sentence."""
-    if type(layer) not in (BottleneckLayer, BasicLayer):
-        return f" is a {type(layer).__name__}"
-    if lowering.is_patched(layer):
-        return " has hooks or a forward of its own"
-    reason = lowering.unsupported_children(layer)
-    if reason:
-        return reason
-    for i, conv in enumerate(convs(layer), start=1):
-        if not lowering.keeps_size(conv):
-            return f".conv{i} has a stride, padding or padding mode that changes the map's size"
-    expected = norms(layer)[0].num_features
-    if expected != channels:
-        return f".norm1 expects {expected} channels and gets {channels}"
-    return None
 
 
 def _process_group(norms: Iterable[Any]) -> Any:
@@ -122,15 +89,12 @@ def _process_group(norms: Iterable[Any]) -> Any:
     return groups[0] if groups else None
 
 
-def _layer_spec(layer: Any) -> LayerSpec:
-    units = tuple(
-        lowering.unit_spec(norm, conv)
-        for norm, conv in zip(norms(layer), convs(layer), strict=True)
-    )
+def _layer_spec(layer: Layer) -> LayerSpec:
     return LayerSpec(
-        units=units,
-        channels=layer.norm1.num_features,
-        width=convs(layer)[0].out_channels,
-        growth=convs(layer)[-1].out_channels,
-        drop_rate=layer.drop_rate if layer.training else 0.0,
+        units=tuple(lowering.unit_spec(norm, conv) for norm, conv in layer.units),
+        channels=layer.units[0].norm.num_features,
+        width=layer.units[0].conv.out_channels,
+        growth=layer.units[-1].conv.out_channels,
+        drop_rate=layer.drop_rate,
+        drops_maps=layer.drops_maps,
     )
