@@ -7,6 +7,7 @@ OUT ?= runs/deep
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
+tools := $(VENV)/.installed-tools
 
 .PHONY: setup data train test lint bench gate gpu gpu-rehearsal
 
@@ -14,7 +15,12 @@ setup: $(stamp)
 
 $(stamp): setup.py pyproject.toml
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
-	$(bin)/python -m pip install --quiet -e '.[train,dev]'
+	$(bin)/python -m pip install --quiet -e '.[train]'
+	touch $@
+
+# What tests and checks need beside: the libraries whose models are converted, too.
+$(tools): $(stamp)
+	$(bin)/python -m pip install --quiet -e '.[train,dev,compat]'
 	touch $@
 
 # Without the Debian package, `efficient-densenet train` downloads the data itself.
@@ -27,15 +33,15 @@ train: setup data
 		--batch-size 64 --train-size 1920 --epochs 3 --data-dir $(DATA) --out $(OUT) --resume
 
 # A process for each core, with one thread each.
-test: setup
+test: $(tools)
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses auto --dist worksteal
 
-lint: setup
+lint: $(tools)
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
 
-bench: setup
+bench: $(tools)
 	$(bin)/python -m pytest benchmarks/ --benchmark-only
 
 gate: setup

@@ -18,7 +18,15 @@ setup(
     extras_require={
         "train": ["lightning>=2.4", "matplotlib", "rich"],
         "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"],
-        "compat": ["timm", "monai", "torchxrayvision", "segmentation-models-pytorch"],
+        "compat": [
+            "timm>=1.0.31",
+            "monai>=1.6.1",
+            "torchxrayvision>=1.5.7",
+            "torchreid>=0.2.5",
+            "segmentation-models-pytorch>=0.6.0",
+            "pytorchcv>=0.0.74",
+            "grad-cam>=1.5.7",
+        ],
     },
     entry_points={"console_scripts": ["efficient-densenet = efficient_densenet.cli:main"]},
     classifiers=[

@@ -1,6 +1,7 @@
 """DenseNets trained in O(kL) memory: only the features themselves are kept."""
 
 from efficient_densenet.block import EfficientDenseBlock
+from efficient_densenet.convert import convert_, explain, revert_
 from efficient_densenet.memory import estimate, measure
 from efficient_densenet.models import (
     DenseNet,
@@ -17,6 +18,7 @@ from efficient_densenet.planner import plan
 __all__ = [
     "DenseNet",
     "EfficientDenseBlock",
+    "convert_",
     "densenet121",
     "densenet161",
     "densenet169",
@@ -24,7 +26,9 @@ __all__ = [
     "densenet264",
     "densenet_cifar",
     "estimate",
+    "explain",
     "fashion_densenet",
     "measure",
     "plan",
+    "revert_",
 ]

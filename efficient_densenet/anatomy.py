@@ -14,6 +14,11 @@ from torch import nn
 from efficient_densenet import lowering
 
 PATCHED = " has hooks or a forward of its own"
+NORM_ACT_TYPES = (
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+)
+"""Batch norms with an activation inside, by name: their library need not be there."""
 DROPOUT_TYPES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
@@ -40,7 +45,21 @@ def exactly(*types: type) -> Callable[[nn.Module], str | None]:
     return unsupported
 
 
+def _unsupported_norm_act(module: nn.Module) -> str | None:
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name not in NORM_ACT_TYPES:
+        return f" is a {type(module).__name__}"
+    if lowering.is_patched(module):
+        return PATCHED
+    for part, unsupported in (("drop", exactly(nn.Identity)), ("act", exactly(nn.ReLU))):
+        reason = unsupported(getattr(module, part))
+        if reason:
+            return f".{part}{reason}"
+    return None
+
+
 NORM = Kind("norm", exactly(*lowering.NORM_TYPES))
+NORM_ACT = Kind("norm", _unsupported_norm_act)
 RELU = Kind("relu", exactly(nn.ReLU))
 CONV = Kind("conv", exactly(*lowering.CONV_TYPES))
 POOL = Kind("pool", exactly(*lowering.POOL_TYPES))

@@ -20,6 +20,12 @@ def outer_format(x: Tensor) -> torch.memory_format:
     return CHANNELS_LAST[x.dim()] if is_channels_last(x) else torch.contiguous_format
 
 
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """The map ``y`` in the memory format of the map ``x``; all else as it is."""
+    are_maps = isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() > 2
+    return y.contiguous(memory_format=outer_format(x)) if are_maps else y
+
+
 def inner_format(x: Tensor) -> torch.memory_format:
     """The memory format to compute in: on a CPU channels last, elsewhere that of ``x``.
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet import lowering, stage
-from efficient_densenet.anatomy import TRANSITION, Anatomy
+from efficient_densenet.anatomy import CONV, NORM, NORM_ACT, POOL, RELU, TRANSITION, Anatomy
 from efficient_densenet.block import RecomputingBlock
 from efficient_densenet.kernels.interface import Pool
+from efficient_densenet.layout import in_format_of
 from efficient_densenet.reference import Transition, global_average
 from efficient_densenet.stage import Exit
 
@@ -69,10 +70,13 @@ class EfficientTransition(RecomputingTransition, Transition):
 
 
 class RecomputingSequence(nn.Module):
-    """What makes a sequence run its neighbours together: a base in front of ``nn.Sequential``."""
+    """What makes a sequence run its neighbours together: a base in front of ``nn.Sequential``.
+
+    The result has the memory format of the input.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        return run(list(self._modules.values()), input)
+        return in_format_of(input, run(list(self._modules.values()), input))
 
 
 class EfficientSequential(RecomputingSequence, nn.Sequential):
@@ -92,10 +96,10 @@ def run(modules: Sequence[Any], x: Tensor) -> Tensor:
     """``modules`` one after the other, as :class:`EfficientSequential` runs them."""
     i = 0
     while i < len(modules):
-        here = modules[i : i + 4]
-        if is_stem(here, x):
-            conv, norm, _, pool = here
-            x, i = stage.run_stem(conv, norm, pool, x), i + 4
+        here = modules[i:]
+        stem = stem_at(here)
+        if stem and not stem.why_reference(x):
+            x, i = stage.run_stem(stem.conv, stem.norm, stem.pool, x), i + stem.modules
         elif (
             len(here) > 1
             and reads_features(here[1])
@@ -145,23 +149,46 @@ def reads_features(transition: Any) -> bool:
     )
 
 
-STEM_TYPES = (lowering.CONV_TYPES, lowering.NORM_TYPES, (nn.ReLU,), lowering.POOL_TYPES)
+class Stem(NamedTuple):
+    """The parts of a stem, and how many modules it is."""
+
+    conv: Any
+    norm: Any
+    pool: Any
+    modules: int
+
+    def why_reference(self, x: Tensor) -> str | None:
+        """Why the stem cannot keep the image ``x`` alone, or ``None`` if it can."""
+        reason = lowering.unsupported_call(x)
+        if reason:
+            return reason
+        if not lowering.has_plain_padding(self.conv):
+            return "the convolution does not pad with zeros, as many as it says"
+        if getattr(self.pool, "return_indices", False):
+            return "the pooling returns indices"
+        if x.dim() != self.conv.weight.dim():
+            return f"the image has {x.dim()} dimensions"
+        reason = lowering.unsupported_statistics(x, [self.norm])
+        if reason:
+            return reason
+        if None in lowering.process_groups([self.norm]) and _may_leave_one_value(self.conv, x):
+            return lowering.LACKS_VALUES
+        return None
 
 
-def is_stem(modules: Sequence[Any], x: Tensor) -> bool:
-    """Whether the modules are a stem that can keep the image ``x`` alone."""
-    if [type(m) in kind for m, kind in zip(modules, STEM_TYPES, strict=False)] != [True] * 4:
-        return False
-    conv, norm, _, pool = modules
-    return (
-        lowering.unsupported_call(x) is None
-        and not any(map(lowering.is_patched, modules))
-        and lowering.has_plain_padding(conv)
-        and not getattr(pool, "return_indices", False)
-        and x.dim() == conv.weight.dim()
-        and lowering.unsupported_statistics(x, [norm]) is None
-        and not (None in lowering.process_groups([norm]) and _may_leave_one_value(conv, x))
-    )
+STEM_KINDS = ((CONV, NORM, RELU, POOL), (CONV, NORM_ACT, POOL))
+
+
+def stem_at(modules: Sequence[Any]) -> Stem | None:
+    """The stem with which the modules begin, if they begin with one."""
+    for kinds in STEM_KINDS:
+        here = modules[: len(kinds)]
+        if [kind.unsupported(m) for kind, m in zip(kinds, here, strict=False)] == [None] * len(
+            kinds
+        ):
+            parts = {kind.role: module for kind, module in zip(kinds, here, strict=True)}
+            return Stem(parts["conv"], parts["norm"], parts["pool"], len(kinds))
+    return None
 
 
 def _may_leave_one_value(conv: Any, x: Tensor) -> bool:

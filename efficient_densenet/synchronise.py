@@ -20,7 +20,7 @@ def group_of(norm: Any) -> Any:
 
     As in ``nn.SyncBatchNorm``: only in training, and only where there are several processes.
     """
-    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None
