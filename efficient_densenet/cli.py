@@ -1,7 +1,7 @@
 """The ``efficient-densenet`` command.
 
 Bad input ends in one line on stderr that quotes it and exit status 2; memory that ran out, in one
-line and exit status 1.
+line and exit status 1; Ctrl-C, in one line and exit status 130.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = " ".join(str(error).split())
         print(f"efficient-densenet {args.command}: out of memory: {told}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"efficient-densenet {args.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -168,7 +171,10 @@ def _plan(args: argparse.Namespace) -> None:
     with _extra("a table or a chart"):
         from efficient_densenet import pictures
     if args.chart is not None:
-        pictures.plan_chart(made, args.chart)
+        try:
+            pictures.plan_chart(made, args.chart)
+        except OSError as error:
+            raise ConfigError(f"--chart {str(args.chart)!r} cannot be written: {error}") from error
     if not args.json:
         pictures.show(made)
 

@@ -7,7 +7,8 @@ optimizer state included.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -117,12 +118,19 @@ class Work:
         return checkpointed_(network) if mode == "checkpointed" else network
 
     def estimate(self, mode: str, device: str) -> StepReport:
-        """Memory of a training step on a kind of device, with training's optimizer."""
+        """Memory of a training step on a kind of device, with training's optimizer.
+
+        Raises:
+            ConfigError: if the network does not exist, or has more bytes than torch can count.
+        """
+        with _countable(self.model):
+            return self._estimate(mode, MACHINES[device])
+
+    def _estimate(self, mode: str, machine: Machine) -> StepReport:
         with torch.device("meta"):
             network = self.build(mode)
         if self.precision == "64-true":
             network.double()
-        machine = MACHINES[device]
         return estimate(
             network,
             (self.batch_size, self.channels, self.image_size, self.image_size),
@@ -132,6 +140,18 @@ class Work:
             granularity=machine.granularity,
             scratch=machine.scratch,
         )
+
+
+@contextmanager
+def _countable(model: str) -> Iterator[None]:
+    """Turns torch's complaint about a size beyond 2**63 into a :class:`ConfigError`."""
+    try:
+        yield
+    except (OverflowError, RuntimeError, TypeError) as error:
+        told = str(error).splitlines()[0]
+        if "overflow" not in told.lower():
+            raise
+        raise ConfigError(f"--model {model}: no memory can hold it: {told}") from error
 
 
 @dataclass(frozen=True)
@@ -262,7 +282,7 @@ def plan_work(
 ) -> Plan:
     """As :func:`plan`, of a ``work`` that was checked."""
     machine = MACHINES[device]
-    with torch.device("meta"):
+    with torch.device("meta"), _countable(work.model):
         work.build("naive")  # a depth that no network has is refused before any search
     fits = tuple(_fit(work, varies, mode, budget - machine.reserve, device) for mode in modes)
     return Plan(budget, device, machine.reserve, machine.reason, varies, work, fits)

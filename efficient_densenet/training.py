@@ -262,7 +262,12 @@ def run(
     checkpoint = out / CHECKPOINT
     trainer = _trainer(config, out)
     ckpt_path = checkpoint if resume and checkpoint.exists() else None
-    trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
+    try:
+        trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
+    except SystemExit:
+        if trainer.interrupted:  # Lightning turns Ctrl-C into an exit without a word
+            raise KeyboardInterrupt from None
+        raise
     if trainer.is_global_zero:
         device = trainer.strategy.root_device
         result = curves.summarise(config, classifier.history, *step_memory(config, device), device)

@@ -265,6 +265,8 @@ def test_a_budget_is_for_one_device() -> None:
         ("--budget 1GiB --classes 1", ["--classes", "at least 2", "1"]),
         ("--budget 1GiB --growth-rate 0", ["--growth-rate", "at least 1", "0"]),
         ("--budget 1GiB --device tpu", ["'tpu'", "cuda"]),
+        ("--budget 1GiB --image-size 100000000000", ["no memory", "100000000000"]),
+        ("--budget 1GiB --growth-rate 10000000000000", ["no memory", "40000000000000"]),
         ("--budget 1GiB --chart plan.jpg", ["--chart", ".png", "'plan.jpg'"]),
         ("--budget 1GiB --chart no/such/plan.png", ["--chart", "folder", "'no/such/plan.png'"]),
     ],
@@ -297,6 +299,23 @@ def test_plan_prints_a_table_and_draws_a_chart(capsys, tmp_path) -> None:
     table = capsys.readouterr().out
     assert all(mode in table for mode in MODES) and "Reserve" in table
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chart_that_cannot_be_written_gets_one_line(capsys, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "plan.png").mkdir()
+    options = "--budget 16MiB --depth 10 --growth-rate 4 --device cpu --chart"
+    line = error_of(capsys, "plan", *options.split(), str(tmp_path / "plan.png"))
+    assert "--chart" in line and "plan.png" in line
+
+
+def test_an_interrupted_plan_says_so_in_one_line(capsys, monkeypatch) -> None:
+    def interrupted(**options) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("efficient_densenet.planner.plan", interrupted)
+    assert main(["plan", "--budget", "16MiB"]) == 130
+    assert capsys.readouterr().err == "efficient-densenet plan: interrupted\n"
 
 
 def test_plan_prints_json(capsys) -> None:

@@ -126,6 +126,19 @@ def test_another_seed_makes_other_weights(tmp_path):
     assert not torch.equal(first, other)
 
 
+def test_an_interrupt_leaves_lightning_as_an_interrupt(tmp_path, monkeypatch):
+    def interrupted(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Classifier, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)  # Lightning leaves Ctrl-C ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, "run", epochs=1)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def test_a_finished_run_is_not_overwritten(tmp_path):
     train(tmp_path, "run", epochs=1)
     with pytest.raises(ConfigError, match="holds a run: add --resume"):

@@ -1,0 +1,103 @@
+"""Planned peaks beside measured ones: eleven networks on this CPU, in every mode.
+
+    python -m scripts.planned_peaks            # print the table; minutes on two cores
+    python -m scripts.planned_peaks --write    # put it into docs/memory.md
+
+Exit status 1 if a plan is out of its bounds: 3% above what was measured, 1% below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.provenance import provenance
+from efficient_densenet.config import make_optimizer
+from efficient_densenet.memory import measure
+from efficient_densenet.planner import MODES, Work
+from scripts import marked
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
+BOUNDS = (0.99, 1.03)
+MIB = 2**20
+
+NETWORKS = (
+    Work("cifar-bc", 32, 16, 40, 12),
+    Work("cifar-bc", 32, 16, 100, 12),
+    Work("cifar-bc", 32, 8, 190, 24),
+    Work("cifar-bc", 32, 8, 16, 48),
+    Work("cifar-bc", 32, 4, 10, 64),
+    Work("fashion", 96, 32, channels=1),
+    Work("densenet121", 224, 4, classes=1000),
+    Work("densenet161", 64, 8, classes=1000),
+    Work("densenet169", 96, 8, classes=1000),
+    Work("densenet201", 64, 8, classes=1000),
+    Work("densenet264", 64, 8, classes=1000),
+)
+
+
+def measured(work: Work, mode: str) -> int:
+    """Peak bytes of a real training step, by the allocator's account."""
+    images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
+    target = torch.arange(work.batch_size) % work.classes
+    optimizer = partial(make_optimizer, lr=0.1)
+    return measure(work.build(mode), images, target=target, optimizer=optimizer).peak.total
+
+
+def ratio(work: Work, mode: str) -> tuple[int, float]:
+    """The measured peak, and the planned one in units of it."""
+    truth = measured(work, mode)
+    return truth, work.estimate(mode, "cpu").peak.total / truth
+
+
+def markdown(found: Mapping[Work, Mapping[str, tuple[int, float]]]) -> str:
+    every = [ratio for by_mode in found.values() for _, ratio in by_mode.values()]
+    conditions = provenance()
+    return "\n".join(
+        [
+            "| network | batch | images | " + " | ".join(MODES) + " |",
+            "|---|---:|---:|" + "---:|" * len(MODES),
+            *(_row(work, by_mode) for work, by_mode in found.items()),
+            "",
+            f"Measured peak in MiB, and in brackets planned / measured: between {min(every):.3f} "
+            f"and {max(every):.3f}.",
+            "",
+            "Made by `python -m scripts.planned_peaks --write` "
+            + ", ".join(
+                f"{name} {conditions[name]}"
+                for name in ("device", "threads", "torch", "commit", "date")
+            )
+            + ".",
+        ]
+    )
+
+
+def _row(work: Work, by_mode: Mapping[str, tuple[int, float]]) -> str:
+    name = work.model if work.depth is None else f"{work.model}-{work.depth}, k={work.growth_rate}"
+    cells = (f"{truth / MIB:,.1f} ({ratio:.3f})" for truth, ratio in by_mode.values())
+    size = f"{work.image_size}²×{work.channels}"
+    return f"| {name} | {work.batch_size} | {size} | " + " | ".join(cells) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
+    write = parser.parse_args().write
+    found = {work: {mode: ratio(work, mode) for mode in MODES} for work in NETWORKS}
+    table = markdown(found)
+    if write:
+        marked.write(DOCUMENT, "planned", table)
+    else:
+        print(table)
+    low, high = BOUNDS
+    right = all(low <= r <= high for by_mode in found.values() for _, r in by_mode.values())
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
