@@ -171,7 +171,7 @@ class _Step:
         self.device = inputs[0].device
         self.optimizer = None if make_optimizer is None else make_optimizer(model.parameters())
         if self.optimizer is not None:
-            _create_state(self.optimizer)
+            create_state(self.optimizer)
 
     def run(self, phase: Phase = lambda name: nullcontext()) -> None:
         """Run the step, gradients set to ``None`` first, each part inside ``phase(its name)``."""
@@ -247,7 +247,8 @@ def _storage_bytes(values: Iterable[Any], granularity: int) -> int:
     return sum(-(-size // granularity) * granularity for size in storages.values())
 
 
-def _create_state(optimizer: Optimizer) -> None:
+def create_state(optimizer: Optimizer) -> None:
+    """Let an optimizer allocate its state, by a step with gradients of zero."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad:

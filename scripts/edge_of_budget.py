@@ -2,9 +2,11 @@
 
     python -m scripts.edge_of_budget                                # deepest networks in 128 MiB
     python -m scripts.edge_of_budget --budget 2GiB --batch-size 64 --modes naive checkpointed
+    python -m scripts.edge_of_budget --budget 2GiB --batch-size 64 --write    # into docs/memory.md
 
 For each mode the deepest DenseNet-BC (k=12, 32x32) is planned; then one real step of it runs within
 the budget, and one of the next deeper network, which must run out of it. Exit status 1 if not so.
+The last of these takes the better part of an hour on a CPU.
 """
 
 from __future__ import annotations
@@ -14,55 +16,79 @@ import gc
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.provenance import provenance
 from efficient_densenet import plan
 from efficient_densenet.budget import enforce
 from efficient_densenet.config import AUTOCAST, format_size, make_optimizer, parse_size
+from efficient_densenet.memory import create_state
 from efficient_densenet.planner import MODES, Work
+from scripts import marked
 
 CPU = torch.device("cpu")
+DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
+HEADER = (
+    "| mode | deepest | planned | in the step | seconds | one size up | planned | in the step |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|"
+)
+OUT_OF_MEMORY = "out of memory"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budget", default="128MiB")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--growth-rate", type=int, default=12)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
     args = parser.parse_args()
     budget = parse_size(args.budget, "budget")
-    print(
+    conditions = provenance()
+    told = ", ".join(f"{conditions[key]}" for key in ("device", "torch", "commit", "date"))
+    lines = [
         f"{format_size(budget)}, batch {args.batch_size}, 32x32, k={args.growth_rate}, float32, "
-        f"SGD with momentum, torch {torch.__version__}, CPU, {torch.get_num_threads()} threads"
-    )
+        f"SGD with momentum; {told}, threads: {conditions['threads']}.\n",
+        HEADER,
+    ]
+    print(*lines, sep="\n", flush=True)
     sizes = {"batch_size": args.batch_size, "growth_rate": args.growth_rate}
-    right = [edge(mode, budget, sizes) for mode in args.modes]
-    return 0 if all(right) else 1
+    right = True
+    for mode in args.modes:
+        row, as_planned = edge(mode, budget, sizes)
+        print(row, flush=True)
+        lines.append(row)
+        right &= as_planned
+    if args.write:
+        marked.write(DOCUMENT, "edge", "\n".join(lines))
+    return 0 if right else 1
 
 
-def edge(mode: str, budget: int, sizes: dict[str, int]) -> bool:
-    """Whether the plan's edge is the real one; prints both."""
+def edge(mode: str, budget: int, sizes: dict[str, int]) -> tuple[str, bool]:
+    """A row of the table, and whether the plan's edge is the real one."""
     fit = plan(budget, device="cpu", modes=[mode], **sizes)[mode]
     start = time.perf_counter()
     peak = step_within(Work("cifar-bc", 32, depth=fit.largest, **sizes), mode, budget, CPU)
     seconds = time.perf_counter() - start
     above = step_within(Work("cifar-bc", 32, depth=fit.next, **sizes), mode, budget, CPU)
-    told = "does not fit" if peak is None else f"fits with {format_size(peak)}"
-    print(
-        f"{mode:12}  depth {fit.largest:4} {told} (planned {format_size(fit.peak)}), "
-        f"step and set-up {seconds:.0f} s; depth {fit.next:4} "
-        f"{'runs out of memory' if above is None else f'fits with {format_size(above)}'} "
-        f"(planned {format_size(fit.next_peak or 0)})",
-        flush=True,
+    cells = (
+        mode,
+        str(fit.largest),
+        format_size(fit.peak),
+        OUT_OF_MEMORY if peak is None else format_size(peak),
+        f"{seconds:.0f}",
+        str(fit.next),
+        format_size(fit.next_peak or 0),
+        OUT_OF_MEMORY if above is None else format_size(above),
     )
-    return peak is not None and above is None
+    return "| " + " | ".join(cells) + " |", peak is not None and above is None
 
 
 def step_within(work: Work, mode: str, budget: int, device: torch.device) -> int | None:
-    """Peak bytes of two training steps held to ``budget``, ``None`` if they run out of it.
+    """Peak bytes of a training step held to ``budget``, ``None`` if it runs out of it.
 
     On CUDA all that the process has reserved counts: call it where nothing else lives there.
     """
@@ -88,12 +114,11 @@ def _peak(work: Work, mode: str, budget: int, device: torch.device) -> int:
     dtype = AUTOCAST.get(work.precision)
     resident = [*network.parameters(), *network.buffers(), images, labels]
     with enforce(budget, device, resident) as meter:
-        for _ in range(2):  # the second with the optimizer's state in place
-            with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                loss = F.cross_entropy(network(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        create_state(optimizer)
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
     return torch.cuda.max_memory_allocated() if meter is None else meter.peak
 
 

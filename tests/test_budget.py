@@ -183,7 +183,7 @@ def test_the_edge_of_the_plan_is_the_edge_of_the_budget() -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("runs out of memory") == len(MODES)
+    assert done.stdout.count("| out of memory |") == len(MODES)
 
 
 # The deep end
