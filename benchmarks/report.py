@@ -6,18 +6,23 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.cases import (
+    DEVICE,
     FLOOR,
     KINDS,
     NAIVE,
     NAIVE_CHANNELS_LAST,
     NAIVE_COMPILED,
     Competitor,
+    Kind,
     make_block,
 )
 from benchmarks.goals import table as table_of_goals
 from benchmarks.instruments import Row
-from efficient_densenet.memory import StepReport, estimate
+from benchmarks.provenance import provenance
+from efficient_densenet.memory import StepReport, measure
 
 MIB = 2**20
 HEADER = (
@@ -140,29 +145,32 @@ def as_json(results: Results, conditions: dict[str, str]) -> str:
 
 
 def depth_chart(path: Path) -> None:
-    """Draw the estimated memory of one training step against the depth of a block, as PNG."""
+    """Measure a training step of ever deeper blocks, and draw its memory, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     kept_axes, peak_axes = figure.subplots(1, 2)
     for kind in KINDS:
-        reports = [estimate_block(kind, layers) for layers in DEPTHS]
+        reports = [measured_block(kind, layers) for layers in DEPTHS]
         label = str(Competitor(kind))
         kept_axes.plot(DEPTHS, [r.kept / MIB for r in reports], marker="o", label=label)
         peak_axes.plot(DEPTHS, [r.peak.step / MIB for r in reports], marker="o", label=label)
     for axes, title in ((kept_axes, "kept after the forward pass"), (peak_axes, "peak of a step")):
-        axes.set(title=title, xlabel="layers", ylabel="MiB", yscale="log", xticks=DEPTHS)
+        axes.set(title=title, xlabel="layers", ylabel="MiB, log scale", yscale="log", xticks=DEPTHS)
         axes.grid(alpha=0.3)
     figure.legend(*peak_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     batch, channels, size, _ = DEPTH_SHAPE
     figure.suptitle(
-        f"Dense block, c0={channels}, k={GROWTH}, batch {batch}, {size}², float32, estimated"
+        f"Dense block, c0={channels}, k={GROWTH}, batch {batch}, {size}², float32, "
+        f"measured on {provenance()['device']}"
     )
     figure.savefig(path, dpi=120)
 
 
-def estimate_block(kind: str, layers: int) -> StepReport:
-    return estimate(make_block(kind, layers, DEPTH_SHAPE[1], GROWTH), DEPTH_SHAPE)
+def measured_block(kind: Kind, layers: int) -> StepReport:
+    with DEVICE:
+        model, x = make_block(kind, layers, DEPTH_SHAPE[1], GROWTH), torch.randn(DEPTH_SHAPE)
+    return measure(model, x)
 
 
 def write(results: Results, conditions: dict[str, str], folder: Path) -> None:

@@ -114,47 +114,56 @@ def fits_chart(plans: Sequence[Plan], path: Path) -> None:
     axes.set(
         title=f"{_name(plans[0].work, plans[0].varies)}: largest {plans[0].varies}, estimated",
         yscale="log",
+        ylabel=f"{plans[0].varies}, log scale",
         xlabel=f"budget ({format_size(plans[0].reserve)} of it in reserve)",
     )
+    axes.set_ylim(bottom=1)
     _finish(axes)
     axes.legend(frameon=False, ncols=len(modes), loc="upper left")
     figure.savefig(path, dpi=120)
 
 
 def timeline(reports: dict[str, StepReport], title: str, path: Path) -> None:
-    """Draw the live bytes of one step after every birth and death, forward and backward marked.
+    """Draw the live bytes of one step after every birth and death, its phases marked.
 
     Args:
         reports: by mode; each gets an axes of its own, all with one scale.
         title: of the picture.
         path: the PNG to write.
     """
-    figure = Figure(figsize=(4 * len(reports), 4), layout="constrained")
-    figure.suptitle(title)
+    figure = Figure(figsize=(4 * len(reports), 4.2), layout="constrained")
+    figure.suptitle(f"{title}\ndotted: kept for the backward pass", fontsize="medium")
     columns = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
     for axes, (mode, report) in zip(columns, reports.items(), strict=True):
         _draw_timeline(axes, mode, report)
+    highest = max(report.peak.step for report in reports.values())
+    columns[0].set_ylim(0, 1.15 * highest / MIB)  # room for the names of the phases
     columns[0].set_ylabel("live above parameters and batch, MiB")
     figure.savefig(path, dpi=120)
 
 
 def _draw_timeline(axes: Any, mode: str, report: StepReport) -> None:
     live = [size / MIB for size in live_bytes(report.events)]
-    phases = [event.phase for event in report.events]
-    backward = phases.index("backward")
-    end = phases.index("optimizer") if "optimizer" in phases else len(phases)
     axes.fill_between(range(len(live)), live, step="post", color=COLOURS[mode], linewidth=0)
-    axes.axvline(backward, color="black", linewidth=1)
     axes.axhline(report.kept / MIB, color="black", linewidth=0.8, linestyle=":")
-    top = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "center"}
-    axes.annotate("forward", (backward / 2, 0.99), **top)
-    axes.annotate("backward", ((backward + end) / 2, 0.99), **top)
+    phases = [event.phase for event in report.events]
+    for name in ("forward", "backward"):
+        start, end = phases.index(name), len(phases) - phases[::-1].index(name)
+        axes.axvline(end, color="black", linewidth=1)
+        axes.annotate(
+            name,
+            ((start + end) / 2, 0.99),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            ha="center",
+        )
     axes.set_title(
-        f"{mode}: kept {report.kept / MIB:,.0f}, peak {report.peak.step / MIB:,.0f} MiB", loc="left"
+        f"{mode}: kept {report.kept / MIB:,.0f}, peak {report.peak.step / MIB:,.0f} MiB",
+        loc="left",
+        fontsize="medium",
     )
     axes.set(xlabel="births and deaths of tensors", xlim=(0, len(live)))
-    axes.set_ylim(bottom=0)
-    axes.margins(y=0.12)
+    axes.locator_params(axis="x", nbins=4)
     _finish(axes)
 
 

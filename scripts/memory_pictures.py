@@ -1,8 +1,8 @@
 """Draw what lives during one step, and what fits the memory of common GPUs, into docs/results/.
 
-    python scripts/memory_pictures.py
+    python -m scripts.memory_pictures
 
-Everything is estimated from shapes: no GPU, no data, some minutes on one core.
+The step is measured on this CPU, what fits is estimated from shapes. Some minutes on one core.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.provenance import cpu
 from efficient_densenet import pictures, plan
 from efficient_densenet.planner import MODES, Work
+from scripts import planned_peaks
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 DEEP = Work("cifar-bc", 32, 64, 100, 12)
@@ -22,11 +24,11 @@ BUDGETS = ("4GB", "8GB", "12GB", "24GB", "80GB")
 
 def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    conditions = f"float32, SGD with momentum, estimated with torch {torch.__version__}"
-    reports = {mode: DEEP.estimate(mode, "cpu") for mode in MODES}
+    reports = {mode: planned_peaks.measured(DEEP, mode) for mode in MODES}
     pictures.timeline(
         reports,
-        f"One step of DenseNet-BC-100 (k=12), batch {DEEP.batch_size}, 32x32, {conditions}",
+        f"One step of DenseNet-BC-100 (k=12), batch {DEEP.batch_size}, 32x32, float32, SGD with "
+        f"momentum, measured on {cpu()}, torch {torch.__version__}",
         FOLDER / "memory-timeline.png",
     )
     plans = [
@@ -34,7 +36,10 @@ def main() -> int:
         for budget in BUDGETS
     ]
     pictures.fits_chart(plans, FOLDER / "memory-fits.png")
-    print(f"densenet121, 224x224, 1000 classes, largest batch, {conditions}")
+    print(
+        f"densenet121, 224x224, 1000 classes, largest batch, float32, SGD with momentum, "
+        f"estimated with torch {torch.__version__}"
+    )
     for made in plans:
         sizes = ", ".join(f"{fit.mode} {fit.largest}" for fit in made.fits)
         print(f"{made.budget / 1e9:3.0f} GB: {sizes}", flush=True)

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.provenance import provenance
 from efficient_densenet.config import make_optimizer
-from efficient_densenet.memory import measure
+from efficient_densenet.memory import StepReport, measure
 from efficient_densenet.planner import MODES, Work
 from scripts import marked
 
@@ -41,17 +41,17 @@ NETWORKS = (
 )
 
 
-def measured(work: Work, mode: str) -> int:
-    """Peak bytes of a real training step, by the allocator's account."""
+def measured(work: Work, mode: str) -> StepReport:
+    """A real training step on the CPU, by the allocator's account."""
     images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
     target = torch.arange(work.batch_size) % work.classes
     optimizer = partial(make_optimizer, lr=0.1)
-    return measure(work.build(mode), images, target=target, optimizer=optimizer).peak.total
+    return measure(work.build(mode), images, target=target, optimizer=optimizer)
 
 
 def ratio(work: Work, mode: str) -> tuple[int, float]:
     """The measured peak, and the planned one in units of it."""
-    truth = measured(work, mode)
+    truth = measured(work, mode).peak.total
     return truth, work.estimate(mode, "cpu").peak.total / truth
 
 

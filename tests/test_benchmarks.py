@@ -194,7 +194,10 @@ def test_table_is_rectangular_markdown() -> None:
     assert "0.75" in lines[-1] and "1.50" in lines[-1]
 
 
-def test_written_report_carries_rows_and_conditions(tmp_path: Path) -> None:
+def test_written_report_carries_rows_and_conditions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "DEPTHS", (1, 2))
     conditions = provenance()
     report.write([rows_with(1.5)], conditions, tmp_path)
     written = json.loads((tmp_path / "steps.json").read_text(encoding="utf-8"))

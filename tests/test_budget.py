@@ -55,8 +55,24 @@ def assert_same(found, expected, name: str = "state") -> None:
     if isinstance(expected, torch.Tensor):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
     elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), name
         for key, value in expected.items():
             assert_same(found[key], value, f"{name}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        for i, (own, value) in enumerate(zip(found, expected, strict=True)):
+            assert_same(own, value, f"{name}[{i}]")
+    else:
+        assert found == expected, name
+
+
+def test_a_state_that_differs_anywhere_is_not_the_same() -> None:
+    training = Training(densenet_cifar(10, 4))
+    training.step()
+    state, other = training.state(), training.state()
+    assert_same(other, state)
+    next(iter(other[1]["state"].values()))["momentum_buffer"].view(-1)[0] += 1e-3
+    with pytest.raises(AssertionError, match="momentum_buffer"):
+        assert_same(other, state)
 
 
 # The metered limit
@@ -156,6 +172,7 @@ def test_memory_that_runs_out_anywhere_leaves_nothing(mode: str) -> None:
     with Failing(at=None) as probe:
         training.step()
     expected = training.state()
+    assert probe.count > 400 and probe.live_bytes() > 0  # gradients
     gc.disable()  # what only the collector would free is a leak as well
     try:
         for at in range(0, probe.count, 10):
@@ -166,6 +183,7 @@ def test_memory_that_runs_out_anywhere_leaves_nothing(mode: str) -> None:
                 training.step()
             forget_backward()
             training.optimizer.zero_grad(set_to_none=True)
+            assert meter.events or at < 10
             assert meter.live_bytes() == 0, f"after operator {at}"
             training.restore(state)
             training.step()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from functools import partial
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -17,7 +19,7 @@ from test_cli import error_of
 from efficient_densenet import DenseNet, plan
 from efficient_densenet.cli import main
 from efficient_densenet.config import ConfigError, TrainConfig, make_optimizer, parse_size
-from efficient_densenet.memory import estimate, measure
+from efficient_densenet.memory import estimate
 from efficient_densenet.planner import (
     MODES,
     MOST,
@@ -26,6 +28,10 @@ from efficient_densenet.planner import (
     largest_within,
     within,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # scripts/ is not part of the package
+
+from scripts import planned_peaks
 
 MIB = 2**20
 
@@ -51,11 +57,28 @@ NETWORKS = {
 
 @pytest.mark.parametrize(("work", "mode"), NETWORKS.values(), ids=NETWORKS)
 def test_the_planned_peak_is_the_measured_one(work: Work, mode: str) -> None:
-    images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
-    target = torch.arange(work.batch_size) % work.classes
-    optimizer = partial(make_optimizer, lr=0.1)
-    measured = measure(work.build(mode), images, target=target, optimizer=optimizer).peak.total
-    assert 0.99 <= work.estimate(mode, "cpu").peak.total / measured <= 1.03
+    low, high = planned_peaks.BOUNDS
+    assert (low, high) == (0.99, 1.03)
+    assert low <= planned_peaks.ratio(work, mode)[1] <= high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("work", planned_peaks.NETWORKS[-5:], ids=lambda work: work.model)
+def test_the_planned_peak_of_a_large_network_is_the_measured_one(work: Work, mode: str) -> None:
+    low, high = planned_peaks.BOUNDS
+    assert low <= planned_peaks.ratio(work, mode)[1] <= high
+
+
+def test_the_table_of_planned_peaks_shows_every_network_and_the_worst_ratios() -> None:
+    found = {
+        cifar(40, 12, 16): dict.fromkeys(MODES, (100 * MIB, 1.01)),
+        Work("fashion", 96, 8, channels=1): dict.fromkeys(MODES, (2000 * MIB, 0.995)),
+    }
+    table = planned_peaks.markdown(found)
+    assert "| cifar-bc-40, k=12 | 16 | 32²×3 | 100.0 (1.010) |" in table
+    assert "| fashion | 8 | 96²×1 | 2,000.0 (0.995) |" in table
+    assert "between 0.995 and 1.010" in table
 
 
 # The checkpointed mode
