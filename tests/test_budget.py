@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from efficient_densenet import planner
 from efficient_densenet.budget import BudgetExceeded, MeteredBudget, enforce, forget_backward
 from efficient_densenet.config import make_optimizer
 from efficient_densenet.meter import LiveMeter
 from efficient_densenet.models import densenet_cifar
 from efficient_densenet.planner import MODES, Work
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # scripts/ is not part of the package
+
+from scripts import edge_of_budget
 
 CPU = torch.device("cpu")
 WORK = Work("cifar-bc", 16, 4, 16, 4)
@@ -195,13 +200,22 @@ def test_memory_that_runs_out_anywhere_leaves_nothing(mode: str) -> None:
 # The edge
 
 
-def test_the_edge_of_the_plan_is_the_edge_of_the_budget() -> None:
-    options = "--budget 8MiB --batch-size 4 --growth-rate 4"
-    command = [sys.executable, "-m", "scripts.edge_of_budget", *options.split()]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("| out of memory |") == len(MODES)
+def test_the_edge_of_the_plan_is_the_edge_of_the_budget(capsys, monkeypatch) -> None:
+    options = "--budget 4MiB --batch-size 2 --growth-rate 4"
+    monkeypatch.setattr(sys, "argv", ["edge_of_budget", *options.split()])
+    assert edge_of_budget.main() == 0
+    rows = capsys.readouterr().out.splitlines()[-len(MODES) :]
+    assert [row.split()[1] for row in rows] == list(MODES)
+    assert all(row.endswith("| out of memory |") for row in rows)
+
+
+def test_a_plan_that_promises_too_much_is_found_out(monkeypatch) -> None:
+    made = planner.plan("4MiB", batch_size=2, growth_rate=4, device="cpu", modes=["norm"])
+    (fit,) = made.fits
+    deeper = replace(fit, largest=fit.largest + 6, next=fit.largest + 12)
+    monkeypatch.setattr(edge_of_budget, "plan", lambda *a, **k: replace(made, fits=(deeper,)))
+    _, right = edge_of_budget.edge("norm", 4 << 20, {"batch_size": 2, "growth_rate": 4})
+    assert not right
 
 
 # The deep end
