@@ -1,6 +1,7 @@
 """DenseNets trained in O(kL) memory: only the features themselves are kept."""
 
 from efficient_densenet.block import EfficientDenseBlock
+from efficient_densenet.connections import recompute_connection
 from efficient_densenet.convert import convert_, explain, revert_
 from efficient_densenet.memory import estimate, measure
 from efficient_densenet.models import (
@@ -30,5 +31,6 @@ __all__ = [
     "fashion_densenet",
     "measure",
     "plan",
+    "recompute_connection",
     "revert_",
 ]

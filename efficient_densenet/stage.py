@@ -19,10 +19,13 @@ from efficient_densenet.synchronise import joined_count
 
 
 class Exit(NamedTuple):
-    """Modules that read all features: a norm, then (after a ReLU) a pooling, then a convolution."""
+    """Modules that read all features: a norm, then (after a ReLU) a pooling, then a convolution.
+
+    One of the last two may be missing.
+    """
 
     norm: Any
-    pool: Pool
+    pool: Pool | None
     conv: Any = None
 
     def spec(self) -> UnitSpec:
