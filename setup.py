@@ -17,7 +17,10 @@ setup(
     install_requires=["torch>=2.11", "torchvision"],
     extras_require={
         "train": ["lightning>=2.4", "matplotlib", "rich"],
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+        "dev": [
+            *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"),
+            *("onnx", "onnxscript", "onnxruntime"),
+        ],
         "compat": [
             "timm>=1.0.31",
             "monai>=1.6.1",

@@ -68,7 +68,7 @@ class FeatureBuffer:
         self._dtype = spec.types.statistics
         memory_format = inner_format(x) if spec.layers else outer_format(x)
         shape = (spec.channels, *(1,) * (x.dim() - 2))
-        mean, var = (x.new_empty(shape, dtype=self._dtype) for _ in range(2))
+        mean, var = (x.new_zeros(shape, dtype=self._dtype) for _ in range(2))
         self.statistics = Statistics(mean, var)
         self._filled, self._process_group = 0, spec.process_group
         self._read = spec.maps_with_statistics  # of the maps to come

@@ -54,5 +54,5 @@ def is_hollow(tensor: Tensor) -> bool:
     """Whether a tensor has a shape but no values, as meta and fake ones."""
     try:
         return tensor.untyped_storage().device.type == "meta"
-    except NotImplementedError:  # torch 2.11, of what torch.func wraps
+    except NotImplementedError:  # a wrapper of torch.func around a tensor that has values
         return False
