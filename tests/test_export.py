@@ -35,7 +35,7 @@ def images(batch):
 @every_mode
 def test_exported_network_matches(mode, took):
     model = network(mode)
-    took("naive path while exporting")
+    took("exported: nothing is kept for a backward pass")
     exported = torch.export.export(model, (images(3),), dynamic_shapes=BATCH)
     targets = {str(node.target) for node in exported.graph.nodes}
     assert not any("efficient_densenet" in target for target in targets)
@@ -50,7 +50,7 @@ def test_onnxruntime_computes_the_same(mode, took, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model = network(mode)
-    took("naive path while exporting")
+    took("exported: nothing is kept for a backward pass")
     file = tmp_path / "network.onnx"
     program = torch.onnx.export(
         model, (images(3),), dynamo=True, dynamic_shapes=BATCH, verbose=False

@@ -215,9 +215,9 @@ def test_functional_gradient_matches_reference(mode, took):
 @recomputing
 def test_vmap_is_refused_in_one_sentence(mode, took):
     efficient, _ = block_pair(recompute=mode, change=nn.Module.eval)
-    took("refused")
-    with pytest.raises(RuntimeError, match=r'^vmap cannot .*recompute="none"$'):
+    with pytest.raises(RuntimeError, match=r'^vmap cannot .*recompute="none"$') as refusal:
         torch.func.vmap(efficient)(torch.stack([image(), image()]))
+    took(f"refused: {refusal.value}")
 
 
 @clause("5 · vmap (evaluation mode)")
@@ -234,10 +234,11 @@ def test_vmap_over_the_naive_path_works(mode, took):
 @every_mode
 def test_scripting_is_refused_in_one_sentence(mode, took):
     efficient, reference = block_pair(recompute=mode, change=nn.Module.eval)
-    took("refused")
+    sentence = r"^TorchScript cannot .*reference\.DenseBlock"
     for model in (efficient, densenet_cifar(10, 4, recompute=mode)):
-        with pytest.raises(RuntimeError, match=r"^TorchScript cannot .*reference\.DenseBlock"):
+        with pytest.raises(RuntimeError, match=sentence) as refusal:
             torch.jit.script(model)
+    took(f"refused: {refusal.value}")
     x = image()
     assert_close("the way out", torch.jit.script(reference)(x), efficient(x), 1e-10)
 
@@ -248,7 +249,7 @@ def test_scripting_is_refused_in_one_sentence(mode, took):
 def test_tracing_takes_the_reference_path(mode, bn_size, took):
     efficient, reference = block_pair(bn_size=bn_size, recompute=mode, change=nn.Module.eval)
     x = image()
-    took("naive path while tracing")
+    took("traced: nothing is kept for a backward pass")
     traced = torch.jit.trace(efficient, x)
     assert all("PythonOp" not in node.kind() for node in traced.inlined_graph.nodes())
     assert_close("output", traced(x), reference(x), 1e-10)
