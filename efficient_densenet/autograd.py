@@ -1,7 +1,8 @@
 """The recomputing functions as autograd sees them: what is saved, returned and refused.
 
 The mathematics is in ``docs/derivation.md``; the passes are in ``forward.py`` and ``backward.py``.
-What is being compiled takes ``operators.py`` instead of the functions here.
+What is being compiled takes ``operators.py`` instead of the functions here, and evaluation from
+which nothing is learnt ``inference.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet import operators
+from efficient_densenet import inference, operators
 from efficient_densenet.backward import BlockBackward, StemBackward
 from efficient_densenet.forward import Saved, features_at_border, forward_block, forward_stem
 from efficient_densenet.kernels.interface import Conv, Statistics
@@ -44,6 +45,11 @@ def dense_block(
     if torch.compiler.is_compiling():
         out, saved = operators.dense_block(spec, x, flat)
         return out, saved.statistics, saved.bottleneck_statistics
+    if inference.suits_block(spec, x, *flat):
+        with torch.no_grad(), outside_autocast(x.device):
+            out = inference.infer_block(spec, x, flat)
+        unseen = x.new_empty(0)  # no norm learns
+        return out, Statistics(unseen, unseen), [None] * len(spec.layers)
     drops = any(layer.drop_rate > 0 for layer in spec.layers)
     seeds = torch.randint(2**62, (len(spec.layers),)).tolist() if drops else [0] * len(spec.layers)
     out, *kept = _DenseBlock.apply(spec, seeds, x, *flat)
@@ -64,6 +70,9 @@ def stem(x: Tensor, spec: StemSpec, tensors: UnitTensors) -> tuple[Tensor, Stati
     count = x.shape[0] * spec.conv.positions(x.shape[2:], tensors.conv_weight.shape[2:])
     if torch.compiler.is_compiling():
         return *operators.stem(spec, x, tensors), count
+    if inference.suits_stem(spec, x, *tensors):
+        with torch.no_grad(), outside_autocast(x.device):
+            return inference.infer_stem(spec, x, tensors), None, count
     out, *vectors = _Stem.apply(spec, x, *tensors)
     return out, Statistics(*vectors) if vectors else None, count
 

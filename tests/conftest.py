@@ -41,3 +41,14 @@ def took(record_property: Callable[[str, object], None]) -> Callable[[str | None
         record_property("path", reason or "efficient")
 
     return record
+
+
+@pytest.fixture(autouse=True)
+def capability(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    """What the table of scripts/use_with.py reads of a test marked with a capability."""
+    marker = request.node.get_closest_marker("capability")
+    if marker is not None:
+        record_property("capability", marker.args[0])
+        record_property("library", request.node.callspec.params["network"].library)

@@ -173,7 +173,7 @@ NETWORKS = {
     "segmentation-encoder": Network(
         "segmentation_models_pytorch", _segmentation_encoder, (3, 3, 64, 64), 4
     ),
-    "tiramisu": Network("tiramisu", Tiramisu, (3, 3, 18, 16), 3),
+    "tiramisu": Network("Tiramisu-style", Tiramisu, (3, 3, 18, 16), 3),
     "pytorchcv": Network("pytorchcv", _pytorchcv, (3, 3, 56, 56)),
     "pytorchcv-cifar-bottleneck": Network(
         "pytorchcv", lambda: _pytorchcv_cifar(True), (3, 3, 16, 16)

@@ -71,6 +71,7 @@ def runs(monkeypatch):
     return found
 
 
+@pytest.mark.capability("trains as before")
 @every_network
 @pytest.mark.parametrize("recompute", MODES)
 def test_three_steps_train_as_the_original(network, recompute, runs):
@@ -79,6 +80,7 @@ def test_three_steps_train_as_the_original(network, recompute, runs):
     assert sum(len(spec.layers) > 0 for spec in runs) == 3 * network.blocks
 
 
+@pytest.mark.capability("float32 as precise")
 @every_network
 def test_single_precision_is_as_precise_as_the_original(network):
     converted, original = pair(network, torch.float32)
@@ -96,6 +98,7 @@ def test_evaluation_is_the_originals(network):
     assert_all_close({"output": found}, {"output": expected}, 1e-10)
 
 
+@pytest.mark.capability("keeps features alone")
 @every_network
 def test_blocks_keep_what_the_ledger_says(network):
     converted, original = pair(network, torch.float32)
@@ -128,6 +131,7 @@ def same_modules(converted, original):
     return [modules[name] for name, m in converted.named_modules() if m in set(blocks(converted))]
 
 
+@pytest.mark.capability("reverts bit for bit")
 @every_network
 def test_reverted_model_is_the_original_bit_for_bit(network):
     converted, original = pair(network)
@@ -160,6 +164,7 @@ def saved_whole(model):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.capability("copies and pickles")
 @every_network
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_whole], ids=lambda c: c.__name__)
 def test_copy_is_converted_and_computes_with_its_own_weights(network, copied):

@@ -1,0 +1,85 @@
+"""Forward passes that nothing will be learnt from: one buffer, and batch norms folded.
+
+A batch norm after a convolution, with running statistics, is part of it: its scale multiplies the
+convolution's weight, its shift is added to the bias. So a bottleneck layer normalises once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.forward import FeatureBuffer
+from efficient_densenet.kernels.convolution import convolve
+from efficient_densenet.kernels.interface import Conv
+from efficient_densenet.kernels.pooling import pooled
+from efficient_densenet.layout import inner_format, outer_format
+from efficient_densenet.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+
+
+def suits_block(spec: BlockSpec, *tensors: Tensor | None) -> bool:
+    """Whether nothing of a block's pass is needed afterwards: neither gradients nor statistics."""
+    units = [unit for layer in spec.layers for unit in layer.units]
+    units += [spec.exit] if spec.exit else []
+    return (
+        bool(units)
+        and not any(unit.batch_statistics for unit in units)
+        and not any(layer.drop_rate for layer in spec.layers)
+        and _nothing_learns(tensors)
+    )
+
+
+def suits_stem(spec: StemSpec, *tensors: Tensor | None) -> bool:
+    """The same of a stem's pass."""
+    return not spec.unit.batch_statistics and _nothing_learns(tensors)
+
+
+def infer_block(spec: BlockSpec, x: Tensor, flat: Sequence[Tensor | None]) -> Tensor:
+    """The result of a block, as ``forward.forward_block`` returns it."""
+    layers, exit_tensors = spec.nested(flat)
+    buffer = FeatureBuffer(spec, x)
+    for layer, tensors in zip(spec.layers, layers, strict=True):
+        first, *second = layer.units
+        if second:
+            y = buffer.read(first, folded(tensors[0], second[0], tensors[1]))[0].relu_()
+            assert second[0].conv is not None
+            y = convolve(y, Conv(tensors[1].conv_weight, tensors[1].conv_bias, second[0].conv))
+        else:
+            y, _ = buffer.read(first, tensors[0])
+        buffer.append(y)
+        del y
+    if spec.exit:
+        return buffer.read(spec.exit, exit_tensors)[0]
+    return buffer.maps.contiguous(memory_format=outer_format(x))
+
+
+def infer_stem(spec: StemSpec, x: Tensor, tensors: UnitTensors) -> Tensor:
+    """The result of a stem, as ``forward.forward_stem`` returns it."""
+    assert spec.unit.pool is not None
+    unit = folded(tensors, spec.unit, tensors)
+    image = x.to(spec.types.compute, memory_format=inner_format(x))
+    y = convolve(image, Conv(unit.conv_weight, unit.conv_bias, spec.conv)).relu_()
+    return pooled(y, spec.unit.pool)
+
+
+def folded(conv: UnitTensors, unit: UnitSpec, norm: UnitTensors) -> UnitTensors:
+    """The tensors of ``conv`` whose convolution also does what ``norm`` would do after it.
+
+    ``scale = γ / sqrt(var + eps)``; weight ``scale * W``, bias ``β + scale * (b - mean)``.
+    """
+    scale = (norm.running_var + unit.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    mean = norm.running_mean
+    before = -mean if conv.conv_bias is None else conv.conv_bias - mean
+    bias = scale * before if norm.bias is None else torch.addcmul(norm.bias, scale, before)
+    weight = conv.conv_weight * scale.view(-1, *(1,) * (conv.conv_weight.dim() - 1))
+    return conv._replace(conv_weight=weight, conv_bias=bias)
+
+
+def _nothing_learns(tensors: Sequence[Tensor | None]) -> bool:
+    return not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in tensors
+    )
