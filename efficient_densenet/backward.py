@@ -10,11 +10,11 @@ from torch import Tensor
 
 from efficient_densenet.forward import Saved, dropout_mask
 from efficient_densenet.kernels.convolution import convolve, convolve_backward
-from efficient_densenet.kernels.interface import Conv, Norm, Statistics, UnitGradients
+from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients
 from efficient_densenet.layout import empty_map, inner_format, outer_format
 from efficient_densenet.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.synchronise import joined_means
-from efficient_densenet.units import UnitRunner
+from efficient_densenet.units import ReadyUnit, UnitRunner
 
 
 class MapGradient:
@@ -46,10 +46,10 @@ class MapGradient:
         self.written = False
         self.corrected = 0
 
-    def norm(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> Norm:
-        """The norm of a unit that reads the first ``channels``."""
+    def ready(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> ReadyUnit:
+        """A unit that reads the first ``channels``."""
         statistics = self.statistics and self.statistics.first(channels)
-        return self.units.norm(unit, tensors, statistics, self.maps.dim())
+        return self.units.ready(unit, tensors, statistics, self.maps.dim())
 
     def start(self, grad: Tensor) -> None:
         """Begin with the gradient that arrives from outside the block."""
@@ -59,24 +59,22 @@ class MapGradient:
     def back_through(
         self,
         grad: Tensor,
-        norm: Norm,
+        ready: ReadyUnit,
         unit: UnitSpec,
         tensors: UnitTensors,
         needs: UnitTensors,
         needs_maps: bool,
     ) -> UnitTensors:
-        """Add the gradient through ``unit``, which reads the channels of ``norm``.
+        """Add the gradient through ``unit``, which reads the channels of its norm.
 
         Returns the gradients of the unit's own tensors.
         """
-        channels = len(norm.mean)
+        channels = len(ready.norm.mean)
         corrects = needs_maps and unit.batch_statistics
         weight, bias, sums = self.units.backward(
             grad,
             self.maps[:, :channels],
-            norm,
-            unit,
-            tensors,
+            ready,
             needs,
             need_sums=needs.weight or needs.bias or corrects,
             target=self.grad[:, :channels] if needs_maps else None,
@@ -86,7 +84,7 @@ class MapGradient:
         dbeta = dgamma = None
         if sums is not None:
             totals = (self.mean_d[:channels], self.mean_dx[:channels]) if corrects else None
-            dbeta, dgamma = self.units.ops.collect(sums, norm, 1.0 / self.count, totals)
+            dbeta, dgamma = self.units.ops.collect(sums, ready.norm, 1.0 / self.count, totals)
             self.corrected = max(self.corrected, channels if corrects else 0)
         return UnitTensors(
             weight=_like(dgamma, tensors.weight, needs.weight),
@@ -95,12 +93,20 @@ class MapGradient:
             conv_bias=_like(bias, tensors.conv_bias, needs.conv_bias),
         )
 
-    def finish(self, start: int, stop: int) -> Tensor:
-        """The gradient of the channels ``[start, stop)``, whose readers have all been walked."""
+    def finish(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The gradient of the channels ``[start, stop)``, whose readers have all been walked.
+
+        In ``dtype``, by default in the type of corrected gradients.
+        """
         grad, x = self.grad[:, start:stop], self.maps[:, start:stop]
+        dtype = dtype or self.units.corrected_dtype
         whole = stop - start == self.maps.shape[1]
-        out = self.grad if whole else empty_map(grad, stop - start, self.units.memory_format)
-        if self.statistics is None or start >= self.corrected:
+        corrects = self.statistics is not None and start < self.corrected
+        if whole and (dtype == self.grad.dtype or not corrects):
+            out = self.grad
+        else:
+            out = empty_map(grad, stop - start, self.units.memory_format, dtype)
+        if self.statistics is None or not corrects:
             return out if whole else out.copy_(grad)
         mean, *local = (
             vector[start:stop] for vector in (self.statistics.mean, self.mean_d, self.mean_dx)
@@ -148,21 +154,23 @@ class BlockBackward:
                 gradients += [UnitTensors()] * len(self.layers[i])
             else:
                 gradients += self._layer(i)
-        dx = self.total.finish(0, self.spec.input_channels) if self.needs_x else None
+        dx = None
+        if self.needs_x:
+            dx = self.total.finish(0, self.spec.input_channels, self.total.grad.dtype)
         return dx, [tensor for unit in reversed(gradients) for tensor in unit]
 
     def _exit(self, grad: Tensor) -> UnitTensors:
         unit, tensors = self.spec.exit, self.exit_tensors
         assert unit is not None
-        norm = self.total.norm(unit, tensors, self.spec.channels)
+        ready = self.total.ready(unit, tensors, self.spec.channels)
         below = self.needs_x or self.lowest < len(self.layers)
-        return self.total.back_through(grad, norm, unit, tensors, self.needs_exit, below)
+        return self.total.back_through(grad, ready, unit, tensors, self.needs_exit, below)
 
     def _layer(self, i: int) -> Iterator[UnitTensors]:
         """Gradients of a layer's units, the last first."""
         layer, needs = self.spec.layers[i], self.needs[i]
         first, *second = zip(layer.units, self.layers[i], strict=True)
-        norm = self.total.norm(*first, layer.channels)
+        ready = self.total.ready(*first, layer.channels)
         below = self.needs_x or i > self.lowest
         grad = self.total.finish(layer.channels, layer.channels + layer.growth)
         if layer.drop_rate:
@@ -171,28 +179,27 @@ class BlockBackward:
         if second:
             z = MapGradient(
                 self.units,
-                self._bottleneck(i, norm),
+                self._bottleneck(i, ready),
                 self.saved.bottleneck_statistics[i],
                 self.spec.process_group,
                 self.bottleneck_grad,
             )
             self.bottleneck_grad = z.grad
-            norm2 = z.norm(*second[0], layer.width)
-            yield z.back_through(grad, norm2, *second[0], needs[1], needs_first)
+            reader = z.ready(*second[0], layer.width)
+            yield z.back_through(grad, reader, *second[0], needs[1], needs_first)
             grad = z.finish(0, layer.width) if needs_first else grad
             del z
         if needs_first:
-            yield self.total.back_through(grad, norm, *first, needs[0], below)
+            yield self.total.back_through(grad, ready, *first, needs[0], below)
         else:
             yield UnitTensors()
 
-    def _bottleneck(self, i: int, norm: Norm) -> Tensor:
+    def _bottleneck(self, i: int, ready: ReadyUnit) -> Tensor:
         kept = self.saved.bottlenecks[i]
         if kept is not None:
             return kept
-        layer = self.spec.layers[i]
-        x = self.total.maps[:, : layer.channels]
-        bottleneck, _ = self.units.forward(x, norm, layer.units[0], self.layers[i][0])
+        x = self.total.maps[:, : self.spec.layers[i].channels]
+        bottleneck, _ = self.units.forward(x, ready)
         return bottleneck
 
 
@@ -217,7 +224,7 @@ class StemBackward:
         self.image = x.to(spec.types.compute, memory_format=memory_format)
         self.y = y = convolve(self.image, conv)
         self.units = UnitRunner(spec.kernels, spec.types, y, y.shape[1], memory_format)
-        self.norm = self.units.norm(spec.unit, tensors, statistics, y.dim())
+        self.ready = self.units.ready(spec.unit, tensors, statistics, y.dim())
 
     def run(self, needs_x: bool, needs: UnitTensors) -> tuple[Tensor | None, UnitTensors]:
         """The gradients of the image and of all tensors, the convolution's in those of the unit."""
@@ -226,9 +233,9 @@ class StemBackward:
         dbeta = dgamma = dx = weight = bias = corrections = None
         if needs.weight or needs.bias or corrects:
             sums = self._back_through(slice(None), None).sums
-            count, mean = self.y.numel() // self.y.shape[1], self.norm.mean
+            count, mean = self.y.numel() // self.y.shape[1], self.ready.norm.mean
             totals = torch.zeros_like(mean), torch.zeros_like(mean)
-            dbeta, dgamma = self.units.ops.collect(sums, self.norm, 1.0 / count, totals)
+            dbeta, dgamma = self.units.ops.collect(sums, self.ready.norm, 1.0 / count, totals)
             if corrects:
                 corrections = joined_means([*totals], count, self.spec.process_group)
         if any(needs_conv):
@@ -249,9 +256,7 @@ class StemBackward:
         return self.units.backward(
             self.grad[rows],
             self.y[rows],
-            self.norm,
-            self.spec.unit,
-            self.tensors,
+            self.ready,
             UnitTensors(),
             need_sums=target is None,
             target=target,
@@ -269,7 +274,7 @@ class StemBackward:
         self._back_through(rows, dy)
         if corrections:
             mean_d, mean_dx = corrections
-            self.units.ops.correct(dy, y, self.norm.mean, mean_d, mean_dx, dy)
+            self.units.ops.correct(dy, y, self.ready.norm.mean, mean_d, mean_dx, dy)
         return convolve_backward(dy.to(y.dtype), self.image[rows], self.conv, needs)
 
 

@@ -16,13 +16,14 @@ from efficient_densenet.anatomy import (
     read_layer,
     unsupported_layer,
 )
+from efficient_densenet.kernels import Kernels
 from efficient_densenet.reference import BasicLayer, BottleneckLayer, DenseBlock
 from efficient_densenet.stage import Exit
 
 Recompute = Literal["bottleneck", "norm", "none"]
 
 
-class RecomputingBlock(nn.Module):
+class RecomputingBlock(stage.ChoosesKernels):
     """What makes a dense block recompute: a base in front of the class whose forward is naive.
 
     A call that the efficient path does not support runs on the class behind; :meth:`why_reference`
@@ -96,7 +97,9 @@ class RecomputingBlock(nn.Module):
 
     def run(self, x: Tensor, exit: Exit | None = None) -> Tensor:
         """The efficient path: the features, or what ``exit`` makes of them."""
-        return stage.run_layers(self.read_layers(), x, self.recompute == "bottleneck", exit)
+        return stage.run_layers(
+            self.read_layers(), x, self.recompute == "bottleneck", exit, self.kernels
+        )
 
 
 class EfficientDenseBlock(RecomputingBlock, DenseBlock):
@@ -120,6 +123,9 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
             changed at any time.
         dims: spatial dimensions, 1, 2 or 3.
         bias: whether convolutions have a bias.
+        kernels: ``"eager"`` (PyTorch's operators), ``"triton"`` (for CUDA; eager where it cannot
+            run, and :meth:`why_eager` says why), or ``"auto"``: what the environment variable
+            ``EFFICIENT_DENSENET_KERNELS`` says; if it is not there, Triton where it can run.
 
     Raises:
         ValueError: if an argument is out of range; the message quotes it.
@@ -140,6 +146,7 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
         recompute: Recompute = "bottleneck",
         dims: int = 2,
         bias: bool = False,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__(
             num_layers,
@@ -151,3 +158,4 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
             bias=bias,
         )
         self.recompute = recompute
+        self.kernels = kernels

@@ -65,10 +65,9 @@ class FeatureBuffer:
     """
 
     def __init__(self, spec: BlockSpec, x: Tensor) -> None:
-        self._dtype = spec.types.statistics
         memory_format = inner_format(x) if spec.layers else outer_format(x)
         shape = (spec.channels, *(1,) * (x.dim() - 2))
-        mean, var = (x.new_zeros(shape, dtype=self._dtype) for _ in range(2))
+        mean, var = (x.new_zeros(shape, dtype=spec.types.statistics) for _ in range(2))
         self.statistics = Statistics(mean, var)
         self._filled, self._process_group = 0, spec.process_group
         self._read = spec.maps_with_statistics  # of the maps to come
@@ -82,14 +81,13 @@ class FeatureBuffer:
     def append(self, y: Tensor) -> None:
         """Write the next map, and its statistics if a norm reads them."""
         channels = slice(self._filled, self._filled + y.shape[1])
-        dtype = self._dtype if self._read > 0 else None
-        if y is not self.maps:
-            statistics = self.units.ops.append(y, self.maps[:, channels], dtype)
-        else:
-            statistics = None if dtype is None else self.units.ops.batch_statistics(y, dtype)
-        if statistics is not None:
-            mean, var = joined_statistics(statistics, y, self._process_group)
-            self.statistics.mean[channels], self.statistics.var[channels] = mean, var
+        statistics = self.statistics.of(channels) if self._read > 0 else None
+        into = None if y is self.maps else self.maps[:, channels]
+        self.units.ops.append(y, into, statistics)
+        if statistics is not None and self._process_group is not None:
+            joined = joined_statistics(statistics, y, self._process_group)
+            statistics.mean.copy_(joined.mean)
+            statistics.var.copy_(joined.var)
         self._filled, self._read = channels.stop, self._read - 1
 
     def read(
@@ -97,8 +95,8 @@ class FeatureBuffer:
     ) -> tuple[Tensor, Statistics | None]:
         """The result of a unit that reads all maps so far, and its batch statistics."""
         x, statistics = self.maps[:, : self._filled], self.statistics.first(self._filled)
-        norm = self.units.norm(unit, tensors, statistics, x.dim())
-        return self.units.forward(x, norm, unit, tensors, need_statistics)
+        ready = self.units.ready(unit, tensors, statistics, x.dim())
+        return self.units.forward(x, ready, need_statistics)
 
 
 def forward_block(
@@ -117,8 +115,8 @@ def forward_block(
             statistics = joined_statistics(statistics, y, spec.process_group)
         bottleneck = y if second else None
         if second:
-            norm = buffer.units.norm(second[0], tensors[1], statistics, y.dim())
-            y, _ = buffer.units.forward(y, norm, second[0], tensors[1])
+            ready = buffer.units.ready(second[0], tensors[1], statistics, y.dim())
+            y, _ = buffer.units.forward(y, ready)
         bottlenecks.append(None if spec.recompute_bottleneck else bottleneck)
         bottleneck_statistics.append(statistics)
         if layer.drop_rate:
@@ -144,8 +142,7 @@ def forward_stem(
     if spec.unit.batch_statistics:
         statistics = units.ops.batch_statistics(y, spec.types.statistics)
         statistics = joined_statistics(statistics, y, spec.process_group)
-    norm = units.norm(spec.unit, tensors, statistics, y.dim())
-    out, _ = units.forward(y, norm, spec.unit, tensors)
+    out, _ = units.forward(y, units.ready(spec.unit, tensors, statistics, y.dim()))
     return out, statistics
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from efficient_densenet import lowering, sequence
 from efficient_densenet.block import EfficientDenseBlock, Recompute
+from efficient_densenet.kernels import Kernels
 from efficient_densenet.reference import (
     CONVS,
     MAX_POOLS,
@@ -21,6 +22,7 @@ from efficient_densenet.reference import (
     global_average,
 )
 from efficient_densenet.sequence import EfficientSequential, EfficientTransition
+from efficient_densenet.stage import ChoosesKernels
 
 STEMS = ("imagenet", "cifar")
 
@@ -46,6 +48,8 @@ class DenseNet(nn.Module):
         recompute: what the blocks' backward passes recompute, see :class:`EfficientDenseBlock`. But
             for ``"none"``, stem, transitions and head keep nothing of their own, and the stem's
             convolution runs twice.
+        kernels: which implementation of the operations all of them run on, see
+            :class:`EfficientDenseBlock`.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class DenseNet(nn.Module):
         bias: bool = False,
         dims: int = 2,
         recompute: Recompute = "bottleneck",
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         check_dims(dims)
@@ -91,6 +96,9 @@ class DenseNet(nn.Module):
                 channels = kept
         self.features.add_module("norm5", NORMS[dims](channels))
         self.classifier = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, ChoosesKernels):
+                module.kernels = kernels
         self._initialise()
 
     def _initialise(self) -> None:
@@ -110,7 +118,7 @@ class DenseNet(nn.Module):
     def _pooled(self, x: Tensor) -> Tensor:
         """ReLU and global average of the features."""
         if type(self.features) is EfficientSequential and not lowering.is_patched(self.features):
-            return sequence.run_to_average(list(self.features), x)
+            return sequence.run_to_average(list(self.features), x, self.features.kernels)
         return global_average(F.relu(self.features(x)))
 
 

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from efficient_densenet import lowering, stage
 from efficient_densenet.anatomy import CONV, NORM, NORM_ACT, POOL, RELU, TRANSITION, Anatomy
 from efficient_densenet.block import RecomputingBlock
+from efficient_densenet.kernels import Kernels
 from efficient_densenet.kernels.interface import Pool
 from efficient_densenet.layout import in_format_of
 from efficient_densenet.reference import Transition, global_average
 from efficient_densenet.stage import Exit
 
 
-class RecomputingTransition(nn.Module):
+class RecomputingTransition(stage.ChoosesKernels):
     """What makes a transition recompute: a base in front of the class whose forward is naive.
 
     A call that the efficient path does not support runs on the class behind; :meth:`why_reference`
@@ -54,7 +55,7 @@ class RecomputingTransition(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.why_reference(x):
             return super().forward(x)
-        return stage.run_layers([], x, False, self.exit())
+        return stage.run_layers([], x, False, self.exit(), self.kernels)
 
 
 class EfficientTransition(RecomputingTransition, Transition):
@@ -69,14 +70,14 @@ class EfficientTransition(RecomputingTransition, Transition):
     """
 
 
-class RecomputingSequence(nn.Module):
+class RecomputingSequence(stage.ChoosesKernels):
     """What makes a sequence run its neighbours together: a base in front of ``nn.Sequential``.
 
     The result has the memory format of the input.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return in_format_of(input, run(list(self._modules.values()), input))
+        return in_format_of(input, run(list(self._modules.values()), input, self.kernels))
 
 
 class EfficientSequential(RecomputingSequence, nn.Sequential):
@@ -92,14 +93,17 @@ class EfficientSequential(RecomputingSequence, nn.Sequential):
     """
 
 
-def run(modules: Sequence[Any], x: Tensor) -> Tensor:
-    """``modules`` one after the other, as :class:`EfficientSequential` runs them."""
+def run(modules: Sequence[Any], x: Tensor, kernels: Kernels = "auto") -> Tensor:
+    """``modules`` one after the other, as :class:`EfficientSequential` runs them.
+
+    ``kernels`` are those of stems; blocks and transitions have their own.
+    """
     i = 0
     while i < len(modules):
         here = modules[i:]
         stem = stem_at(here)
         if stem and not stem.why_reference(x):
-            x, i = stage.run_stem(stem.conv, stem.norm, stem.pool, x), i + stem.modules
+            x, i = stage.run_stem(stem.conv, stem.norm, stem.pool, x, kernels), i + stem.modules
         elif (
             len(here) > 1
             and reads_features(here[1])
@@ -111,21 +115,21 @@ def run(modules: Sequence[Any], x: Tensor) -> Tensor:
     return x
 
 
-def run_to_average(modules: Sequence[Any], x: Tensor) -> Tensor:
+def run_to_average(modules: Sequence[Any], x: Tensor, kernels: Kernels = "auto") -> Tensor:
     """ReLU and global average, ``(N, channels, 1, ...)``, of what ``modules`` make of ``x``.
 
     A norm after the last dense block reads the block's features inside, as a transition does.
     """
     *before, block, norm = modules
     if type(norm) not in lowering.NORM_TYPES or lowering.is_patched(norm):
-        return global_average(F.relu(run(modules, x)))
-    x = run(before, x)
+        return global_average(F.relu(run(modules, x, kernels)))
+    x = run(before, x, kernels)
     if shares_features(block, norm, x):
         return block.run(x, Exit(norm, Pool("all")))
     x = block(x)
     if lowering.unsupported_call(x) or lowering.unsupported_statistics(x, [norm]):
         return global_average(F.relu(norm(x)))
-    return stage.run_layers([], x, False, Exit(norm, Pool("all")))
+    return stage.run_layers([], x, False, Exit(norm, Pool("all")), kernels)
 
 
 def shares_features(block: Any, norm: Any, x: Tensor) -> bool:

@@ -75,8 +75,8 @@ class BlockSpec:
     ``exit`` is a last unit that reads all features (a transition, or the norm before the
     classifier); with it the block returns its result and the features stay inside.
     ``recompute_bottleneck`` drops the bottleneck maps too and convolves again in the backward pass.
-    ``kernels`` names the implementation of the operations. Batch statistics are those of all
-    processes of ``process_group``, if there is one.
+    ``kernels`` says which implementation of the operations to take (``kernels/__init__.py``). Batch
+    statistics are those of all processes of ``process_group``, if there is one.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -84,7 +84,7 @@ class BlockSpec:
     input_channels: int
     recompute_bottleneck: bool
     types: Types
-    kernels: str = "eager"
+    kernels: str = "auto"
     process_group: Any = None
 
     @property
@@ -122,5 +122,5 @@ class StemSpec:
     conv: Geometry
     unit: UnitSpec
     types: Types
-    kernels: str = "eager"
+    kernels: str = "auto"
     process_group: Any = None

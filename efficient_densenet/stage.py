@@ -8,14 +8,40 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficient_densenet import autograd, lowering
 from efficient_densenet.anatomy import Layer
+from efficient_densenet.kernels import Kernels, check, why_eager
 from efficient_densenet.kernels.interface import Pool
 from efficient_densenet.lowering import Seen
 from efficient_densenet.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
 from efficient_densenet.synchronise import joined_count
+
+
+class ChoosesKernels(nn.Module):
+    """A module whose ``kernels`` says which implementation of the operations it runs on.
+
+    ``"auto"`` leaves it to the environment variable ``EFFICIENT_DENSENET_KERNELS``; where that says
+    nothing, it is Triton on CUDA where that can be, and otherwise eager.
+    """
+
+    _kernels: Kernels = "auto"
+
+    @property
+    def kernels(self) -> Kernels:
+        """``"auto"``, ``"eager"`` or ``"triton"``."""
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, name: Kernels) -> None:
+        check(name)
+        self._kernels = name
+
+    def why_eager(self, x: Tensor) -> str | None:
+        """Why the efficient path would run ``x`` on the eager operations, ``None`` if on Triton."""
+        types = lowering.types_of(x)
+        return why_eager(self.kernels, x.device, (types.compute, types.features))
 
 
 class Exit(NamedTuple):
@@ -33,7 +59,11 @@ class Exit(NamedTuple):
 
 
 def run_layers(
-    layers: Sequence[Layer], x: Tensor, recompute_bottleneck: bool, exit: Exit | None = None
+    layers: Sequence[Layer],
+    x: Tensor,
+    recompute_bottleneck: bool,
+    exit: Exit | None = None,
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """What dense layers, one after the other, and then ``exit`` make of ``x``.
 
@@ -45,6 +75,7 @@ def run_layers(
         input_channels=x.shape[1],
         recompute_bottleneck=recompute_bottleneck,
         types=lowering.types_of(x),
+        kernels=kernels,
         process_group=_process_group(all_norms(layers, exit)),
     )
     units = [lowering.unit_tensors(*unit) for layer in layers for unit in layer.units]
@@ -63,7 +94,7 @@ def run_layers(
     return out
 
 
-def run_stem(conv: Any, norm: Any, pool: Any, x: Tensor) -> Tensor:
+def run_stem(conv: Any, norm: Any, pool: Any, x: Tensor, kernels: Kernels = "auto") -> Tensor:
     """What convolution, norm, ReLU and pooling make of an image; statistics are updated once."""
     compute = lowering.types_of(x).compute
     spec = StemSpec(
@@ -71,6 +102,7 @@ def run_stem(conv: Any, norm: Any, pool: Any, x: Tensor) -> Tensor:
         unit=lowering.unit_spec(norm, None, lowering.pooling(pool)),
         # A convolution's result has the type in which it computes, and so has what follows.
         types=Types(compute, compute),
+        kernels=kernels,
         process_group=_process_group([norm]),
     )
     tensors = lowering.unit_tensors(norm, None)

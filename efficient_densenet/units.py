@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,13 @@ from efficient_densenet.kernels.interface import (
     per_channel,
 )
 from efficient_densenet.spec import Types, UnitSpec, UnitTensors
+
+
+class ReadyUnit(NamedTuple):
+    """A unit as the operations take it."""
+
+    norm: Norm
+    tail: Tail
 
 
 class UnitRunner:
@@ -32,31 +41,39 @@ class UnitRunner:
         widest: int,
         memory_format: torch.memory_format,
     ) -> None:
-        self.ops = kernels.load(implementation)
+        self.ops = kernels.chosen(implementation, like.device, (types.compute, types.features))
         self.types, self.memory_format = types, memory_format
         self.workspace = self.ops.Workspace(like, widest, types.statistics, memory_format)
 
+    def ready(
+        self, unit: UnitSpec, tensors: UnitTensors, statistics: Statistics | None, dim: int
+    ) -> ReadyUnit:
+        """The unit for maps of ``dim`` dimensions with these batch statistics."""
+        if statistics is not None and unit.batch_statistics:
+            mean, var = statistics
+        else:
+            running = (tensors.running_mean, tensors.running_var)
+            mean, var = (per_channel(v.to(self.types.statistics), dim) for v in running)
+        norm = self.ops.ready(mean, var, tensors.weight, tensors.bias, unit.eps)
+        return ReadyUnit(norm, self._tail(unit, tensors))
+
+    def _tail(self, unit: UnitSpec, tensors: UnitTensors) -> Tail:
+        if unit.conv is None:
+            return Tail(unit.pool, None, self.types.features)
+        weight = tensors.conv_weight.to(self.types.compute)
+        return Tail(unit.pool, Conv(weight, tensors.conv_bias, unit.conv), self.types.compute)
+
     def forward(
-        self,
-        x: Tensor,
-        norm: Norm,
-        unit: UnitSpec,
-        tensors: UnitTensors,
-        need_statistics: bool = False,
+        self, x: Tensor, ready: ReadyUnit, need_statistics: bool = False
     ) -> tuple[Tensor, Statistics | None]:
         """What a unit makes of the map ``x``, and the batch statistics of the result."""
-        tail = self._tail(unit, tensors)
-        return self.ops.norm_relu_tail(
-            x, norm, tail, self.workspace, need_statistics=need_statistics
-        )
+        return self.ops.norm_relu_tail(x, *ready, self.workspace, need_statistics=need_statistics)
 
     def backward(
         self,
         grad: Tensor,
         x: Tensor,
-        norm: Norm,
-        unit: UnitSpec,
-        tensors: UnitTensors,
+        ready: ReadyUnit,
         needs: UnitTensors,
         *,
         need_sums: bool,
@@ -67,8 +84,7 @@ class UnitRunner:
         return self.ops.norm_relu_tail_backward(
             grad,
             x,
-            norm,
-            self._tail(unit, tensors),
+            *ready,
             self.workspace,
             need_weight=bool(needs.conv_weight),
             need_bias=bool(needs.conv_bias),
@@ -77,19 +93,7 @@ class UnitRunner:
             accumulate=accumulate,
         )
 
-    def norm(
-        self, unit: UnitSpec, tensors: UnitTensors, statistics: Statistics | None, dim: int
-    ) -> Norm:
-        """The unit's norm for maps of ``dim`` dimensions with these batch statistics."""
-        if statistics is not None and unit.batch_statistics:
-            mean, var = statistics
-        else:
-            vectors = (tensors.running_mean, tensors.running_var)
-            mean, var = (per_channel(v.to(self.types.statistics), dim) for v in vectors)
-        return self.ops.ready(mean, var, tensors.weight, tensors.bias, unit.eps)
-
-    def _tail(self, unit: UnitSpec, tensors: UnitTensors) -> Tail:
-        if unit.conv is None:
-            return Tail(unit.pool, None, self.types.features)
-        conv = Conv(tensors.conv_weight, tensors.conv_bias, unit.conv)
-        return Tail(unit.pool, conv, self.types.compute)
+    @property
+    def corrected_dtype(self) -> torch.dtype:
+        """The type of a map's gradient when it has been corrected."""
+        return self.ops.corrected_dtype(self.types.compute, self.types.statistics)

@@ -1,5 +1,6 @@
 """Every test starts from one seed, and reads NaN where it reads memory that nobody wrote."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -8,6 +9,9 @@ import torch
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+# Tests in Triton's interpreter, which is there from the start of a process or not at all.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
 @pytest.fixture(autouse=True)

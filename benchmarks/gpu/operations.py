@@ -15,7 +15,14 @@ from benchmarks.gpu.parts import fill_rows
 from benchmarks.gpu.runner import Job, PartFailed
 from benchmarks.instruments import relative_error, synchronize
 from efficient_densenet import kernels
-from efficient_densenet.kernels.interface import Conv, Geometry, Operations, Tail, per_channel
+from efficient_densenet.kernels.interface import (
+    Conv,
+    Geometry,
+    Operations,
+    Statistics,
+    Tail,
+    per_channel,
+)
 
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 """Relative difference (2-norm) allowed from the eager operation; in float32 products are TF32."""
@@ -107,9 +114,10 @@ def calls(site: Site) -> list[Call]:
     value = positions * site.dtype.itemsize
 
     def append(ops: Operations) -> Run:
+        statistics = Statistics(*torch.empty(2, k, 1, 1, device=DEVICE))
+
         def run() -> Sequence[Tensor]:
-            statistics = ops.append(new, slot, torch.float32)
-            assert statistics is not None
+            ops.append(new, slot, statistics)
             return [slot, *statistics]
 
         return run

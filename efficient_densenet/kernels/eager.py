@@ -48,13 +48,17 @@ def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
     return Statistics(per_channel(mean, x.dim()), per_channel(var, x.dim()))
 
 
-def append(y: Tensor, into: Tensor, dtype: torch.dtype | None) -> Statistics | None:
-    if dtype is None:
+def append(y: Tensor, into: Tensor | None, statistics: Statistics | None) -> None:
+    if into is not None and statistics is None:
         into.copy_(y)
-        return None
-    dense = y.to(into.dtype, memory_format=outer_format(into))  # what statistics are fast on
-    into.copy_(dense)
-    return batch_statistics(dense, dtype)
+        return
+    if into is not None:
+        y = y.to(into.dtype, memory_format=outer_format(into))  # what statistics are fast on
+        into.copy_(y)
+    if statistics is not None:
+        mean, var = batch_statistics(y, statistics.mean.dtype)
+        statistics.mean.copy_(mean)
+        statistics.var.copy_(var)
 
 
 def norm_relu_tail(
@@ -108,6 +112,10 @@ def collect(
 def correct(grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     torch.sub(grad, torch.addcmul(a, mean, b, value=-1), out=out)
     return out.addcmul_(x, b, value=-1)
+
+
+def corrected_dtype(compute: torch.dtype, statistics: torch.dtype) -> torch.dtype:
+    return statistics  # rounded by those who read it, slab by slab
 
 
 def _rectifier(norm: Norm) -> Rectify:

@@ -21,7 +21,11 @@ class Statistics(NamedTuple):
 
     def first(self, channels: int) -> Statistics:
         """Those of the first ``channels``."""
-        return Statistics(self.mean[:channels], self.var[:channels])
+        return self.of(slice(channels))
+
+    def of(self, channels: slice) -> Statistics:
+        """Those of some channels, in the same memory."""
+        return Statistics(self.mean[channels], self.var[channels])
 
 
 class Norm(NamedTuple):
@@ -123,10 +127,10 @@ class Operations(Protocol):
     def batch_statistics(self, x: Tensor, dtype: torch.dtype) -> Statistics:
         """Mean and biased variance of each channel of a map, summed in ``dtype``."""
 
-    def append(self, y: Tensor, into: Tensor, dtype: torch.dtype | None) -> Statistics | None:
-        """Write ``y`` into the place ``into``; the statistics of what lies there, in ``dtype``.
+    def append(self, y: Tensor, into: Tensor | None, statistics: Statistics | None) -> None:
+        """Write ``y`` into the place ``into``, and into ``statistics`` those of what lies there.
 
-        No statistics if ``dtype`` is ``None``.
+        ``None``: not wanted. Without a place they are the statistics of ``y`` where it is.
         """
 
     def norm_relu_tail(
@@ -170,7 +174,13 @@ class Operations(Protocol):
     def correct(
         self, grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor
     ) -> Tensor:
-        """``out = grad - a - (x - mean) * b``: batch norm's two batch terms, for a finished map."""
+        """``out = grad - a - (x - mean) * b``: batch norm's two batch terms, for a finished map.
+
+        ``out`` may be ``grad``, and is of its type or of :meth:`corrected_dtype`.
+        """
+
+    def corrected_dtype(self, compute: torch.dtype, statistics: torch.dtype) -> torch.dtype:
+        """The type of a corrected gradient whose readers compute in ``compute``."""
 
 
 def per_channel(vector: Tensor, dim: int) -> Tensor:

@@ -17,7 +17,7 @@ WORKSPACE_BYTES = 4 << 20
 
 # On a GPU small slabs would leave it idle between launches, and a slab should fill it for longer
 # than the next one takes to launch. Not measured.
-GPU_WORKSPACE_BYTES = 128 << 20
+GPU_WORKSPACE_BYTES = 64 << 20
 
 
 class Workspace:

@@ -1,0 +1,194 @@
+"""Launches: maps as matrices, the tiles of a kernel, and which of them is the fastest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efficient_densenet.kernels.interface import Tail
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+class Tile(NamedTuple):
+    """Rows and columns of the tile of a program, the step of its loop, and how it is built."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes of it."""
+        rows, columns, depth, warps, stages = self
+        sizes = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}
+        return {**sizes, "warps": warps, "stages": stages}
+
+
+# Values in the tile of an element-wise kernel, and its widest row of channels.
+TILE_VALUES, TILE_COLUMNS = 4096, 64
+# For float32 that may not be rounded to TF32: no tensor core does it, and large tiles would spill.
+EXACT = Tile(64, 64, 16, 8, 2)
+# What a 32-bit offset reaches.
+FAR = 2**31
+
+
+class Matrix(NamedTuple):
+    """A map ``(samples, channels, positions)`` as kernels see it."""
+
+    map: Tensor
+    sample: int
+    channel: int
+    position: int
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return self.sample, self.channel, self.position
+
+    @property
+    def channels(self) -> int:
+        return self.map.shape[1]
+
+    @property
+    def positions(self) -> int:
+        return self.map.shape[2]
+
+    @property
+    def values(self) -> int:
+        """Values per channel."""
+        return self.map.shape[0] * self.map.shape[2]
+
+
+def matrix(x: Tensor) -> Matrix:
+    """A map as a matrix; its memory itself, unless no strides fit its positions."""
+    flat = x.flatten(2)
+    return Matrix(flat, *flat.stride())
+
+
+def shared(*matrices: Matrix) -> dict[str, Any]:
+    """What a kernel must know of where all its maps lie: constants of its build."""
+    samples, _, positions = matrices[0].map.shape
+    flat = samples == 1 or all(m.sample == positions * m.position for m in matrices)
+    far = any(_extent(m.map) >= FAR for m in matrices)
+    return {"FLAT": flat, "INDEX": tl.int64 if far else tl.int32}
+
+
+def _extent(x: Tensor) -> int:
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def product_constants(dtype: torch.dtype) -> dict[str, Any]:
+    """Types of a matrix product that computes in ``dtype``: that of the tensor cores, if any."""
+    return {"DTYPE": DTYPES[dtype], "PRECISION": "tf32" if _tf32() else "ieee"}
+
+
+def factors(tail: Tail) -> tuple[Tensor, Tensor | None]:
+    """The weight of a product, dense and in its type, and its bias."""
+    assert tail.conv is not None
+    return tail.conv.weight.to(tail.dtype).flatten(1).contiguous(), tail.conv.bias
+
+
+def product_tiles(tiles: Sequence[Tile], dtype: torch.dtype) -> Sequence[Tile]:
+    """The tiles to choose from for a product that computes in ``dtype``."""
+    return (EXACT,) if dtype == torch.float32 and not _tf32() else tiles
+
+
+def _tf32() -> bool:
+    """Whether convolutions of float32 may round their factors: PyTorch's own switch."""
+    conv = getattr(torch.backends.cudnn, "conv", None)  # from torch 2.9 on
+    if conv is None:
+        return torch.backends.cudnn.allow_tf32
+    return conv.fp32_precision == "tf32"
+
+
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    warps: int = 4,
+    stages: int = 1,
+    **constants: Any,
+) -> None:
+    """Every launch there is, on the device of the first argument."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
+
+
+_fastest: dict[Any, Tile] = {}
+
+
+def fastest(
+    tiles: Sequence[Tile], x: Matrix, key: tuple[Any, ...], launch: Callable[[Tile], object]
+) -> Tile:
+    """The tile with which ``launch`` takes the least time on maps like ``x``.
+
+    Measured once for each ``key``, layout and size, rounded up to powers of two; ``launch`` must be
+    repeatable. Tiles round differently, so where algorithms must be deterministic it is always the
+    first; and so it is while a graph is captured.
+    """
+    sizes = power_of_two(x.values), power_of_two(x.channels)
+    key = (*key, *sizes, x.map.dtype, x.map.device, x.channel == 1)
+    if key not in _fastest:
+        if not x.map.is_cuda or torch.are_deterministic_algorithms_enabled():
+            return tiles[0]
+        if torch.cuda.is_current_stream_capturing():
+            return tiles[0]
+        with torch.cuda.device_of(x.map):
+            times = [milliseconds(partial(launch, tile)) for tile in tiles]
+        _fastest[key] = tiles[times.index(min(times))]
+    return _fastest[key]
+
+
+def milliseconds(launch: Callable[[], object], repeats: int = 5) -> float:
+    """How long a launch takes, its build and its first run aside; forever if it does not fit.
+
+    Waits for the device.
+    """
+    try:
+        launch()
+    except triton.OutOfResources:
+        return math.inf
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        launch()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+def power_of_two(size: int) -> int:
+    """The next one from ``size`` up."""
+    return 1 << (size - 1).bit_length()
+
+
+def quotient(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def plane(x: Matrix) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and tile of an element-wise kernel."""
+    columns = min(TILE_COLUMNS, power_of_two(x.channels))
+    rows = TILE_VALUES // columns
+    grid = (quotient(x.values, rows) * quotient(x.channels, columns),)
+    return grid, {"ROWS": rows, "COLUMNS": columns}
+
+
+def pair_of(x: Matrix, rows: int) -> Tensor:
+    """Room for two vectors of float32 for each row of tiles of a map."""
+    shape = (2, quotient(x.values, rows), x.channels)
+    return torch.empty(shape, dtype=torch.float32, device=x.map.device)

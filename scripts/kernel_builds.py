@@ -1,0 +1,198 @@
+"""Builds Triton's kernels for GPUs that are not here, and reads what the builds say.
+
+The launches of a layer are recorded on maps without values, and each is compiled as it would be
+for a device: the same types, strides, divisibility and constants.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from efficient_densenet.kernels import triton as operations
+from efficient_densenet.kernels import workspace
+from efficient_densenet.kernels.interface import Conv, Geometry, Norm, Statistics, Tail
+from efficient_densenet.kernels.triton import launch
+from efficient_densenet.kernels.triton.launch import Tile
+
+# Compute capabilities, and the shared memory that a block of threads may have there.
+TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The instruction of the tensor cores.
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+}
+# Samples, positions per side, channels read, of the bottleneck, and added: the last layer of
+# DenseNet-121's first block at 224x224.
+LAYER = (64, 56, 224, 128, 32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments by name, as it would be launched."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def tile(self) -> str:
+        sizes = [self.arguments.get(name) for name in ("ROWS", "COLUMNS", "DEPTH")]
+        return "×".join(str(size) for size in sizes if size)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the machine code of a launch needs, per thread and per block of threads."""
+
+    registers: int
+    spilled: bool
+    shared: int
+    instructions: frozenset[str]
+
+
+def launches(dtype: torch.dtype, last: bool = True, every_tile: bool = False) -> list[Launch]:
+    """Each kernel of a bottleneck layer, forward and backward, once; or once with each tile."""
+    found: dict[tuple[str, str], Launch] = {}
+
+    def record(
+        kernel: Any, grid: Any, *args: Any, warps: int = 4, stages: int = 1, **constants: Any
+    ) -> None:
+        names = [name for name in kernel.arg_names if name not in constants]
+        arguments = dict(zip(names, args, strict=True)) | constants
+        launch = Launch(kernel, arguments, warps, stages)
+        found.setdefault((launch.name, launch.tile), launch)
+
+    def first(tiles: Sequence[Tile], x: Any, key: Any, launch: Callable[[Tile], object]) -> Tile:
+        for tile in tiles if every_tile else ():
+            launch(tile)
+        return tiles[0]
+
+    with (
+        patch.object(launch, "run", record),
+        patch.object(launch, "fastest", first),
+        patch.object(workspace, "WORKSPACE_BYTES", 2**40),  # the whole map is one slab
+    ):
+        _walk_layer(dtype, torch.channels_last if last else torch.contiguous_format)
+    return list(found.values())
+
+
+def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """A layer forward and backward, on maps without values."""
+    samples, side, reads, width, growth = LAYER
+
+    def a_map(channels: int, dtype: torch.dtype = dtype) -> Tensor:
+        shape = (samples, channels, side, side)
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+
+    def vectors(channels: int) -> Sequence[Tensor]:
+        return torch.empty(4, channels, 1, 1, device="meta")
+
+    def tail(leaves: int, reads: int, size: int) -> Tail:
+        weight = torch.empty(leaves, reads, size, size, dtype=dtype, device="meta")
+        geometry = Geometry((1, 1), (size // 2,) * 2, (1, 1), 1)
+        return Tail(None, Conv(weight, None, geometry), dtype)
+
+    def norm(channels: int) -> Norm:
+        mean, var, weight, bias = vectors(channels)
+        return operations.ready(mean, var, weight.flatten(), bias.flatten(), 1e-5)
+
+    features, gradients = a_map(reads + growth), a_map(reads + growth, torch.float32)
+    x, new, z, total = features[:, :reads], a_map(growth), a_map(width), gradients[:, :reads]
+    scratch = operations.Workspace(x, reads, torch.float32, memory_format)
+    operations.append(new, features[:, reads:], Statistics(*vectors(growth)[:2]))
+    for map, leaves, size, target in (
+        (x, width, 1, total),
+        (z, growth, 3, a_map(width, torch.float32)),
+    ):
+        channels = map.shape[1]
+        unit = (norm(channels), tail(leaves, channels, size), scratch)
+        operations.norm_relu_tail(map, *unit, need_statistics=size == 1)
+        gradient = operations.norm_relu_tail_backward(
+            a_map(leaves),
+            map,
+            *unit,
+            need_weight=True,
+            need_bias=False,
+            need_sums=True,
+            target=target,
+            accumulate=size == 1,
+        )
+        mean_d, mean_dx, *_ = vectors(channels)
+        operations.collect(gradient.sums, unit[0], 1.0, (mean_d, mean_dx))
+    a, b, mean, _ = vectors(width)
+    operations.correct(a_map(width, torch.float32), z, mean, a, b, a_map(width))
+
+
+def build(launch: Launch, capability: int) -> Build:
+    """Compiles a launch for a GPU of that compute capability."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        signature[name] = _type(value, launch.kernel.params[i])
+        if signature[name] == "constexpr":
+            constants[(i,)] = value
+        elif _is_aligned(value) and not launch.kernel.params[i].do_not_specialize:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
+    usage, code = (
+        _disassembled(compiled.asm["cubin"], option)
+        for option in ("--dump-resource-usage", "--dump-sass")
+    )
+    registers, stack, static, local = (
+        int(re.findall(rf"{field}:(\d+)", usage)[-1])
+        for field in ("REG", "STACK", "SHARED", "LOCAL")
+    )
+    instructions = frozenset(re.findall(r"^\s+/\*\w+\*/\s+(?:@\S+ )?([A-Z0-9]+)", code, re.M))
+    spilled = stack + local > 0 or bool(instructions & {"STL", "LDL"})
+    return Build(registers, spilled, static + compiled.metadata.shared, instructions)
+
+
+def _type(value: Any, parameter: Any) -> str:
+    """How Triton would type an argument: integers that are one are constants of the build."""
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    if parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _is_aligned(value: Any) -> bool:
+    """Whether a pointer or a number is a multiple of 16: memory without values begins at none."""
+    if isinstance(value, Tensor):
+        return value.storage_offset() * value.itemsize % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
+
+
+def _disassembled(binary: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(DISASSEMBLER), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

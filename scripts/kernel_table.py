@@ -1,0 +1,93 @@
+"""The table of docs/kernels.md: each Triton kernel, what it moves, and what its builds need.
+
+    python -m scripts.kernel_table            # print it
+    python -m scripts.kernel_table --write    # put it into docs/kernels.md
+
+Nothing is run: a GPU is not needed. Bytes are those of the tensors that a launch is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from datetime import date
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from scripts import marked
+from scripts.kernel_builds import LAYER, TARGETS, Build, Launch, build, launches
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
+MIB, KIB = 2**20, 2**10
+WRITES = {
+    "append": ("into", "pair"),
+    "fold_moments": ("mean", "var"),
+    "ready": ("vectors",),
+    "product": ("y", "pair"),
+    "rectify": ("out",),
+    "rectify_backward": ("target", "pair"),
+    "weight_gradient": ("parts",),
+    "input_gradient": ("target", "pair"),
+    "collect": ("gradients", "total_d", "total_dx"),
+    "correct": ("out",),
+}
+
+
+def moved(launch: Launch) -> tuple[int, int]:
+    """Bytes of the tensors that a launch reads, and of those that it writes."""
+    tensors = {name: t for name, t in launch.arguments.items() if isinstance(t, Tensor)}
+    written = {name: tensors[name] for name in WRITES[launch.name]}
+    again = written if launch.arguments.get("ACCUMULATE") or "total_d" in written else {}
+    read = {name: t for name, t in tensors.items() if name not in written}
+    total = [sum({id(t): t.nbytes for t in part.values()}.values()) for part in (read, written)]
+    back = sum(t.nbytes for name, t in again.items() if name.startswith(("target", "total")))
+    return total[0] + back, total[1]
+
+
+def markdown() -> str:
+    samples, side, reads, width, growth = LAYER
+    lines = [
+        f"The last layer of DenseNet-121's first block: batch {samples}, {side}×{side}, "
+        f"{reads} channels to {width} to {growth}, bfloat16, channels last.",
+        "",
+        "| kernel | computes | tile | MiB read | MiB written | "
+        + " | ".join(f"sm_{capability}" for capability in TARGETS)
+        + " |",
+        "|---|---|---|---:|---:|" + "---:|" * len(TARGETS),
+        *(_row(launch) for launch in launches(torch.bfloat16)),
+        "",
+        "Under each target: registers per thread, KiB of shared memory. Made by "
+        f"`python -m scripts.kernel_table --write` with torch {torch.__version__.split('+')[0]}, "
+        f"Triton {triton.__version__}, {date.today().isoformat()}, without a GPU. "
+        "Times: not measured.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(launch: Launch) -> str:
+    equation = re.split(r"\n\s*\n", launch.kernel.fn.__doc__)[0].replace("``", "`")
+    sizes = [f"{size / MIB:.2f}" for size in moved(launch)]
+    builds = [_build(build(launch, capability)) for capability in TARGETS]
+    equation = " ".join(equation.split()).rstrip(".")
+    return f"| {' | '.join([f'`{launch.name}`', equation, launch.tile, *sizes, *builds])} |"
+
+
+def _build(built: Build) -> str:
+    return f"{built.registers}, {built.shared / KIB:.0f}" + (" (spills)" if built.spilled else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
+    table = markdown()
+    if parser.parse_args().write:
+        marked.write(DOCUMENT, "kernels", table)
+    else:
+        print(table)
+
+
+if __name__ == "__main__":
+    main()
