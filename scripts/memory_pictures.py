@@ -1,29 +1,35 @@
-"""Draw what lives during one step, and what fits the memory of common GPUs, into docs/results/.
+"""Draw what lives during one step, what fits 2 GiB and what fits common GPUs, for docs/memory.md.
 
-    python -m scripts.memory_pictures
+    python -m scripts.memory_pictures            # every picture and table
+    python -m scripts.memory_pictures step       # one of step, plan, fits
 
-The step is measured on this CPU, what fits is estimated from shapes. Some minutes on one core.
+Pictures go into docs/results/, tables into docs/memory.md. The step is measured on this CPU, what
+fits is estimated from shapes. Some minutes on one core.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Iterable, Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
 
-from benchmarks.provenance import cpu
+from benchmarks.provenance import commit, cpu
 from efficient_densenet import pictures, plan
-from efficient_densenet.planner import MODES, Work
-from scripts import planned_peaks
+from efficient_densenet.config import format_size
+from efficient_densenet.planner import MODES, Plan, Work
+from scripts import marked, planned_peaks
 
-FOLDER = Path(__file__).parent.parent / "docs" / "results"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
+FOLDER = DOCUMENT.parent / "results"
 DEEP = Work("cifar-bc", 32, 64, 100, 12)
 BUDGETS = ("4GB", "8GB", "12GB", "24GB", "80GB")
 
 
-def main() -> int:
-    FOLDER.mkdir(parents=True, exist_ok=True)
+def step() -> None:
+    """The timeline of one step, measured."""
     reports = {mode: planned_peaks.measured(DEEP, mode) for mode in MODES}
     pictures.timeline(
         reports,
@@ -31,20 +37,64 @@ def main() -> int:
         f"momentum, measured on {cpu()}, torch {torch.__version__}",
         FOLDER / "memory-timeline.png",
     )
+
+
+def two_gib() -> None:
+    """The deepest networks in 2 GiB, as the command plans them."""
+    made = plan("2GiB", batch_size=64, device="cpu")
+    pictures.plan_chart(made, FOLDER / "memory-plan.png")
+    marked.write(DOCUMENT, "plan", plan_table(made))
+
+
+def plan_table(made: Plan) -> str:
+    """What the command prints, as Markdown."""
+    rows = (
+        (fit.mode, fit.largest, format_size(fit.peak), fit.next, format_size(fit.next_peak or 0))
+        for fit in made.fits
+    )
+    return _table(("mode", f"largest {made.varies}", "peak", "one size up", "its peak"), rows)
+
+
+def gpus() -> None:
+    """The largest batches of DenseNet-121 on common GPUs."""
     plans = [
         plan(budget, model="densenet121", image_size=224, classes=1000, device="cuda")
         for budget in BUDGETS
     ]
     pictures.fits_chart(plans, FOLDER / "memory-fits.png")
-    print(
-        f"densenet121, 224x224, 1000 classes, largest batch, float32, SGD with momentum, "
-        f"estimated with torch {torch.__version__}"
+    rows = (
+        (f"{made.budget / 1e9:.0f} GB", *(fit.largest or "none" for fit in made.fits))
+        for made in plans
     )
-    for made in plans:
-        sizes = ", ".join(f"{fit.mode} {fit.largest}" for fit in made.fits)
-        print(f"{made.budget / 1e9:3.0f} GB: {sizes}", flush=True)
-    return 0
+    marked.write(DOCUMENT, "fits", _table(("budget", *MODES), rows))
+
+
+def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join(
+        [
+            *("| " + " | ".join(map(str, cells)) + " |" for cells in lines),
+            "",
+            f"Estimated by `python -m scripts.memory_pictures` with torch {torch.__version__}, "
+            f"commit {commit()}, {date.today().isoformat()}.",
+        ]
+    )
+
+
+PARTS = {"step": step, "plan": two_gib, "fits": gpus}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all unless named"
+    )
+    parts = parser.parse_args().parts or list(PARTS)
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"a part is one of {', '.join(PARTS)}, got {unknown[0]!r}")
+    for part in parts:
+        PARTS[part]()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
