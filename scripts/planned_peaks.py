@@ -67,12 +67,9 @@ def markdown(found: Mapping[Work, Mapping[str, tuple[int, float]]]) -> str:
             f"Measured peak in MiB, and in brackets planned / measured: between {min(every):.3f} "
             f"and {max(every):.3f}.",
             "",
-            "Made by `python -m scripts.planned_peaks --write` "
-            + ", ".join(
-                f"{name} {conditions[name]}"
-                for name in ("device", "threads", "torch", "commit", "date")
-            )
-            + ".",
+            "Made by `python -m scripts.planned_peaks --write`: "
+            + ", ".join(conditions[name] for name in ("device", "torch", "commit", "date"))
+            + f", threads: {conditions['threads']}.",
         ]
     )
 
