@@ -1,6 +1,6 @@
 """The regression gate: what a step of ours takes, against the committed baseline.
 
-    python -m benchmarks.gate                  # about two minutes on two CPU cores
+    python -m benchmarks.gate                  # some minutes on two CPU cores
     python -m benchmarks.gate --only deep      # one case
     python -m benchmarks.gate --steps benchmarks/out/steps.json    # a run of the suite as it was
 

@@ -149,7 +149,7 @@ class _Record:
 
 
 def onednn_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
-    """About the most that oneDNN allocates and frees inside an operator, beside the result, in bytes.
+    """About the most that oneDNN allocates and frees inside an operator, in bytes.
 
     A convolution of contiguous maps copies weight, input and output into blocks of channels, the
     last one filled up, or out of them. One of channels-last maps copies and sums the weight alone:

@@ -13,13 +13,16 @@ from torch import nn
 from torchvision.models.densenet import _DenseBlock
 
 from efficient_densenet import EfficientDenseBlock
+from efficient_densenet.allocator import AllocatorRecord
 from efficient_densenet.kernels import workspace
 from efficient_densenet.memory import GRANULARITY, estimate, measure, meter
+from efficient_densenet.meter import onednn_scratch
 from efficient_densenet.models import densenet_cifar
 from efficient_densenet.reference import DenseBlock
 from efficient_densenet.timeline import Event, find_peak, live_bytes
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+aten = torch.ops.aten
 STATIC = {"parameters": 0, "buffers": 0, "inputs": 0, "optimizer": 0}
 
 
@@ -136,6 +139,30 @@ def test_meter_agrees_with_the_allocator_on_densenet121(checkpointed: bool) -> N
     x, target = torch.randn(8, 3, 224, 224), torch.zeros(8, dtype=torch.int64)
     truth, metered = measure(model, x, target=target), meter(model, x, target=target)
     assert metered.peak.step == pytest.approx(truth.peak.step, rel=0.005)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("samples", [8, 16])
+def test_scratch_is_what_the_allocator_sees_inside_a_convolution(samples, kernel, layout) -> None:
+    x = torch.randn(samples, 256, 16, 16).contiguous(memory_format=layout)
+    weight = torch.randn(64, 256, kernel, kernel)
+    geometry = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1)
+    y = aten.convolution(x, weight, None, *geometry)
+    calls = (
+        (aten.convolution.default, (x, weight, None, *geometry)),
+        (aten.convolution_backward.default, (y, x, weight, None, *geometry, [True, True, False])),
+    )
+    for func, args in calls:
+        results = [func(*args)]  # the first call compiles
+        record = AllocatorRecord(
+            lambda func=func, args=args, results=results: results.append(func(*args)),
+            torch.device("cpu"),
+        )
+        live = live_bytes(record.events)
+        inside = max(live) - live[-1]
+        told = onednn_scratch(func, args, results[0])
+        assert 0.95 * inside - 1024 <= told <= 2.2 * inside
 
 
 def test_meter_charges_the_engine_s_additions_as_in_place() -> None:
