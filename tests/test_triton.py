@@ -86,6 +86,7 @@ def test_block_is_captured_in_a_graph(recompute):
         return out, *torch.autograd.grad(out.float().square().sum(), [x, *block.parameters()])
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             expected = [t.clone() for t in step()]

@@ -78,7 +78,8 @@ def revert_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Converted):
             module.__class__ = module.original  # type: ignore[assignment]
-            vars(module).pop("_recompute", None)
+            for choice in ("_recompute", "_kernels"):
+                vars(module).pop(choice, None)
 
 
 def explain(model: nn.Module) -> Report:

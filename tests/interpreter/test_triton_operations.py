@@ -252,6 +252,15 @@ def test_map_beyond_32_bits_has_64_bit_offsets():
     assert offsets == [launch.tl.int64, launch.tl.int32]
 
 
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+def test_64_bit_offsets_lead_to_the_same_places(last, monkeypatch):
+    monkeypatch.setattr(launch, "FAR", 0)
+    x = a_map(SHAPES["odd"], 5, torch.float32, last)
+    assert launch.shared(launch.matrix(x))["INDEX"] == launch.tl.int64
+    test_units_forward(SHAPES["odd"], torch.float32, last)
+    test_units_backward(SHAPES["odd"], torch.float32, last)
+
+
 @pytest.mark.parametrize("name", ["product", "weight", "input"])
 def test_measuring_tiles_changes_no_result(name, monkeypatch):
     """Every tile is launched, in place over a gradient that accumulates."""
