@@ -31,7 +31,7 @@ WRITES = {
     "rectify_backward": ("target", "pair"),
     "weight_gradient": ("parts",),
     "input_gradient": ("target", "pair"),
-    "collect": ("gradients", "total_d", "total_dx"),
+    "collect": ("beta_gradient", "gamma_gradient", "total_d", "total_dx"),
     "correct": ("out",),
 }
 

@@ -9,11 +9,13 @@ from compare import (
     FORMATS,
     KINDS,
     MODES,
+    assert_close,
     assert_efficient,
     assert_same_training,
     block_pair,
     image,
     randomise_,
+    training_results,
 )
 from test_block_precision import assert_training_as_precise
 
@@ -104,6 +106,16 @@ def test_network_matches_the_naive_one(layout):
     efficient.load_state_dict(reference.state_dict())
     x = torch.randn(3, 3, 32, 32).to(memory_format=layout)
     assert_same_training(efficient, reference, x, rtol=1e-3)
+
+
+def test_compiled_block_matches_the_naive_one():
+    """By operators, whose results may not share memory."""
+    efficient, reference = block_pair(dtype=torch.float32)
+    x = image(dtype=torch.float32)
+    compiled = torch.compile(efficient, backend="aot_eager", fullgraph=True)
+    found = [training_results(b, x.clone().requires_grad_()) for b in (compiled, reference)]
+    for ours, naive in zip(*(f.values() for f in found), strict=True):
+        assert_close("of a compiled block", ours, naive, 2e-4)
 
 
 def test_results_are_the_same_every_time():

@@ -206,7 +206,7 @@ def check_backward(shape, dtype, last, accumulate):
         totals = a.clone(), b.clone()
         found = [target, *ops.collect(sums, norm, 0.1, totals), *totals]
         if weight is not None:
-            found.append(weight.view_as(tail.conv.weight).to(mean.dtype))
+            found.append(weight.to(mean.dtype))
         return [*found, bias.to(mean.dtype)] if bias is not None else found
 
     for name, tail in tails(shape, dtype).items():

@@ -43,8 +43,8 @@ def corrected_dtype(compute: torch.dtype, statistics: torch.dtype) -> torch.dtyp
 
 
 def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
-    shape = (2, x.shape[1], *(1,) * (x.dim() - 2))
-    statistics = Statistics(*x.new_empty(shape, dtype=dtype))
+    shape = (x.shape[1], *(1,) * (x.dim() - 2))
+    statistics = Statistics(*(x.new_empty(shape, dtype=dtype) for _ in range(2)))
     append(x, None, statistics)
     return statistics
 

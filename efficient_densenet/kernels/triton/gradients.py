@@ -192,7 +192,7 @@ def input_gradient(
 
 
 def launch_weight_gradient(grad: Tensor, x: Tensor, norm: Norm, tail: Tail) -> Tensor:
-    """The weight's gradient, ``(outer, inner)``, in the type of the norm."""
+    """The weight's gradient, in its shape and in the type of the norm."""
     source, arriving = matrix(x), matrix(grad)
     inner, outer, values = x.shape[1], grad.shape[1], source.values
     constants = product_constants(tail.dtype) | shared(source, arriving)
@@ -228,7 +228,8 @@ def launch_weight_gradient(grad: Tensor, x: Tensor, norm: Norm, tail: Tail) -> T
             product_tiles(WEIGHT_TILES, tail.dtype), source, ("weight", outer, tail.dtype), attempt
         )
     )
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+    total = parts[0] if len(parts) == 1 else parts.sum(0)
+    return total.view(outer, inner, *norm.mean.shape[1:])
 
 
 def launch_input_gradient(

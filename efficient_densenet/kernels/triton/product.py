@@ -154,6 +154,6 @@ def launch_product(
     pair = attempt(tile)
     if not need_statistics:
         return y, None
-    statistics = Statistics(*norm.mean.new_empty((2, outer, *norm.mean.shape[1:])))
+    statistics = Statistics(*(norm.mean.new_empty((outer, *norm.mean.shape[1:])) for _ in range(2)))
     launch_fold(pair, values, tile.rows, statistics)
     return y, statistics

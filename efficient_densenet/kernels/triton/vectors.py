@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,7 +88,8 @@ def collect(
     pair,
     invstd,
     scale,
-    gradients,
+    beta_gradient,
+    gamma_gradient,
     total_d,
     total_dx,
     tiles,
@@ -97,7 +99,7 @@ def collect(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """``gradients``, ``(2, channels)``: ``dβ = Σ d``, ``dγ = invstd * Σ d * (x - mean)``.
+    """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``.
 
     The sums over all tiles of the two halves of ``pair``. Adds ``share * scale * dβ`` and
     ``share * scale * invstd * dγ`` to the totals.
@@ -115,8 +117,8 @@ def collect(
     r = tl.load(invstd + columns, mask=inside, other=0.0)
     dbeta = tl.sum(sums_d, 0)
     dgamma = r * tl.sum(sums_dx, 0)
-    tl.store(gradients + columns, dbeta, mask=inside)
-    tl.store(gradients + channels + columns, dgamma, mask=inside)
+    tl.store(beta_gradient + columns, dbeta, mask=inside)
+    tl.store(gamma_gradient + columns, dgamma, mask=inside)
     if TOTALS:
         s = share * tl.load(scale + columns, mask=inside, other=0.0)
         old = tl.load(total_d + columns, mask=inside, other=0.0)
@@ -170,14 +172,16 @@ def launch_collect(
 ) -> tuple[Tensor, Tensor]:
     """The operation ``collect``."""
     _, tiles, channels = sums.shape
-    found = norm.mean.new_empty((2, *norm.mean.shape))
+    # Not two views of one tensor: they leave the block, and operators may not return such.
+    dbeta, dgamma = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
     launch.run(
         collect,
         (quotient(channels, FOLD_COLUMNS),),
         sums,
         norm.invstd,
         norm.scale,
-        found,
+        dbeta,
+        dgamma,
         *(totals or (sums, sums)),
         tiles,
         channels,
@@ -186,5 +190,4 @@ def launch_collect(
         ROWS=FOLD_ROWS,
         COLUMNS=FOLD_COLUMNS,
     )
-    dbeta, dgamma = found
     return dbeta, dgamma
