@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from efficient_densenet import inference, operators
-from efficient_densenet.backward import BlockBackward, StemBackward
+from efficient_densenet.backward import BlockBackward, backward_stem
 from efficient_densenet.forward import Saved, features_at_border, forward_block, forward_stem
-from efficient_densenet.kernels.interface import Conv, Statistics
+from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.operators import outside_autocast
 from efficient_densenet.spec import BlockSpec, StemSpec, UnitTensors
 
@@ -120,10 +120,8 @@ class _DenseBlock(_Recomputing):
 class _Stem(_Recomputing):
     @staticmethod
     def forward(spec: StemSpec, x: Tensor, *flat: Tensor | None) -> Any:
-        tensors = UnitTensors(*flat)
-        conv = Conv(tensors.conv_weight, tensors.conv_bias, spec.conv)
         with outside_autocast(x.device):
-            out, statistics = forward_stem(spec, x, conv, tensors)
+            out, statistics = forward_stem(spec, x, UnitTensors(*flat))
         return out, *(statistics or ())
 
     @staticmethod
@@ -141,12 +139,11 @@ class _Stem(_Recomputing):
         x, *rest = ctx.saved_tensors
         width = len(UnitTensors._fields)
         tensors, vectors = UnitTensors(*rest[:width]), rest[width:]
-        conv = Conv(tensors.conv_weight, tensors.conv_bias, ctx.spec.conv)
         statistics = Statistics(*vectors) if vectors else None
         _, needs_x, *needs = ctx.needs_input_grad
         with torch.no_grad(), outside_autocast(x.device):
-            walk = StemBackward(ctx.spec, x, conv, tensors, statistics, grad)
-            dx, grads = walk.run(needs_x, UnitTensors(*needs))
+            wanted = UnitTensors(*needs)
+            dx, grads = backward_stem(ctx.spec, x, tensors, statistics, grad, needs_x, wanted)
             dx = None if dx is None else dx.to(x.dtype)
         return None, *_differentiable_once(grad, dx, *grads)
 

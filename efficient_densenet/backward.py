@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.forward import Saved, dropout_mask
+from efficient_densenet.forward import Saved, dropout_mask, stem_groups
 from efficient_densenet.kernels.convolution import convolve, convolve_backward
 from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients
 from efficient_densenet.layout import empty_map, inner_format, outer_format
@@ -146,6 +146,7 @@ class BlockBackward:
         gradients: list[UnitTensors] = []  # of the last unit first
         if self.spec.exit:
             gradients.append(self._exit(grad))
+            self.units.workspace.narrow(self.spec.widest_in_layers)
         else:
             self.total.start(grad)
         del grad
@@ -203,8 +204,31 @@ class BlockBackward:
         return bottleneck
 
 
+def backward_stem(
+    spec: StemSpec,
+    x: Tensor,
+    tensors: UnitTensors,
+    statistics: Statistics | None,
+    grad: Tensor,
+    needs_x: bool,
+    needs: UnitTensors,
+) -> tuple[Tensor | None, UnitTensors]:
+    """The gradients of the image and of all tensors, the convolution's in those of the unit."""
+    parts = []
+    for channels in stem_groups(spec, x, tensors.conv_weight):
+        own = statistics and Statistics(statistics.mean[channels], statistics.var[channels])
+        walk = StemBackward(spec, x, tensors.only(channels), own, grad[:, channels])
+        parts.append(walk.run(needs_x, needs))
+        del walk
+    dxs, gradients = zip(*parts, strict=True)
+    if len(parts) == 1:
+        return dxs[0], gradients[0]
+    whole = (None if g[0] is None else torch.cat(g) for g in zip(*gradients, strict=True))
+    return _total(dxs), UnitTensors(*whole)
+
+
 class StemBackward:
-    """Two walks over the convolved image, for batch norm's sums and for the convolution.
+    """Two walks over channels of the convolved image, for batch norm's sums and the convolution.
 
     The gradient of the convolved image exists one slab at a time: whole, it would be the largest
     tensor of many a step.
@@ -214,12 +238,12 @@ class StemBackward:
         self,
         spec: StemSpec,
         x: Tensor,
-        conv: Conv,
         tensors: UnitTensors,
         statistics: Statistics | None,
         grad: Tensor,
     ) -> None:
-        self.spec, self.conv, self.tensors, self.grad = spec, conv, tensors, grad
+        self.spec, self.tensors, self.grad = spec, tensors, grad
+        self.conv = conv = Conv(tensors.conv_weight, tensors.conv_bias, spec.conv)
         memory_format = inner_format(x)
         self.image = x.to(spec.types.compute, memory_format=memory_format)
         self.y = y = convolve(self.image, conv)
@@ -286,4 +310,9 @@ def _total(parts: Sequence[Tensor | None]) -> Tensor | None:
 def _like(gradient: Tensor | None, tensor: Tensor | None, needed: bool) -> Tensor | None:
     if gradient is None or tensor is None or not needed:
         return None
-    return gradient.view_as(tensor).to(tensor.dtype)
+    gradient = gradient.view_as(tensor).to(tensor.dtype)
+    # As the tensor lies in memory: autograd would make a copy, and both would live for a while.
+    lies = zip(gradient.shape, gradient.stride(), tensor.stride(), strict=True)
+    if all(here == there for size, here, there in lies if size > 1):
+        return gradient
+    return torch.empty_like(tensor).copy_(gradient)

@@ -15,6 +15,11 @@ from efficient_densenet.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec, Un
 from efficient_densenet.synchronise import joined_statistics
 from efficient_densenet.units import UnitRunner
 
+# A sample of a stem's channels that takes more than this is not computed at once, but so many
+# channels at a time as take half of it, and no fewer than a convolution computes together.
+LARGE_SAMPLE_BYTES = 4 << 20
+LEAST_CHANNELS = 16
+
 
 class Saved(NamedTuple):
     """What a block's forward pass leaves for its backward pass.
@@ -131,11 +136,42 @@ def forward_block(
     return Saved(features, buffer.statistics, bottlenecks, bottleneck_statistics), out
 
 
+def stem_groups(spec: StemSpec, x: Tensor, weight: Tensor) -> list[slice]:
+    """The channels of a stem that are computed together: all, unless a sample of them is large.
+
+    Up to the pooling a stem works on each channel by itself, so that of a large volume not even one
+    sample has to be there with all its channels.
+    """
+    channels = len(weight)
+    positions = spec.conv.positions(x.shape[2:], weight.shape[2:])
+    sample = channels * positions * spec.types.statistics.itemsize
+    groups = 1
+    if sample > LARGE_SAMPLE_BYTES and spec.conv.groups == 1:
+        groups = max(1, min(-(-2 * sample // LARGE_SAMPLE_BYTES), channels // LEAST_CHANNELS))
+    step = -(-channels // groups)
+    return [slice(start, start + step) for start in range(0, channels, step)]
+
+
 def forward_stem(
-    spec: StemSpec, x: Tensor, conv: Conv, tensors: UnitTensors
+    spec: StemSpec, x: Tensor, tensors: UnitTensors
 ) -> tuple[Tensor, Statistics | None]:
     """Convolve the image, normalise, rectify and pool: the result, and the batch statistics."""
+    groups = stem_groups(spec, x, tensors.conv_weight)
+    parts = [_stem_channels(spec, x, tensors.only(channels)) for channels in groups]
+    if len(parts) == 1:
+        return parts[0]
+    outs, statistics = zip(*parts, strict=True)
+    out = torch.cat(outs, 1).contiguous(memory_format=inner_format(x))
+    if not spec.unit.batch_statistics:
+        return out, None
+    return out, Statistics(*(torch.cat(vectors) for vectors in zip(*statistics, strict=True)))
+
+
+def _stem_channels(
+    spec: StemSpec, x: Tensor, tensors: UnitTensors
+) -> tuple[Tensor, Statistics | None]:
     memory_format = inner_format(x)
+    conv = Conv(tensors.conv_weight, tensors.conv_bias, spec.conv)
     y = convolve(x.to(spec.types.compute, memory_format=memory_format), conv)
     units = UnitRunner(spec.kernels, spec.types, y, y.shape[1], memory_format)
     statistics = None

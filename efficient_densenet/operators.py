@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.backward import BlockBackward, StemBackward
+from efficient_densenet.backward import BlockBackward, backward_stem
 from efficient_densenet.encoding import decode, encode
 from efficient_densenet.forward import Saved, features_at_border, forward_block, forward_stem
 from efficient_densenet.kernels.convolution import convolve
@@ -149,9 +149,9 @@ def stem_forward(
     x: Tensor, spec: str, present: Sequence[bool], tensors: Sequence[Tensor]
 ) -> list[Tensor]:
     """The result, and the batch statistics of the convolution if the norm uses them."""
-    unit, conv = _stem_tensors(decode(spec), tensors, present)
+    unit, _ = _stem_tensors(decode(spec), tensors, present)
     with outside_autocast(x.device):
-        out, statistics = forward_stem(decode(spec), x, conv, unit)
+        out, statistics = forward_stem(decode(spec), x, unit)
     return [out.contiguous(memory_format=inner_format(x)), *(statistics or ())]
 
 
@@ -177,11 +177,11 @@ def stem_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of the image and of ``tensors``, those alone that are needed."""
-    unit, conv = _stem_tensors(decode(spec), tensors, present)
+    unit, _ = _stem_tensors(decode(spec), tensors, present)
     statistics = Statistics(*vectors) if vectors else None
+    wanted = UnitTensors(*_spread(needs, present, False))
     with outside_autocast(x.device):
-        walk = StemBackward(decode(spec), x, conv, unit, statistics, grad)
-        dx, grads = walk.run(needs_x, UnitTensors(*_spread(needs, present, False)))
+        dx, grads = backward_stem(decode(spec), x, unit, statistics, grad, needs_x, wanted)
     found = [dx.contiguous(memory_format=inner_format(x))] if dx is not None else []
     return found + _laid_out_like(tensors, grads, needs)
 

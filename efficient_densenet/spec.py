@@ -38,6 +38,10 @@ class UnitTensors(NamedTuple):
     conv_weight: Any = None
     conv_bias: Any = None
 
+    def only(self, channels: slice) -> UnitTensors:
+        """Those of some channels, of a convolution's result and of the norm that reads it."""
+        return UnitTensors(*(None if t is None else t[channels] for t in self))
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -96,6 +100,11 @@ class BlockSpec:
     def widest(self) -> int:
         """Channels of the widest map that is normalised."""
         return max([self.channels, *(layer.width for layer in self.layers)])
+
+    @property
+    def widest_in_layers(self) -> int:
+        """Channels of the widest map that a layer's norm reads."""
+        return max((max(layer.channels, layer.width) for layer in self.layers), default=1)
 
     @property
     def maps_with_statistics(self) -> int:

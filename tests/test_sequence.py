@@ -24,7 +24,7 @@ from compare import (
 from torch import nn
 from torchvision.models.densenet import _Transition
 
-from efficient_densenet import DenseNet, EfficientDenseBlock, sequence, stage
+from efficient_densenet import DenseNet, EfficientDenseBlock, forward, sequence, stage
 from efficient_densenet.reference import AVG_POOLS, CONVS, MAX_POOLS, NORMS, DenseBlock, Transition
 from efficient_densenet.sequence import EfficientSequential, EfficientTransition
 
@@ -167,6 +167,24 @@ def test_stem_trains_as_the_reference(calls, dims, layout, bias, change):
     x = big(dims).to(memory_format=layout)
     assert_same_training(efficient, reference, x, steps=2)
     assert calls["run_stem"] == 2
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["maximum", "average"])
+@pytest.mark.parametrize(("dims", "layout"), LAYOUTS)
+def test_stem_of_large_samples_is_computed_by_channels(calls, monkeypatch, dims, layout, average):
+    """In groups of unequal size, with and without statistics of the batch."""
+    monkeypatch.setattr(forward, "LARGE_SAMPLE_BYTES", 16)
+    monkeypatch.setattr(forward, "LEAST_CHANNELS", 2)
+    walked = []
+    walk = forward._stem_channels
+    monkeypatch.setattr(forward, "_stem_channels", lambda *args: walked.append(args) or walk(*args))
+    pool = AVG_POOLS[dims](3, 2, 1) if average else None
+    for change in (no_change, norm_eval, frozen_norm):
+        efficient, reference = stems(dims, True, pool=pool, change=change)
+        x = big(dims).to(memory_format=layout)
+        assert_same_training(efficient, reference, x, steps=2)
+    assert len(walked) == 3 * 2 * 3
+    assert calls["run_stem"] == 3 * 2
 
 
 @all_dims

@@ -113,7 +113,8 @@ class Operations(Protocol):
         """The shared BN storage of one pass, which every layer overwrites.
 
         ``like`` is a map of the samples and the size that will be normalised, ``widest`` the
-        channels of the widest of them; ``dtype`` is that of statistics, the widest one stored.
+        channels of the widest of them; ``dtype`` is that of statistics, the widest one stored. Its
+        ``narrow(widest)`` says that what is still to come is no wider than that.
         """
 
     def ready(

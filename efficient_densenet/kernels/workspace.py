@@ -33,9 +33,19 @@ class Workspace:
         self._spatial_strides = [math.prod(spatial[i + 1 :]) for i in range(len(spatial))]
         most = GPU_WORKSPACE_BYTES if like.is_cuda else WORKSPACE_BYTES
         self._capacity = most // dtype.itemsize
+        self._samples = samples
+        self._storage = torch.empty(self._size(widest), dtype=dtype, device=like.device)
+
+    def _size(self, widest: int) -> int:
         sample = widest * self._positions
-        size = min(samples * sample, max(self._capacity, sample))
-        self._storage = torch.empty(size, dtype=dtype, device=like.device)
+        return min(self._samples * sample, max(self._capacity, sample))
+
+    def narrow(self, widest: int) -> None:
+        """From here on no map is wider than this: a large sample gives back what it needs not."""
+        size, device = self._size(widest), self._storage.device
+        if size < len(self._storage):
+            self._storage = self._storage.new_empty(0)  # the old one dies before the new one lives
+            self._storage = torch.empty(size, dtype=self.dtype, device=device)
 
     def slabs(self, x: Tensor) -> Iterator[slice]:
         """The rows of ``x`` that make up each slab: as few as fit, of equal size.
