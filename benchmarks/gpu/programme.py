@@ -38,7 +38,10 @@ PLAN = "plan"
 
 @dataclass(frozen=True)
 class Scale:
-    """What tells a rehearsal from the real run; ``seconds`` are for the timing of each case."""
+    """What tells a rehearsal from the real run.
+
+    ``seconds`` are for the timing of each case; all allowances are multiplied by ``patience``.
+    """
 
     block: tuple[int, int, int, int, int]
     networks: dict[str, Any]
@@ -54,6 +57,7 @@ class Scale:
     planners: int
     tests: tuple[str, ...] = ("-m", "cuda")
     backend: str = "inductor"
+    patience: float = 1.0
 
 
 REAL = Scale(
@@ -120,6 +124,7 @@ REHEARSAL = Scale(
     planners=1,
     tests=("tests/test_compare.py", "-m", "not slow"),
     backend="aot_eager",
+    patience=5.0,  # a CPU may have other work
 )
 
 
@@ -138,7 +143,7 @@ def programme(scale: Scale) -> list[Part]:
     )
     launches = partial(parts.launches, case=second, competitors=PLAIN, layers=scale.block[0])
     plan = partial(limits.plans, questions=scale.questions, processes=scale.planners)
-    return [
+    planned = [
         Part("tests", partial(parts.tests, arguments=scale.tests), 90, leaves_traces=True),
         Part("training", training, 40),
         Part("operations", singly, 50),
@@ -155,6 +160,7 @@ def programme(scale: Scale) -> list[Part]:
         *(bench(network(name, few, None), 45) for name in deeper),
         _compiled(scale, second, 60),
     ]
+    return [replace(part, allowance=part.allowance * scale.patience) for part in planned]
 
 
 def _block(scale: Scale) -> Case:
