@@ -184,7 +184,7 @@ def _backward(
                 accumulate=accumulate,
             )
             assert weight is not None
-            return [weight, target, *ops.collect(sums, norm, 1.0, None)]
+            return [weight.flatten(), target, *ops.collect(sums, norm, 1.0, None)]
 
         return run
 

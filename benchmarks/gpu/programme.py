@@ -25,10 +25,10 @@ from benchmarks.gpu.runner import Part
 from efficient_densenet.planner import Work
 
 BF16 = torch.bfloat16
-IMPLEMENTATIONS = ("eager",)
-OURS = tuple(Competitor(kind, channels_last=True) for kind in ("norm", "bottleneck"))
-PLAIN = (NAIVE, NAIVE_CHANNELS_LAST, Competitor("torchvision", channels_last=True), *OURS)
-TRAINED = (NAIVE_CHANNELS_LAST, *OURS)
+IMPLEMENTATIONS = ("eager", "triton")
+NORM, BOTTLENECK = (Competitor(kind, channels_last=True) for kind in ("norm", "bottleneck"))
+OURS = tuple(replace(ours, kernels=k) for ours in (NORM, BOTTLENECK) for k in IMPLEMENTATIONS)
+OTHERS = (NAIVE, NAIVE_CHANNELS_LAST, Competitor("torchvision", channels_last=True))
 
 SMALL = {"growth": 32, "features": 64}
 DENSENET_201 = partial(make_network, layers=(6, 12, 48, 32), **SMALL)
@@ -49,6 +49,7 @@ class Scale:
     image: int
     classes: int
     judged_batch: int
+    steps: int
     seconds: float
     sites: tuple[Site, ...]
     ceiling: tuple[int, int]
@@ -56,6 +57,7 @@ class Scale:
     questions: tuple[Question, ...]
     planners: int
     tests: tuple[str, ...] = ("-m", "cuda")
+    ours: tuple[Competitor, ...] = OURS
     backend: str = "inductor"
     patience: float = 1.0
 
@@ -71,6 +73,7 @@ REAL = Scale(
     image=224,
     classes=1000,
     judged_batch=8,
+    steps=8,
     seconds=6.0,
     sites=(
         *(
@@ -113,6 +116,7 @@ REHEARSAL = Scale(
     image=32,
     classes=10,
     judged_batch=2,
+    steps=3,
     seconds=0.0,
     sites=(Site(2, 4, 12, 20, 8, 4, BF16), Site(2, 4, 12, 20, 8, 4, torch.float32)),
     ceiling=(1 << 12, 32),
@@ -123,6 +127,7 @@ REHEARSAL = Scale(
     ),
     planners=1,
     tests=("tests/test_compare.py", "-m", "not slow"),
+    ours=(replace(NORM, kernels="eager"), replace(BOTTLENECK, kernels="triton")),
     backend="aot_eager",
     patience=5.0,  # a CPU may have other work
 )
@@ -136,12 +141,18 @@ def programme(scale: Scale) -> list[Part]:
     network, bench = partial(_network, scale), partial(_bench, scale)
     headline = network(first, few, BF16)
     training = partial(
-        parts.training, case=headline, competitors=TRAINED, classes=scale.classes, steps=8
+        parts.training,
+        case=headline,
+        competitors=(NAIVE_CHANNELS_LAST, *scale.ours),
+        classes=scale.classes,
+        steps=scale.steps,
     )
     singly = partial(
         operations, sites=scale.sites, implementations=IMPLEMENTATIONS, ceiling=scale.ceiling
     )
-    launches = partial(parts.launches, case=second, competitors=PLAIN, layers=scale.block[0])
+    launches = partial(
+        parts.launches, case=second, competitors=(*OTHERS, *scale.ours), layers=scale.block[0]
+    )
     plan = partial(limits.plans, questions=scale.questions, processes=scale.planners)
     planned = [
         Part("tests", partial(parts.tests, arguments=scale.tests), 90, leaves_traces=True),
@@ -178,17 +189,18 @@ def _compiled(scale: Scale, case: Case, allowance: float) -> Part:
     """Few competitors and the compiled one, which comes last: it may be cut off."""
     compiled = Competitor("naive", channels_last=True, compiled=True, backend=scale.backend)
     case = replace(case, name=f"{case.name}, with torch.compile")
-    part = _bench(scale, case, allowance, (NAIVE_CHANNELS_LAST, *OURS, compiled))
+    ours = [c for c in scale.ours if c.kernels == "triton"]
+    part = _bench(scale, case, allowance, (NAIVE_CHANNELS_LAST, *ours, compiled))
     return replace(part, leaves_traces=True)
 
 
 def _bench(
-    scale: Scale, case: Case, allowance: float, competitors: Sequence[Competitor] = PLAIN
+    scale: Scale, case: Case, allowance: float, competitors: Sequence[Competitor] = ()
 ) -> Part:
     run = partial(
         parts.bench,
         case=case,
-        competitors=competitors,
+        competitors=competitors or (*OTHERS, *scale.ours),
         judged_batch=scale.judged_batch,
         seconds=scale.seconds,
     )
