@@ -298,3 +298,22 @@ def test_pictures_of_nothing_are_removed(tmp_path: Path) -> None:
     source.write_text(json.dumps(a_run(a_part(status=FAILED))), encoding="utf-8")
     report.write(source)
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md"}
+
+
+def test_operations_are_told_with_the_fastest_and_its_tiles() -> None:
+    row = {
+        "name": "1×1",
+        "bytes": 2 * 10**9,
+        "flops": 4 * 10**12,
+        "seconds": {"eager": [0.02] * 3, "triton": [0.01] * 3},
+        "differences": {"eager": 0.0, "triton": 1e-3},
+        "failure": None,
+    }
+    broken = {"name": "correct", "failure": "RuntimeError: no"}
+    tiles = {"product, 64": {"rows": 128, "columns": 64, "depth": 32, "warps": 8, "stages": 3}}
+    result = {"copied": 3e12, "multiplied": 8e14, "rows": [row, broken], "tiles": tiles}
+    table, tuned = report.operations_tables({"kind": "operations", **result})
+    assert list(table[1])[-4:-2] == ["3000", "800.0"]
+    assert list(table[2])[1:] == ["20000", "10000", "triton", "200", "400.0", "1.0e-03", ""]
+    assert table[3][-1] == "RuntimeError: no"
+    assert list(tuned[1]) == ["product, 64", "128", "64", "32", "8", "3"]

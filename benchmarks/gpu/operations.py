@@ -72,7 +72,7 @@ def operations(
     """Seconds of every operation at every site, by each implementation; the first is the truth.
 
     ``ceiling`` is the bytes of a copy, and the rows of a square product in bfloat16, that show what
-    the device can do.
+    the device can do. ``tiles`` are those that Triton's kernels were found to be fastest with.
 
     Raises:
         PartFailed: if an implementation fails, or differs from the first.
@@ -95,6 +95,10 @@ def operations(
                 row["failure"] = f"{name} differs by {difference:.1e}"
 
     fill_rows(job, result, [call for site in sites for call in calls(site)], fill)
+    if "triton" in implementations:
+        from efficient_densenet.kernels import triton
+
+        result["tiles"] = triton.tuned()
     if wrong := [row["name"] for row in rows if row["failure"]]:
         raise PartFailed(f"wrong, or failed: {'; '.join(wrong)}")
     return result

@@ -45,7 +45,7 @@ class Scale:
 
     block: tuple[int, int, int, int, int]
     networks: dict[str, Any]
-    batches: tuple[int, int]
+    batches: tuple[int, ...]
     image: int
     classes: int
     judged_batch: int
@@ -112,8 +112,8 @@ REAL = Scale(
 REHEARSAL = Scale(
     block=(1, 8, 4, 2, 4),
     networks={"tiny": partial(make_network, growth=4, layers=(1, 1), features=8)},
-    batches=(2, 4),
-    image=32,
+    batches=(2,),
+    image=16,
     classes=10,
     judged_batch=2,
     steps=3,
@@ -137,7 +137,7 @@ def programme(scale: Scale) -> list[Part]:
     """All parts in order: what matters most and takes least comes first."""
     second = _block(scale)
     first, *deeper = scale.networks
-    few, many = scale.batches
+    few, *many = scale.batches
     network, bench = partial(_network, scale), partial(_bench, scale)
     headline = network(first, few, BF16)
     training = partial(
@@ -166,7 +166,7 @@ def programme(scale: Scale) -> list[Part]:
         Part(PLAN, plan, 300, beside=True),
         *(Part(q.name, partial(limits.limit, question=q, plan=PLAN), 35) for q in scale.questions),
         bench(network(first, few, None), 45),
-        bench(network(first, many, BF16), 45),
+        *(bench(network(first, batch, BF16), 45) for batch in many),
         *(bench(network(name, few, BF16), 45) for name in deeper),
         *(bench(network(name, few, None), 45) for name in deeper),
         _compiled(scale, second, 60),

@@ -204,7 +204,10 @@ def operations_tables(result: Result) -> list[Table]:
         difference = max(row.get("differences", {}).values(), default=None)
         largest = "" if difference is None else f"{difference:.1e}"
         rows.append((row["name"], *told, *rates, largest, _cell(row["failure"] or "")))
-    return [rows]
+    tiles = [("fastest tile for", "rows", "columns", "depth", "warps", "stages")]
+    for key, tile in result.get("tiles", {}).items():
+        tiles.append((key, *(str(tile[name]) for name in tiles[0][1:])))
+    return [rows, tiles]
 
 
 def launches_tables(result: Result) -> list[Table]:

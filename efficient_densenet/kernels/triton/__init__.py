@@ -26,6 +26,7 @@ from efficient_densenet.kernels.triton.gradients import (
     launch_input_gradient,
     launch_weight_gradient,
 )
+from efficient_densenet.kernels.triton.launch import tuned as tuned
 from efficient_densenet.kernels.triton.product import launch_product
 from efficient_densenet.kernels.triton.vectors import launch_collect, launch_ready
 from efficient_densenet.kernels.workspace import Workspace

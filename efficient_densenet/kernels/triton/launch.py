@@ -152,6 +152,11 @@ def fastest(
     return _fastest[key]
 
 
+def tuned() -> dict[str, dict[str, int]]:
+    """The tiles that were measured to be the fastest so far, by what they were measured for."""
+    return {", ".join(map(str, key)): tile._asdict() for key, tile in _fastest.items()}
+
+
 def milliseconds(launch: Callable[[], object], repeats: int = 5) -> float:
     """How long a launch takes, its build and its first run aside; forever if it does not fit.
 
