@@ -183,7 +183,7 @@ def test_without_a_gpu_only_a_rehearsal_runs(
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rehearsal")
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, **MODULE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, **MODULE)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return folder
 

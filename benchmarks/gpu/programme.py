@@ -127,7 +127,7 @@ REHEARSAL = Scale(
     ),
     planners=1,
     tests=("tests/test_compare.py", "-m", "not slow"),
-    ours=(replace(NORM, kernels="eager"), replace(BOTTLENECK, kernels="triton")),
+    ours=(replace(NORM, kernels="triton"), replace(BOTTLENECK, kernels="eager")),
     backend="aot_eager",
     patience=5.0,  # a CPU may have other work
 )
