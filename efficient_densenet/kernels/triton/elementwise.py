@@ -281,6 +281,7 @@ def launch_rectify_backward(
         *arriving.strides,
         *source.strides,
         *place.strides,
+        warps=8,
         SUMS=True,
         TARGET=target is not None,
         ACCUMULATE=accumulate,

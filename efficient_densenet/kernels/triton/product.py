@@ -33,7 +33,7 @@ from efficient_densenet.layout import empty_map
 TILES = (
     Tile(64, 128, 32, 8, 3),
     Tile(128, 128, 32, 8, 3),
-    Tile(64, 64, 32, 4, 3),
+    Tile(64, 64, 32, 8, 3),
 )
 
 
