@@ -28,16 +28,16 @@ MIB = 2**20
 
 NETWORKS = (
     Work("cifar-bc", 32, 16, 40, 12),
-    Work("cifar-bc", 32, 16, 100, 12),
-    Work("cifar-bc", 32, 8, 190, 24),
+    Work("cifar-bc", 32, 8, 100, 12),
+    Work("cifar-bc", 32, 2, 100, 24),
     Work("cifar-bc", 32, 8, 16, 48),
     Work("cifar-bc", 32, 4, 10, 64),
-    Work("fashion", 96, 32, channels=1),
-    Work("densenet121", 224, 4, classes=1000),
-    Work("densenet161", 64, 8, classes=1000),
-    Work("densenet169", 96, 8, classes=1000),
-    Work("densenet201", 64, 8, classes=1000),
-    Work("densenet264", 64, 8, classes=1000),
+    Work("fashion", 96, 16, channels=1),
+    Work("densenet121", 128, 4, classes=1000),
+    Work("densenet161", 64, 4, classes=1000),
+    Work("densenet169", 64, 8, classes=1000),
+    Work("densenet201", 64, 4, classes=1000),
+    Work("densenet264", 64, 4, classes=1000),
 )
 
 
