@@ -152,7 +152,7 @@ def onednn_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
     """About the most that oneDNN allocates and frees inside an operator, in bytes.
 
     A convolution of contiguous maps copies weight, input and output into blocks of channels, the
-    last one filled up, or out of them. One of channels-last maps copies and sums the weight alone:
+    last one filled up, or out of them (but for 1x1 the weight twice). One of channels-last maps copies and sums the weight alone:
     2 weights for 1x1, 3 for others. With a single thread PyTorch itself computes 1x1 convolutions
     of less than 16 samples, and copies nothing. Other operators: 0.
 
@@ -171,7 +171,7 @@ def onednn_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
     if x.stride(1) == 1:
         values = (2 if pointwise else 3) * weight.numel()
     else:
-        values = weight.numel() + _blocked(x) + _blocked(y)
+        values = (1 if pointwise else 2) * weight.numel() + _blocked(x) + _blocked(y)
     return values * x.itemsize
 
 
