@@ -154,7 +154,7 @@ def onednn_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
     A convolution of contiguous maps copies weight, input and output into blocks of channels, the
     last one filled up, or out of them; the weight twice unless it is 1x1. One of channels-last maps
     copies and sums the weight alone: 2 weights for 1x1, 3 for others. With a single thread PyTorch
-    itself computes 1x1 convolutions of less than 16 samples, and copies nothing. Other operators: 0.
+    itself computes 1x1 convolutions of less than 16 samples, and copies nothing. Other operators 0.
 
     Source: measured with torch 2.14 on AVX-512; the last rule is ``ConvParams::use_mkldnn`` in
     PyTorch's ``aten/src/ATen/native/Convolution.cpp``.
