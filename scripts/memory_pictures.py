@@ -26,6 +26,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
 FOLDER = DOCUMENT.parent / "results"
 DEEP = Work("cifar-bc", 32, 64, 100, 12)
 BUDGETS = ("4GB", "8GB", "12GB", "24GB", "80GB")
+COMMIT = commit()  # before a picture is written, which changes the checkout
 
 
 def step() -> None:
@@ -76,7 +77,7 @@ def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
             *("| " + " | ".join(map(str, cells)) + " |" for cells in lines),
             "",
             f"Estimated by `python -m scripts.memory_pictures` with torch {torch.__version__}, "
-            f"commit {commit()}, {date.today().isoformat()}.",
+            f"commit {COMMIT}, {date.today().isoformat()}.",
         ]
     )
 
