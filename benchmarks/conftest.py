@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     conditions = provenance()
     terminalreporter.section("memory and time of one training step")
     terminalreporter.write_line(report.markdown(results, conditions))
-    folders = [HERE / "out"]
+    made = report.write(results, conditions, HERE / "out")
     if config.getoption("publish"):
-        folders.append(HERE.parent / "docs" / "results")
-    for folder in folders:
-        report.write(results, conditions, folder)
-        terminalreporter.write_line(f"written to {folder}")
+        made = [shutil.copy(path, HERE.parent / "docs" / "results") for path in made]
+    for path in made:
+        terminalreporter.write_line(f"written: {path}")

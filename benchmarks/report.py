@@ -173,9 +173,12 @@ def measured_block(kind: Kind, layers: int) -> StepReport:
     return measure(model, x)
 
 
-def write(results: Results, conditions: dict[str, str], folder: Path) -> None:
-    """Write ``steps.md``, ``steps.json`` and ``memory-against-depth.png`` into ``folder``."""
+def write(results: Results, conditions: dict[str, str], folder: Path) -> list[Path]:
+    """Write table, numbers and chart of the steps into ``folder``; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "steps.md").write_text(markdown(results, conditions), encoding="utf-8")
-    (folder / "steps.json").write_text(as_json(results, conditions), encoding="utf-8")
-    depth_chart(folder / "memory-against-depth.png")
+    made = [folder / name for name in ("steps.md", "steps.json", "memory-against-depth.png")]
+    table, numbers, chart = made
+    table.write_text(markdown(results, conditions), encoding="utf-8")
+    numbers.write_text(as_json(results, conditions), encoding="utf-8")
+    depth_chart(chart)
+    return made
