@@ -93,26 +93,30 @@ def update_stats(x: Tensor) -> object:
 
 
 def rectification() -> Choice:
-    """Normalise and rectify a prefix of the features."""
+    """Normalise and rectify a prefix of the features, and convolve it 1x1."""
     x = image(2 * WIDE)[:, :WIDE]
     scale, shift = torch.rand(2, WIDE, 1, 1)
-    whole = torch.empty(BATCH, WIDE, SIZE, SIZE).to(memory_format=torch.channels_last)
+    kernel = torch.randn(BOTTLENECK, WIDE, 1, 1)
+    whole, out = torch.empty_like(image(WIDE)), torch.empty_like(image(BOTTLENECK))
     slab = whole[:4]
 
     def slabs() -> None:
-        for rows in torch.arange(BATCH).split(len(slab)):
-            part = x[int(rows[0]) : int(rows[-1]) + 1]
-            torch.addcmul(shift, part, scale, out=slab).relu_()
+        for start in range(0, BATCH, len(slab)):
+            rows = slice(start, start + len(slab))
+            a = torch.addcmul(shift, x[rows], scale, out=slab).relu_()
+            out[rows] = F.conv2d(a, kernel)
 
     return Choice(
-        f"normalise and rectify {WIDE} channels",
-        "into a slab that is used again",
+        f"normalise and rectify {WIDE} channels, convolve them 1×1",
+        "slab by slab",
         {
-            "into new memory": lambda: torch.addcmul(shift, x, scale).relu_(),
-            "into a map that is used again": lambda: torch.addcmul(
-                shift, x, scale, out=whole
-            ).relu_(),
-            "into a slab that is used again": slabs,
+            "all of it in new memory": lambda: F.conv2d(
+                torch.addcmul(shift, x, scale).relu_(), kernel
+            ),
+            "all of it in one scratch": lambda: F.conv2d(
+                torch.addcmul(shift, x, scale, out=whole).relu_(), kernel
+            ),
+            "slab by slab": slabs,
         },
     )
 
