@@ -30,6 +30,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 ROUNDS = 15
 MIB = 1 << 20
 BATCH, SIZE, WIDE, BOTTLENECK, NEW = 16, 32, 216, 48, 12
+UNEVEN = 132  # of a width that the kernels do not take in whole vectors
 
 
 class Choice(NamedTuple):
@@ -90,6 +91,28 @@ def statistics(channels: int) -> Choice:
 
 def update_stats(x: Tensor) -> object:
     return torch.batch_norm_update_stats(x, None, None, 0.0)
+
+
+def gradient_sums(channels: int) -> Choice:
+    """What batch norm's gradients sum over a map: ``d``, and ``d * x``."""
+    d, x, mean = image(channels), image(channels), torch.zeros(channels, 1, 1)
+    ones = torch.ones(channels)
+    scratch = workspace.Workspace(x, channels, x.dtype, torch.channels_last)
+
+    def unfolded() -> object:
+        return torch.ops.aten.native_batch_norm_backward(
+            d, x, None, None, None, mean.flatten(), ones, True, 0.0, [False, True, True]
+        )
+
+    return Choice(
+        f"batch norm's gradient sums of {channels} channels",
+        "native_batch_norm_backward, folded",
+        {
+            "products, then sums": lambda: ((d * x).sum([0, 2, 3]), d.sum([0, 2, 3])),
+            "native_batch_norm_backward": unfolded,
+            "native_batch_norm_backward, folded": lambda: eager.channel_sums(d, x, mean, scratch),
+        },
+    )
 
 
 def rectification() -> Choice:
@@ -175,6 +198,7 @@ def choices() -> Iterator[Choice]:
     yield pointwise()
     yield statistics(NEW)
     yield statistics(BOTTLENECK)
+    yield gradient_sums(UNEVEN)
     yield rectification()
     yield workspaces()
     yield small_operators()

@@ -15,10 +15,11 @@ from efficient_densenet.kernels.tail import Rectify, add, backward_of_slabs, tai
 from efficient_densenet.kernels.workspace import Workspace
 from efficient_densenet.layout import is_channels_last, outer_format
 
-# Channels that PyTorch's batch-norm kernels should find in a row. They take 16 at once, and what is
-# left over one by one, which costs up to twelve times as much (12 channels of 1.5 MiB: 0.43 against
-# 0.03 ms); and they sum each in 32 bits, so that more and shorter sums are also more precise.
+# Channels that PyTorch's batch-norm kernels should find in a row. It sums each in 32 bits, so that
+# more and shorter sums are more precise, and takes some at once: those that are left over go one by
+# one, and cost several times as much (`scripts/choices.py`).
 ROW = 128
+AT_ONCE = 16
 
 aten = torch.ops.aten
 
@@ -87,7 +88,7 @@ def norm_relu_tail_backward(
         nonlocal sum_d, sum_dx
         aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
         if need_sums:
-            slab_d, slab_dx = _channel_sums(d, x[rows], norm.mean, workspace)
+            slab_d, slab_dx = channel_sums(d, x[rows], norm.mean, workspace)
             sum_d, sum_dx = add(sum_d, slab_d), add(sum_dx, slab_dx)
         if target is not None and accumulate:
             target[rows].addcmul_(d, norm.scale)
@@ -128,9 +129,7 @@ def _rectifier(norm: Norm) -> Rectify:
     return rectify
 
 
-def _channel_sums(
-    d: Tensor, x: Tensor, mean: Tensor, workspace: Workspace
-) -> tuple[Tensor, Tensor]:
+def channel_sums(d: Tensor, x: Tensor, mean: Tensor, workspace: Workspace) -> tuple[Tensor, Tensor]:
     """``Σ d`` and ``Σ d * (x - mean)`` per channel, in one pass over maps that are dense."""
     channels, dim, mean = x.shape[1], x.dim(), mean.flatten()
     if x.dtype != mean.dtype or not x.is_contiguous(memory_format=workspace.memory_format):
@@ -159,9 +158,11 @@ def _channel_sums(
 def _fold(x: Tensor) -> int:
     """How many positions of a map with its channels last make up a row."""
     channels = x.shape[1]
-    if not is_channels_last(x) or channels > ROW:
+    if not is_channels_last(x):
         return 1
-    return math.gcd(x.numel() // channels, 1 << (ROW // channels).bit_length() - 1)
+    enough = 1 << max(1, ROW // channels).bit_length() - 1
+    whole = AT_ONCE // math.gcd(AT_ONCE, channels)
+    return math.gcd(x.numel() // channels, max(enough, whole))
 
 
 def _folded(x: Tensor, fold: int) -> Tensor:

@@ -1,0 +1,58 @@
+"""Sums over channels of the eager operations, for widths that the kernels like and do not like."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from efficient_densenet.kernels import eager
+from efficient_densenet.kernels.interface import Norm, Tail, per_channel
+from efficient_densenet.kernels.workspace import Workspace
+
+BATCH, MORE = 3, 20
+widths = pytest.mark.parametrize("channels", [1, 5, 12, 48, 129, 132, 136, 256, 300])
+sizes = pytest.mark.parametrize("size", [(8, 8), (7, 5)], ids=str)
+
+
+def maps(channels, size):
+    """A dense map, and the same values as the first channels of a wider one."""
+    wide = torch.randn(BATCH, channels + MORE, *size).to(memory_format=torch.channels_last)
+    prefix = wide[:, :channels]
+    return prefix.contiguous(memory_format=torch.channels_last), prefix
+
+
+@widths
+@sizes
+def test_statistics_are_those_in_double_precision(channels, size):
+    for x in maps(channels, size):
+        var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+        found = eager.batch_statistics(x, torch.float32)
+        assert_close(found.mean.flatten().double(), mean, rtol=0, atol=1e-6)
+        assert_close(found.var.flatten().double(), var, rtol=1e-5, atol=0)
+
+
+@widths
+@sizes
+def test_gradients_of_the_norm_are_those_in_double_precision(channels, size):
+    for x in maps(channels, size):
+        grad = torch.randn_like(x)
+        mean, scale, bias = (per_channel(v, x.dim()) for v in torch.rand(3, channels))
+        norm = Norm(mean, torch.full_like(mean, 2.0), scale, bias)
+        workspace = Workspace(x, channels, x.dtype, torch.channels_last)
+        found = eager.norm_relu_tail_backward(
+            grad,
+            x,
+            norm,
+            Tail(None, None, x.dtype),
+            workspace,
+            need_weight=False,
+            need_bias=False,
+            need_sums=True,
+            target=None,
+            accumulate=False,
+        )
+        dbeta, dgamma = eager.collect(found.sums, norm, 1.0, None)
+        centred = x.double() - mean.double()
+        d = grad.double() * (centred * scale + bias > 0)
+        assert_close(dbeta.double(), d.sum((0, 2, 3))[:, None, None], rtol=1e-5, atol=1e-5)
+        expected = 2.0 * (d * centred).sum((0, 2, 3))[:, None, None]
+        assert_close(dgamma.double(), expected, rtol=1e-5, atol=1e-4)
