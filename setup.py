@@ -16,7 +16,7 @@ setup(
     package_data={"efficient_densenet": ["py.typed"]},
     install_requires=["torch>=2.11", "torchvision"],
     extras_require={
-        "train": ["lightning>=2.4", "matplotlib", "rich"],
+        "train": ["lightning>=2.6", "matplotlib", "rich"],
         "dev": [
             *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("onnx", "onnxscript", "onnxruntime"),

@@ -100,6 +100,8 @@ def run(case: Case) -> Rows:
     return compete(case, COMPETITORS, SharpJudge(case))
 
 
+# With caches a compile time could be that of a second run.
+@torch.compiler.config.patch(force_disable_caches=True)
 def compete(
     case: Case,
     competitors: Sequence[Competitor],

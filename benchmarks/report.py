@@ -21,7 +21,6 @@ from benchmarks.cases import (
 )
 from benchmarks.goals import table as table_of_goals
 from benchmarks.instruments import Row
-from benchmarks.provenance import provenance
 from efficient_densenet.memory import StepReport, measure
 
 MIB = 2**20
@@ -144,7 +143,7 @@ def as_json(results: Results, conditions: dict[str, str]) -> str:
     return json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
 
 
-def depth_chart(path: Path) -> None:
+def depth_chart(path: Path, conditions: dict[str, str]) -> None:
     """Measure a training step of ever deeper blocks, and draw its memory, as PNG."""
     from matplotlib.figure import Figure
 
@@ -160,9 +159,11 @@ def depth_chart(path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.legend(*peak_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     batch, channels, size, _ = DEPTH_SHAPE
+    told = ", ".join([conditions["device"], f"torch {conditions['torch']}", conditions["date"]])
     figure.suptitle(
         f"Dense block, c0={channels}, k={GROWTH}, batch {batch}, {size}², float32, "
-        f"measured on {provenance()['device']}"
+        f"measured on {told}",
+        fontsize="medium",
     )
     figure.savefig(path, dpi=120)
 
@@ -180,5 +181,5 @@ def write(results: Results, conditions: dict[str, str], folder: Path) -> list[Pa
     table, numbers, chart = made
     table.write_text(markdown(results, conditions), encoding="utf-8")
     numbers.write_text(as_json(results, conditions), encoding="utf-8")
-    depth_chart(chart)
+    depth_chart(chart, conditions)
     return made

@@ -196,5 +196,5 @@ def _extra(purpose: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{purpose} needs {error.name!r}: pip install 'efficient_densenet[train]'"
+            f"{purpose} needs {error.name!r}: pip install '.[train]' in a clone"
         ) from error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -19,7 +19,7 @@ class ConfigError(ValueError):
     """A run was asked for that cannot be; the one-line message quotes the option and says why."""
 
 
-RECOMPUTE = ("bottleneck", "norm", "none")
+RECOMPUTE = get_args(Recompute)
 RECIPE_OPTIONS = ("resize", "batch_size", "epochs", "lr")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -120,8 +120,8 @@ class TrainConfig:
         if not 0.0 < self.lr < math.inf:
             raise ConfigError(f"--lr must be a positive number, got {self.lr!r}")
 
-    def build_model(self, recompute: Recompute | None = None) -> models.DenseNet:
-        """The 1-channel, 10-class network, with another ``recompute`` if one is given.
+    def build_model(self) -> models.DenseNet:
+        """The 1-channel, 10-class network.
 
         Raises:
             ConfigError: if no such network has this depth.
@@ -133,7 +133,7 @@ class TrainConfig:
             in_channels=1,
             num_classes=10,
             drop_rate=self.drop_rate,
-            recompute=recompute or self.recompute,
+            recompute=self.recompute,
         )
 
 

@@ -9,14 +9,12 @@ from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from efficient_densenet.config import TrainConfig
-
-matplotlib.use("Agg")  # no display is needed, nor opened
 
 TRAIN_COLOUR, TEST_COLOUR, GRID_COLOUR = "#8a94a6", "#c2410c", "#e5e7eb"
 
@@ -31,15 +29,13 @@ def plot(history: History, path: Path) -> None:
             ``{train,test}_loss``.
         path: the file to write.
     """
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     _curves(left, history, "accuracy", scale=100)
     left.set_title("Accuracy, %", loc="left")
     _curves(right, history, "loss")
     right.set_title("Cross-entropy, nats", loc="left")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _curves(axes: Any, history: History, quantity: str, scale: float = 1) -> None:

@@ -27,10 +27,10 @@ def in_format_of(x: Tensor, y: Tensor) -> Tensor:
 
 
 def inner_format(x: Tensor) -> torch.memory_format:
-    """The memory format to compute in: on a CPU channels last, elsewhere that of ``x``.
+    """The memory format to compute in: on CUDA that of ``x``, elsewhere channels last.
 
     On a CPU convolutions and batch norm's reductions are several times faster with the channels
-    last.
+    last. Shapes without values are laid out as on a CPU.
     """
     if x.is_cuda or x.dim() not in CHANNELS_LAST:
         return outer_format(x)

@@ -30,8 +30,9 @@ STEMS = ("imagenet", "cifar")
 class DenseNet(nn.Module):
     """DenseNet whose dense blocks keep only their features for the backward pass.
 
-    Maps images ``(N, in_channels, *spatial)`` to logits ``(N, num_classes)``. The positional
-    arguments and the state-dict keys are those of ``torchvision.models.DenseNet``.
+    Maps images ``(N, in_channels, *spatial)`` to logits ``(N, num_classes)``. The
+    positional arguments (without ``memory_efficient``) and the state-dict keys are those of
+    ``torchvision.models.DenseNet``.
 
     Args:
         growth_rate: channels ``k`` that each layer adds.

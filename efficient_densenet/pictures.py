@@ -62,7 +62,7 @@ def _name(work: Work, varies: str) -> str:
     parts.append(f"{work.image_size}x{work.image_size}x{work.channels}")
     if varies == "depth":
         parts.append(f"batch {work.batch_size}")
-    return ", ".join([*parts, work.precision])
+    return ", ".join([*parts, f"precision {work.precision}"])
 
 
 def plan_chart(plan: Plan, path: Path) -> None:

@@ -192,7 +192,7 @@ class Plan:
     fits: tuple[Fit, ...]
 
     def __getitem__(self, mode: str) -> Fit:
-        return next(fit for fit in self.fits if fit.mode == mode)
+        return {fit.mode: fit for fit in self.fits}[mode]
 
 
 def plan(
@@ -291,9 +291,9 @@ def plan_work(
 def within(budget: str, options: dict[str, Any]) -> TrainConfig:
     """The training run of ``options`` whose step fits ``budget`` on this machine.
 
-    Chooses ``recompute``, the first of none, norm and bottleneck that fits (each takes longer than
-    the one before); if that is given, the largest batch up to the training set's size; if the batch
-    is given too, nothing.
+    Chooses ``recompute``, the first of none, norm and bottleneck that fits (each computes more
+    again than the one before); if that is given, the largest batch up to the training set's size;
+    if the batch is given too, nothing.
 
     Args:
         budget: a size such as ``"8GiB"``.
@@ -322,7 +322,7 @@ def _cheapest(config: TrainConfig, budget: int) -> Recompute:
     device = present_device()
     peak = 0
     for mode in ("naive", "norm", "bottleneck"):
-        peak = _work(config).estimate(mode, device).peak.total + MACHINES[device].reserve
+        peak = work_of(config).estimate(mode, device).peak.total + MACHINES[device].reserve
         if peak <= budget:
             return MODES[mode]
     raise _NothingFits(
@@ -332,7 +332,7 @@ def _cheapest(config: TrainConfig, budget: int) -> Recompute:
 
 def _largest_batch(config: TrainConfig, budget: int) -> int:
     mode = next(mode for mode, recompute in MODES.items() if recompute == config.recompute)
-    (fit,) = plan_work(_work(config), "batch", budget, present_device(), [mode]).fits
+    (fit,) = plan_work(work_of(config), "batch", budget, present_device(), [mode]).fits
     if not fit.largest:
         raise _NothingFits(
             f"--recompute {config.recompute} needs {format_size(fit.next_peak or 0)} "
@@ -341,7 +341,8 @@ def _largest_batch(config: TrainConfig, budget: int) -> int:
     return min(fit.largest, config.train_size or TRAIN_IMAGES)
 
 
-def _work(config: TrainConfig) -> Work:
+def work_of(config: TrainConfig) -> Work:
+    """The step of a training run."""
     return Work(
         config.model,
         config.resize,

@@ -35,7 +35,10 @@ class RecomputingTransition(stage.ChoosesKernels):
         reason = self.unsupported()
         if reason:
             return f"the transition{reason}"
-        return lowering.unsupported_statistics(x, [self.exit().norm])
+        norm = self.exit().norm
+        if norm.num_features != x.shape[1]:
+            return f"the transition expects {norm.num_features} channels and gets {x.shape[1]}"
+        return lowering.unsupported_statistics(x, [norm])
 
     def unsupported(self) -> str | None:
         """What about its modules the efficient path does not know, as the end of a sentence."""
@@ -127,19 +130,29 @@ def run_to_average(modules: Sequence[Any], x: Tensor, kernels: Kernels = "auto")
     if shares_features(block, norm, x):
         return block.run(x, Exit(norm, Pool("all")))
     x = block(x)
-    if lowering.unsupported_call(x) or lowering.unsupported_statistics(x, [norm]):
+    if (
+        norm.num_features != x.shape[1]
+        or lowering.unsupported_call(x)
+        or lowering.unsupported_statistics(x, [norm])
+    ):
         return global_average(F.relu(norm(x)))
     return stage.run_layers([], x, False, Exit(norm, Pool("all")), kernels)
 
 
 def shares_features(block: Any, norm: Any, x: Tensor) -> bool:
     """Whether a module is a dense block inside which ``norm`` may read the features, for ``x``."""
-    return (
+    runs_here = (
         isinstance(block, RecomputingBlock)
         and type(block).forward is RecomputingBlock.forward
         and not lowering.is_patched(block)
         and block.why_reference(x) is None
-        and not lowering.unsupported_statistics(x, [*stage.all_norms(block.read_layers()), norm])
+    )
+    if not runs_here:
+        return False
+    layers = block.read_layers()
+    channels = x.shape[1] + sum(layer.units[-1].conv.out_channels for layer in layers)
+    return norm.num_features == channels and not lowering.unsupported_statistics(
+        x, [*stage.all_norms(layers), norm]
     )
 
 

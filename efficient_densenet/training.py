@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from efficient_densenet import curves, fashion_mnist, memory
+from efficient_densenet import curves, fashion_mnist, memory, planner
 from efficient_densenet.budget import enforce
 from efficient_densenet.config import AUTOCAST, ConfigError, TrainConfig, make_optimizer
 from efficient_densenet.fashion_mnist import FASHION_MNIST, Manifest
@@ -280,19 +280,20 @@ def step_memory(config: TrainConfig, device: torch.device) -> tuple[int, int]:
     """Peak bytes of a training step of ``config``, and of the naive network in the same step.
 
     Parameters, gradients, optimizer state and the batch are included. The first is measured on
-    ``device``; the second is estimated from shapes, without running the step, as a lower bound.
+    ``device``; the second is estimated from shapes, without running the step.
     """
     dtype = torch.float64 if config.precision == "64-true" else torch.float32
     shape = (config.batch_size, 1, config.resize, config.resize)
     images = torch.randn(shape, device=device, dtype=dtype)
-    options: dict[str, Any] = {
-        "target": torch.arange(len(images), device=device) % 10,
-        "optimizer": partial(make_optimizer, lr=config.lr),
-        "autocast": AUTOCAST.get(config.precision),
-    }
-    model, naive = (config.build_model(how).to(device, dtype) for how in (None, "none"))
-    ours = memory.measure(model, images, **options).peak.total
-    return ours, memory.estimate(naive, images, **options).peak.total
+    ours = memory.measure(
+        config.build_model().to(device, dtype),
+        images,
+        target=torch.arange(len(images), device=device) % 10,
+        optimizer=partial(make_optimizer, lr=config.lr),
+        autocast=AUTOCAST.get(config.precision),
+    )
+    naive = planner.work_of(config).estimate("naive", planner.present_device())
+    return ours.peak.total, naive.peak.total
 
 
 def _trainer(config: TrainConfig, out: Path) -> L.Trainer:

@@ -8,7 +8,6 @@ Two threads where there are two cores; nothing else should run.
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -216,6 +215,7 @@ def timed(choice: Choice) -> dict[str, float]:
 
 
 def markdown() -> str:
+    torch.manual_seed(0)
     lines = ["| what | how | ms | / chosen |", "|---|---|---:|---:|"]
     for choice in choices():
         taken = timed(choice)
@@ -235,17 +235,5 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    table = markdown()
-    if arguments.write:
-        marked.write(DOCUMENT, "choices", table)
-    else:
-        print(table)
-
-
 if __name__ == "__main__":
-    main()
+    marked.command(__doc__, DOCUMENT, "choices", markdown)

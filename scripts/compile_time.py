@@ -77,7 +77,7 @@ def markdown() -> str:
         [
             f"CPU time of DenseNet-121, batch {BATCH}, {SIZE}², by Inductor without caches.",
             "",
-            "| | first step, s | a later step, ms |",
+            f"| | first step, s | a later step (the least of {REPEATS}), ms |",
             "|---|---:|---:|",
             *rows,
             "",

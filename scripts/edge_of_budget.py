@@ -46,6 +46,8 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
     args = parser.parse_args()
+    if args.write and args.modes != list(MODES):
+        parser.error("--write writes the table of all modes: leave --modes out")
     budget = parse_size(args.budget, "budget")
     conditions = provenance()
     told = ", ".join(f"{conditions[key]}" for key in ("device", "torch", "commit", "date"))

@@ -38,7 +38,7 @@ WARM_UP_RATE, PEAK_RATE = 1e-3, 0.05
 
 
 class Recipe(NamedTuple):
-    """How a network is run: mode of its blocks, memory format, and whether it is the efficient."""
+    """How a network is run: the mode of its blocks, and the memory format."""
 
     recompute: str
     memory_format: torch.memory_format = torch.contiguous_format

@@ -8,7 +8,6 @@ Nothing is run: a GPU is not needed. Bytes are those of the tensors that a launc
 
 from __future__ import annotations
 
-import argparse
 import re
 from datetime import date
 from pathlib import Path
@@ -79,15 +78,5 @@ def _build(built: Build) -> str:
     return f"{built.registers}, {built.shared / KIB:.0f}" + (" (spills)" if built.spilled else "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
-    table = markdown()
-    if parser.parse_args().write:
-        marked.write(DOCUMENT, "kernels", table)
-    else:
-        print(table)
-
-
 if __name__ == "__main__":
-    main()
+    marked.command(__doc__, DOCUMENT, "kernels", markdown)

@@ -9,7 +9,6 @@ storages after the forward pass of a step on shapes alone (``efficient_densenet.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -60,7 +59,8 @@ def _block(block: nn.Module) -> tuple[int, ...]:
     width, growth = layers[0].conv1.out_channels, layers[0].conv2.out_channels
     out = read[-1] + growth
     naive = sum(2 * channels + 2 * width for channels in read) + out
-    flag = read[0] + len(layers) * (2 * width + growth) + out
+    # The block's input, what each layer hands its checkpoint, and the output.
+    flag = read[0] + len(layers) * 2 * width + (len(layers) - 1) * growth + out
     return naive, flag, out + len(layers) * width, out
 
 
@@ -104,15 +104,5 @@ def _row(name: str, values: tuple[float, ...]) -> str:
     return f"| {name} | " + " | ".join(f"{v * ITEMSIZE / MIB:.2f}" for v in values) + " |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
-    table = markdown()
-    if not parser.parse_args().write:
-        print(table)
-        return
-    marked.write(DOCUMENT, "ledger", table)
-
-
 if __name__ == "__main__":
-    main()
+    marked.command(__doc__, DOCUMENT, "ledger", markdown)

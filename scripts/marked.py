@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
+
+
+def command(description: str | None, document: Path, name: str, make: Callable[[], str]) -> None:
+    """The command line of a script: prints what ``make`` returns, or writes it with ``--write``."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"into docs/{document.name}")
+    writes = parser.parse_args().write
+    content = make()
+    if writes:
+        write(document, name, content)
+    else:
+        print(content)
 
 
 def write(document: Path, name: str, content: str) -> None:

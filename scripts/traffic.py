@@ -6,7 +6,6 @@ python -m scripts.traffic --write    # put them into docs/benchmarks.md
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -52,15 +51,5 @@ def _row(kind: str, which: str) -> str:
     return f"| {kind} | {which} | " + " | ".join(cells) + " |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
-    tables = markdown()
-    if not parser.parse_args().write:
-        print(tables)
-        return
-    marked.write(DOCUMENT, "traffic", tables)
-
-
 if __name__ == "__main__":
-    main()
+    marked.command(__doc__, DOCUMENT, "traffic", markdown)

@@ -209,6 +209,13 @@ def test_the_edge_of_the_plan_is_the_edge_of_the_budget(capsys, monkeypatch) -> 
     assert all(row.endswith("| out of memory |") for row in rows)
 
 
+def test_the_table_is_written_whole_or_not_at_all(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["edge_of_budget", "--write", "--modes", "naive"])
+    with pytest.raises(SystemExit, match="2"):
+        edge_of_budget.main()
+    assert "--modes" in capsys.readouterr().err
+
+
 def test_a_plan_that_promises_too_much_is_found_out(monkeypatch) -> None:
     made = planner.plan("4MiB", batch_size=2, growth_rate=4, device="cpu", modes=["norm"])
     (fit,) = made.fits

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 
 from benchmarks import gate, instruments
-from benchmarks.cases import NAIVE, Case, Competitor, block
+from benchmarks.cases import FLOOR, Case, Competitor, block
 
 MACHINE = {"device": "some CPU", "threads": "2"}
 
@@ -30,7 +30,7 @@ def row(competitor: str, kept: int, peak: int, seconds: float) -> dict:
 
 @pytest.fixture
 def steps() -> dict:
-    rows = [row("naive", 1000, 1200, 2.0), row("norm", 500, 600, 1.0)]
+    rows = [row(str(FLOOR), 0, 0, 0.5), row("norm", 500, 600, 1.0)]
     return {"conditions": dict(MACHINE), "rows": rows}
 
 
@@ -52,7 +52,7 @@ def test_equal_figures_pass(steps: dict) -> None:
     [
         ("kept_bytes", 1.02, 1.022, "kept bytes 511, 1.022 times the baseline's 500"),
         ("peak_bytes", 1.02, 1.025, "peak bytes 615, 1.025 times the baseline's 600"),
-        ("seconds", 1.25, 1.3, "time / naive 0.65, 1.300 times the baseline's 0.5"),
+        ("seconds", 1.25, 1.3, "time / convolutions 2.6, 1.300 times the baseline's 2"),
     ],
 )
 def test_a_figure_that_grew_too_much_fails(
@@ -64,7 +64,7 @@ def test_a_figure_that_grew_too_much_fails(
     assert gate.regressions(steps, grown(steps, 1, figure, beyond)) == []  # it shrank
 
 
-def test_time_is_beside_the_naive_step_of_the_same_run(steps: dict) -> None:
+def test_time_is_beside_the_convolutions_of_the_same_run(steps: dict) -> None:
     slower_machine = grown(grown(steps, 0, "seconds", 3), 1, "seconds", 3)
     assert gate.regressions(slower_machine, steps) == []
     assert gate.regressions(grown(steps, 0, "seconds", 0.7), steps) != []
@@ -94,10 +94,10 @@ def test_nothing_to_compare_is_no_success(steps: dict) -> None:
         gate.regressions(found, steps)
 
 
-def test_without_a_naive_step_there_is_no_verdict(steps: dict) -> None:
+def test_without_convolutions_there_is_no_verdict(steps: dict) -> None:
     found = copy.deepcopy(steps)
     found["rows"][0].update(failure="out of memory", seconds=[])
-    with pytest.raises(ValueError, match="wide: there is no naive step"):
+    with pytest.raises(ValueError, match="wide: there are no convolutions"):
         gate.regressions(found, steps)
 
 
@@ -119,11 +119,11 @@ def test_the_command_s_exit_status_is_the_verdict(steps: dict, tmp_path: Path, c
 def test_a_run_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small: Case = block("small", 3, 8, 4, 4, 8)
     monkeypatch.setattr(gate, "CASES", (small,))
-    monkeypatch.setattr(gate, "COMPETITORS", (NAIVE, Competitor("norm")))
+    monkeypatch.setattr(gate, "COMPETITORS", (Competitor("norm"),))
     monkeypatch.setattr(instruments, "ROUNDS", (2, 2))
     found = gate.run("small")
-    (tmp_path / "baseline.json").write_text(json.dumps(grown(found, 1, "seconds", 99)))
+    (tmp_path / "baseline.json").write_text(json.dumps(grown(found, 0, "seconds", 99)))
     arguments = ["--only", "small", "--baseline", str(tmp_path / "baseline.json")]
     assert gate.main(arguments) == 0
-    (tmp_path / "baseline.json").write_text(json.dumps(grown(found, 1, "peak_bytes", 0.9)))
+    (tmp_path / "baseline.json").write_text(json.dumps(grown(found, 0, "peak_bytes", 0.9)))
     assert gate.main(arguments) == 1

@@ -159,6 +159,22 @@ def test_transition_trains_as_the_reference(dims, layout, bias, change):
     assert_same_training(efficient, reference, x, steps=2)
 
 
+@pytest.mark.parametrize("expected", [1, 6])
+def test_wrong_number_of_channels_is_refused_as_batch_norm_does(expected):
+    transition = EfficientTransition(expected, 2)
+    x = torch.randn(2, 5, 4, 4)
+    assert f"expects {expected} channels and gets 5" in transition.why_reference(x)
+    block = EfficientDenseBlock(1, 3, 2, 2)
+    for model, shape in (
+        (transition, (2, 5, 4, 4)),
+        (EfficientSequential(OrderedDict(block=block, transition=transition)), (2, 3, 4, 4)),
+        (lambda x: sequence.run_to_average([block, transition.norm], x), (2, 3, 4, 4)),
+        (lambda x: sequence.run_to_average([nn.Identity(), transition.norm], x), (2, 5, 4, 4)),
+    ):
+        with pytest.raises(RuntimeError, match="running_mean should contain 5 elements"):
+            model(torch.randn(shape))
+
+
 @any_change
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize(("dims", "layout"), LAYOUTS)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from efficient_densenet.layout import is_hollow
 
-# Scratch that a slab may fill before the next one starts. On two cores with 0.5 MiB of L2 each and
-# 32 MiB of shared L3, blocks took the same time with 4, 5, 6 and 8 MiB (within the noise of 5%) and
-# DenseNet-121 4% more with 4 than with 8; the peak of a step grows by twice the difference.
+# Scratch that a slab may fill before the next one starts. With less a step takes longer; with more
+# it takes as long (`scripts/choices.py`), and its peak grows by twice the difference.
 WORKSPACE_BYTES = 4 << 20
 
 # On a GPU small slabs would leave it idle between launches, and a slab should fill it for longer
@@ -50,8 +49,7 @@ class Workspace:
     def slabs(self, x: Tensor) -> Iterator[slice]:
         """The rows of ``x`` that make up each slab: as few as fit, of equal size.
 
-        A multiple of the threads, or some would wait (a 3x3 convolution's backward pass on 5 and 3
-        samples takes a quarter more time than on 4 and 4).
+        A multiple of the threads, or some would wait.
         """
         samples, channels = x.shape[:2]
         most = max(1, self._capacity // (channels * self._positions))

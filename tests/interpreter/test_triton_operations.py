@@ -277,3 +277,24 @@ def test_measuring_tiles_changes_no_result(name, monkeypatch):
     test_units_forward(SHAPES["odd"], torch.float32, True)
     check_backward(SHAPES["odd"], torch.float32, True, accumulate=True)
     assert len(set(measured)) > 1
+
+
+def test_where_all_must_be_deterministic_it_is_the_first_tile(monkeypatch):
+    """Also if another one was found to be faster before."""
+    first, faster = launch.Tile(64, 64, 16, 4, 2), launch.Tile(128, 64, 16, 4, 2)
+
+    class Found(dict):
+        def __contains__(self, key):
+            return True
+
+        def __missing__(self, key):
+            return faster
+
+    monkeypatch.setattr(launch, "_fastest", Found())
+    x = launch.matrix(a_map(SHAPES["odd"], 5, torch.float32, True))
+    assert launch.fastest((first, faster), x, ("product",), print) == faster
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert launch.fastest((first, faster), x, ("product",), print) == first
+    finally:
+        torch.use_deterministic_algorithms(False)

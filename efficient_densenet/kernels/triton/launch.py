@@ -108,10 +108,7 @@ def product_tiles(tiles: Sequence[Tile], dtype: torch.dtype) -> Sequence[Tile]:
 
 def _tf32() -> bool:
     """Whether convolutions of float32 may round their factors: PyTorch's own switch."""
-    conv = getattr(torch.backends.cudnn, "conv", None)  # from torch 2.9 on
-    if conv is None:
-        return torch.backends.cudnn.allow_tf32
-    return conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def run(
@@ -139,12 +136,12 @@ def fastest(
     repeatable. Tiles round differently, so where algorithms must be deterministic it is always the
     first; and so it is while a graph is captured.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        return tiles[0]
     sizes = power_of_two(x.values), power_of_two(x.channels)
     key = (*key, *sizes, x.map.dtype, x.map.device, x.channel == 1)
     if key not in _fastest:
-        if not x.map.is_cuda or torch.are_deterministic_algorithms_enabled():
-            return tiles[0]
-        if torch.cuda.is_current_stream_capturing():
+        if not x.map.is_cuda or torch.cuda.is_current_stream_capturing():
             return tiles[0]
         with torch.cuda.device_of(x.map):
             times = [milliseconds(partial(launch, tile)) for tile in tiles]
