@@ -160,4 +160,4 @@ def test_ledger_of_a_network_agrees_with_what_lives():
     for scheme, formula, live in zip(
         ledger.SCHEMES, formulas, ledger.live_values(size), strict=True
     ):
-        assert formula == pytest.approx(live, rel=0.02), scheme
+        assert formula == pytest.approx(live, rel=0.01), scheme
