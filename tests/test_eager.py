@@ -8,9 +8,9 @@ from efficient_densenet.kernels import eager
 from efficient_densenet.kernels.interface import Norm, Tail, per_channel
 from efficient_densenet.kernels.workspace import Workspace
 
-BATCH, MORE = 3, 20
+BATCH, MORE = 4, 20
 widths = pytest.mark.parametrize("channels", [1, 5, 12, 48, 129, 132, 136, 256, 300])
-sizes = pytest.mark.parametrize("size", [(8, 8), (7, 5)], ids=str)
+sizes = pytest.mark.parametrize("size", [(32, 32), (31, 29), (7, 5)], ids=str)
 
 
 def maps(channels, size):
@@ -53,6 +53,6 @@ def test_gradients_of_the_norm_are_those_in_double_precision(channels, size):
         dbeta, dgamma = eager.collect(found.sums, norm, 1.0, None)
         centred = x.double() - mean.double()
         d = grad.double() * (centred * scale + bias > 0)
-        assert_close(dbeta.double(), d.sum((0, 2, 3))[:, None, None], rtol=1e-5, atol=1e-5)
-        expected = 2.0 * (d * centred).sum((0, 2, 3))[:, None, None]
-        assert_close(dgamma.double(), expected, rtol=1e-5, atol=1e-4)
+        for found_sum, terms in ((dbeta, d), (dgamma, 2.0 * d * centred)):
+            error = found_sum.flatten().double() - terms.sum((0, 2, 3))
+            assert (error.abs() <= 3e-7 * terms.abs().sum((0, 2, 3))).all()

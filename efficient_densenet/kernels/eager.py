@@ -27,13 +27,10 @@ aten = torch.ops.aten
 def ready(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Norm:
-    weight, bias = (
-        None if vector is None else per_channel(vector.to(mean.dtype), mean.dim() + 1)
-        for vector in (weight, bias)
-    )
     invstd = (var + eps).rsqrt_()
-    scale = invstd if weight is None else weight * invstd
-    return Norm(mean, invstd, scale, torch.zeros_like(mean) if bias is None else bias)
+    scale = invstd if weight is None else weight.to(mean.dtype).view(mean.shape) * invstd
+    bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).view(mean.shape)
+    return Norm(mean, invstd, scale, bias)
 
 
 def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
@@ -137,7 +134,7 @@ def channel_sums(d: Tensor, x: Tensor, mean: Tensor, workspace: Workspace) -> tu
         x, mean = torch.sub(x, per_channel(mean, dim), out=centered), torch.zeros_like(mean)
     fold = _fold(x)
     if fold > 1:
-        mean = mean.repeat(fold)
+        mean = mean.expand(fold, -1).flatten()
     _, sum_dx, sum_d = aten.native_batch_norm_backward(
         _folded(d.to(mean.dtype), fold),
         _folded(x, fold),
