@@ -15,9 +15,9 @@ from efficient_densenet.kernels.tail import Rectify, add, backward_of_slabs, tai
 from efficient_densenet.kernels.workspace import Workspace
 from efficient_densenet.layout import is_channels_last, outer_format
 
-# Channels that PyTorch's batch-norm kernels should find in a row. It sums each in 32 bits, so that
-# more and shorter sums are more precise, and takes some at once: those that are left over go one by
-# one (12 channels take 4.5 times as long, 132 take 1.7 times: `scripts/choices.py`).
+# Channels that PyTorch's batch-norm kernels should find in a row. They sum each in 32 bits, so that
+# more and shorter sums are more precise, and take some at once: what is left over goes one by one
+# (12 channels take 4.5 times as long, 132 take 1.7 times: `scripts/choices.py`).
 ROW = 128
 AT_ONCE = 16
 
