@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import COMPETITORS, DEVICE, FLOOR, NAIVE, Case, Competitor, Subject
 from benchmarks.floor import ConvolutionsAlone
-from efficient_densenet.memory import measure
+from efficient_densenet.memory.step import measure
 
 SHARP = 1e-9
 """Relative error (2-norm) allowed in the output and each gradient in float64."""

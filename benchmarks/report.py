@@ -21,7 +21,7 @@ from benchmarks.cases import (
 )
 from benchmarks.goals import table as table_of_goals
 from benchmarks.instruments import Row
-from efficient_densenet.memory import StepReport, measure
+from efficient_densenet.memory.step import StepReport, measure
 
 MIB = 2**20
 HEADER = (

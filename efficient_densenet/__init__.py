@@ -1,9 +1,7 @@
 """DenseNets trained in O(kL) memory: only the features themselves are kept."""
 
-from efficient_densenet.block import EfficientDenseBlock
-from efficient_densenet.connections import recompute_connection
 from efficient_densenet.convert import convert_, explain, revert_
-from efficient_densenet.memory import estimate, measure
+from efficient_densenet.memory.step import estimate, measure
 from efficient_densenet.models import (
     DenseNet,
     densenet121,
@@ -14,7 +12,9 @@ from efficient_densenet.models import (
     densenet_cifar,
     fashion_densenet,
 )
-from efficient_densenet.planner import plan
+from efficient_densenet.modules.block import EfficientDenseBlock
+from efficient_densenet.modules.connections import recompute_connection
+from efficient_densenet.training.plan import plan
 
 __all__ = [
     "DenseNet",

@@ -18,15 +18,15 @@ from typing import NoReturn
 
 import torch
 
-from efficient_densenet import planner
-from efficient_densenet.config import (
+from efficient_densenet.training import plan as planner
+from efficient_densenet.training.config import (
     PRECISIONS,
     RECIPES,
     RECOMPUTE,
     ConfigError,
     TrainConfig,
 )
-from efficient_densenet.fashion_mnist import DataError
+from efficient_densenet.training.fashion_mnist import DataError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,7 +169,7 @@ def _plan(args: argparse.Namespace) -> None:
     if args.json and args.chart is None:
         return
     with _extra("a table or a chart"):
-        from efficient_densenet import pictures
+        from efficient_densenet.training import pictures
     if args.chart is not None:
         try:
             pictures.plan_chart(made, args.chart)
@@ -186,7 +186,7 @@ def _train(args: argparse.Namespace) -> None:
     else:
         config = planner.within(args.budget, options)
     with _extra("training"):
-        from efficient_densenet import training
+        from efficient_densenet.training import run as training
     training.run(config, args.out, args.data_dir, args.resume)
 
 

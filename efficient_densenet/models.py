@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet import lowering, sequence
-from efficient_densenet.block import EfficientDenseBlock, Recompute
 from efficient_densenet.kernels import Kernels
-from efficient_densenet.reference import (
+from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules import sequence
+from efficient_densenet.modules.block import EfficientDenseBlock, Recompute
+from efficient_densenet.modules.calls import ChoosesKernels
+from efficient_densenet.modules.reference import (
     CONVS,
     MAX_POOLS,
     NORMS,
@@ -21,8 +23,7 @@ from efficient_densenet.reference import (
     compressed,
     global_average,
 )
-from efficient_densenet.sequence import EfficientSequential, EfficientTransition
-from efficient_densenet.stage import ChoosesKernels
+from efficient_densenet.modules.sequence import EfficientSequential, EfficientTransition
 
 STEMS = ("imagenet", "cifar")
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from benchmarks.provenance import cpu
 from efficient_densenet import EfficientDenseBlock
 from efficient_densenet.kernels import eager, workspace
-from efficient_densenet.reference import DenseBlock
+from efficient_densenet.modules.reference import DenseBlock
 from scripts import marked
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 
 from benchmarks.provenance import provenance
 from efficient_densenet import plan
-from efficient_densenet.budget import enforce
-from efficient_densenet.config import AUTOCAST, format_size, make_optimizer, parse_size
-from efficient_densenet.memory import create_state
-from efficient_densenet.planner import MODES, Work
+from efficient_densenet.memory.budget import enforce
+from efficient_densenet.memory.step import create_state
+from efficient_densenet.training.config import AUTOCAST, format_size, make_optimizer, parse_size
+from efficient_densenet.training.plan import MODES, Work
 from scripts import marked
 
 CPU = torch.device("cpu")

@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.provenance import cpu
-from efficient_densenet import densenet_cifar, fashion_mnist
-from efficient_densenet.config import make_optimizer
-from efficient_densenet.fashion_mnist import Images
+from efficient_densenet import densenet_cifar
 from efficient_densenet.models import DenseNet
+from efficient_densenet.training import fashion_mnist
+from efficient_densenet.training.config import make_optimizer
+from efficient_densenet.training.fashion_mnist import Images
 from scripts import marked
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"

@@ -16,8 +16,8 @@ from torchvision.models import densenet121
 
 from benchmarks.provenance import provenance
 from efficient_densenet import convert_
-from efficient_densenet.allocator import AllocatorRecord
-from efficient_densenet.timeline import live_bytes
+from efficient_densenet.memory.events import live_bytes
+from efficient_densenet.memory.profiler import AllocatorRecord
 
 BATCH, SIZE, ROUNDS = 8, 224, 9
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "inference.md"

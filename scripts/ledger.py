@@ -4,7 +4,7 @@
     python -m scripts.ledger --write    # put it into docs/derivation.md
 
 The formulas are those of docs/derivation.md, in values per image; the last rows hold the live
-storages after the forward pass of a step on shapes alone (``efficient_densenet.memory.estimate``).
+storages after the forward pass of a step on shapes alone (``estimate``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 from efficient_densenet import DenseNet, densenet121
-from efficient_densenet.memory import estimate
+from efficient_densenet.memory.step import estimate
 from scripts import marked
 
 SCHEMES = ("naive", "torchvision's flag", "norm", "bottleneck")

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.provenance import commit, cpu
-from efficient_densenet import pictures, plan
-from efficient_densenet.config import format_size
-from efficient_densenet.planner import MODES, Plan, Work
+from efficient_densenet import plan
+from efficient_densenet.training import pictures
+from efficient_densenet.training.config import format_size
+from efficient_densenet.training.plan import MODES, Plan, Work
 from scripts import marked, planned_peaks
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.provenance import provenance
-from efficient_densenet.config import make_optimizer
-from efficient_densenet.memory import StepReport, measure
-from efficient_densenet.planner import MODES, Work
+from efficient_densenet.memory.step import StepReport, measure
+from efficient_densenet.training.config import make_optimizer
+from efficient_densenet.training.plan import MODES, Work
 from scripts import marked
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"

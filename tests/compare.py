@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from efficient_densenet.block import EfficientDenseBlock
-from efficient_densenet.reference import DenseBlock
+from efficient_densenet.modules.block import EfficientDenseBlock
+from efficient_densenet.modules.reference import DenseBlock
 
 MODES = ("norm", "bottleneck")
 KINDS = {"bottleneck-layer": 2, "basic-layer": None}

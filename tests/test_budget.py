@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficient_densenet import planner
-from efficient_densenet.budget import BudgetExceeded, MeteredBudget, enforce, forget_backward
-from efficient_densenet.config import make_optimizer
-from efficient_densenet.meter import LiveMeter
+from efficient_densenet.memory.budget import BudgetExceeded, MeteredBudget, enforce, forget_backward
+from efficient_densenet.memory.meter import LiveMeter
 from efficient_densenet.models import densenet_cifar
-from efficient_densenet.planner import MODES, Work
+from efficient_densenet.training import plan as planner
+from efficient_densenet.training.config import make_optimizer
+from efficient_densenet.training.plan import MODES, Work
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # scripts/ is not part of the package
 

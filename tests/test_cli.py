@@ -71,7 +71,7 @@ def test_damaged_data_get_one_line(capsys, tmp_path):
 
 
 def test_train_runs_from_the_command_line(capsys, tmp_path, monkeypatch):
-    training = pytest.importorskip("efficient_densenet.training")
+    training = pytest.importorskip("efficient_densenet.training.run")
     manifest = write_data(tmp_path / "data")
     monkeypatch.setattr(training.run, "__defaults__", (False, manifest))
     options = "--model cifar-bc --depth 10 --growth-rate 4 --resize 8 --batch-size 16 --epochs 1"

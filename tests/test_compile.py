@@ -24,12 +24,15 @@ from compare import (
 from test_block_precision import DRAWS, assert_as_precise, truth_of
 from torch import nn
 
-from efficient_densenet import DenseNet, EfficientDenseBlock, lowering, operators, stage
-from efficient_densenet.encoding import decode, encode
+from efficient_densenet import DenseNet, EfficientDenseBlock
+from efficient_densenet.functional import operators
+from efficient_densenet.functional.encoding import decode, encode
+from efficient_densenet.functional.spec import BlockSpec
 from efficient_densenet.kernels.interface import Pool
-from efficient_densenet.memory import measure
-from efficient_densenet.spec import BlockSpec
-from efficient_densenet.stage import Exit
+from efficient_densenet.memory.step import measure
+from efficient_densenet.modules import calls as stage
+from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules.calls import Exit
 
 every_mode = pytest.mark.parametrize("mode", ("none", *MODES))
 recomputing = pytest.mark.parametrize("mode", MODES)

@@ -9,8 +9,9 @@ from compare import assert_same_training, randomise_
 from test_ledger import live_bytes
 from torch import nn
 
-from efficient_densenet import autograd, recompute_connection
-from efficient_densenet.reference import CONVS, NORMS
+from efficient_densenet import recompute_connection
+from efficient_densenet.functional import autograd
+from efficient_densenet.modules.reference import CONVS, NORMS
 
 
 class Connected(nn.Module):

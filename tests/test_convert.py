@@ -23,15 +23,15 @@ from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 
 from efficient_densenet import (
     EfficientDenseBlock,
-    autograd,
     convert_,
     densenet_cifar,
     estimate,
     explain,
     revert_,
-    timeline,
 )
-from efficient_densenet.block import RecomputingBlock
+from efficient_densenet.functional import autograd
+from efficient_densenet.memory import events as timeline
+from efficient_densenet.modules.block import RecomputingBlock
 
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 MODES = ("norm", "bottleneck")

@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from efficient_densenet import fashion_mnist
-from efficient_densenet.fashion_mnist import FASHION_MNIST, DataError, IdxFile, Manifest, load
+from efficient_densenet.training import fashion_mnist
+from efficient_densenet.training.fashion_mnist import (
+    FASHION_MNIST,
+    DataError,
+    IdxFile,
+    Manifest,
+    load,
+)
 
 
 def idx_bytes(array):

@@ -26,7 +26,7 @@ from benchmarks.gpu.limits import Question
 from benchmarks.gpu.programme import REAL, REHEARSAL, programme
 from benchmarks.gpu.runner import CUT_OFF, FAILED, LEAST, OK, SKIPPED, Part, Record, run_parts
 from benchmarks.instruments import NO_TIME, SharpJudge, compete
-from efficient_densenet.planner import Work
+from efficient_densenet.training.plan import Work
 
 ROOT = Path(__file__).parents[1]
 MODULE = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "cwd": ROOT}

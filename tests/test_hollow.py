@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from efficient_densenet.hollow import Operators, tensors_of
+from efficient_densenet.memory.shapes import Operators, tensors_of
 
 aten = torch.ops.aten
 

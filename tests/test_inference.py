@@ -7,7 +7,8 @@ from libraries import NETWORKS
 from test_block_precision import DTYPES, relative_error
 from torch import nn
 
-from efficient_densenet import convert_, densenet_cifar, inference
+from efficient_densenet import convert_, densenet_cifar
+from efficient_densenet.functional import inference
 
 both_kinds = pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 

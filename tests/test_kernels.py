@@ -8,7 +8,7 @@ import torch
 
 from efficient_densenet import DenseNet, EfficientDenseBlock, kernels
 from efficient_densenet.kernels import eager
-from efficient_densenet.stage import ChoosesKernels
+from efficient_densenet.modules.calls import ChoosesKernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SINGLE, DOUBLE = (torch.float32,), (torch.float64,)

@@ -18,9 +18,9 @@ from test_cli import error_of
 
 from efficient_densenet import DenseNet, plan
 from efficient_densenet.cli import main
-from efficient_densenet.config import ConfigError, TrainConfig, make_optimizer, parse_size
-from efficient_densenet.memory import estimate
-from efficient_densenet.planner import (
+from efficient_densenet.memory.step import estimate
+from efficient_densenet.training.config import ConfigError, TrainConfig, make_optimizer, parse_size
+from efficient_densenet.training.plan import (
     MODES,
     MOST,
     Work,
@@ -336,7 +336,7 @@ def test_an_interrupted_plan_says_so_in_one_line(capsys, monkeypatch) -> None:
     def interrupted(**options) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("efficient_densenet.planner.plan", interrupted)
+    monkeypatch.setattr("efficient_densenet.training.plan.plan", interrupted)
     assert main(["plan", "--budget", "16MiB"]) == 130
     assert capsys.readouterr().err == "efficient-densenet plan: interrupted\n"
 

@@ -24,9 +24,19 @@ from compare import (
 from torch import nn
 from torchvision.models.densenet import _Transition
 
-from efficient_densenet import DenseNet, EfficientDenseBlock, forward, sequence, stage
-from efficient_densenet.reference import AVG_POOLS, CONVS, MAX_POOLS, NORMS, DenseBlock, Transition
-from efficient_densenet.sequence import EfficientSequential, EfficientTransition
+from efficient_densenet import DenseNet, EfficientDenseBlock
+from efficient_densenet.functional import forward
+from efficient_densenet.modules import calls as stage
+from efficient_densenet.modules import sequence
+from efficient_densenet.modules.reference import (
+    AVG_POOLS,
+    CONVS,
+    MAX_POOLS,
+    NORMS,
+    DenseBlock,
+    Transition,
+)
+from efficient_densenet.modules.sequence import EfficientSequential, EfficientTransition
 
 both_kinds = pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 all_dims = pytest.mark.parametrize("dims", SPATIAL)

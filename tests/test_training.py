@@ -12,9 +12,11 @@ pytest.importorskip("lightning")
 
 from test_fashion_mnist import write_data
 
-from efficient_densenet import models, planner, training
-from efficient_densenet.budget import BudgetExceeded
-from efficient_densenet.config import RECIPES, ConfigError, TrainConfig
+from efficient_densenet import models
+from efficient_densenet.memory.budget import BudgetExceeded
+from efficient_densenet.training import plan as planner
+from efficient_densenet.training import run as training
+from efficient_densenet.training.config import RECIPES, ConfigError, TrainConfig
 
 TINY = {
     "depth": 10,
@@ -33,8 +35,8 @@ sys.path.insert(0, {tests!r})
 import torch
 from pathlib import Path
 from test_fashion_mnist import write_data
-from efficient_densenet import training
-from efficient_densenet.config import TrainConfig
+from efficient_densenet.training import run as training
+from efficient_densenet.training.config import TrainConfig
 
 torch.set_num_threads({threads})
 step = training.Classifier.training_step

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from test_fashion_mnist import write_data
 
-from efficient_densenet import training
-from efficient_densenet.config import TrainConfig
+from efficient_densenet.training import run as training
+from efficient_densenet.training.config import TrainConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)

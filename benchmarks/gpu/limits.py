@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cases import DEVICE
 from benchmarks.gpu.runner import Job, PartFailed
-from efficient_densenet.planner import MODES, Work, plan_work
+from efficient_densenet.training.plan import MODES, Work, plan_work
 from scripts.edge_of_budget import step_within
 
 BEYOND_THE_PLAN = 0.03

@@ -25,8 +25,8 @@ from benchmarks.instruments import (
     told,
 )
 from benchmarks.precision import PrecisionJudge
-from efficient_densenet.config import make_optimizer
-from efficient_densenet.planner import MODES, Work
+from efficient_densenet.training.config import make_optimizer
+from efficient_densenet.training.plan import MODES, Work
 from scripts.edge_of_budget import step_within
 
 LEARNING_RATE = 0.01

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from efficient_densenet import stage
-from efficient_densenet.anatomy import CONV, DROPOUT, NORM, RELU, Anatomy
-from efficient_densenet.block import RecomputingBlock
 from efficient_densenet.convert import libraries
-from efficient_densenet.layout import in_format_of
-from efficient_densenet.sequence import RecomputingSequence, RecomputingTransition, Stem
+from efficient_densenet.kernels.layout import in_format_of
+from efficient_densenet.modules import calls as stage
+from efficient_densenet.modules.block import RecomputingBlock
+from efficient_densenet.modules.parts import CONV, DROPOUT, NORM, RELU, Anatomy
+from efficient_densenet.modules.sequence import RecomputingSequence, RecomputingTransition, Stem
 
 KINDS = {kind.role: kind for kind in (NORM, RELU, CONV, DROPOUT)}
 LAYERS = "layers"

@@ -8,11 +8,11 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from efficient_densenet.block import RecomputingBlock
 from efficient_densenet.convert import libraries, recipes
 from efficient_densenet.convert.classes import Converted
 from efficient_densenet.convert.recipes import Recipe
 from efficient_densenet.convert.report import Finding, Report
+from efficient_densenet.modules.block import RecomputingBlock
 
 FilterFn = Callable[[nn.Module, str], bool]
 Mode = Literal["auto", "bottleneck", "norm"]

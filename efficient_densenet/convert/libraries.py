@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from efficient_densenet import lowering
-from efficient_densenet.anatomy import (
+from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules.parts import (
     BOTTLENECK,
     CONV,
     DROPOUT,

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from efficient_densenet import lowering
-from efficient_densenet.anatomy import CONV, DROPOUT, NORM, PATCHED, RELU
-from efficient_densenet.block import RecomputingBlock
 from efficient_densenet.convert import libraries, wiring
 from efficient_densenet.convert.classes import LAYERS, Converted, LayerClass, converted_class
-from efficient_densenet.sequence import RecomputingSequence, RecomputingTransition
+from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules.block import RecomputingBlock
+from efficient_densenet.modules.parts import CONV, DROPOUT, NORM, PATCHED, RELU
+from efficient_densenet.modules.sequence import RecomputingSequence, RecomputingTransition
 
 OWN_FORWARD = "{} has a forward function of its own"
 EFFICIENT = (RecomputingBlock, RecomputingTransition, RecomputingSequence)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from efficient_densenet.layout import is_hollow
+from efficient_densenet.kernels.layout import is_hollow
 
 # Scratch that a slab may fill before the next one starts. With 2 MiB a step takes 1.17 times as
 # long; with 8 to 64 as long (`scripts/choices.py`), and its peak grows by twice the difference.

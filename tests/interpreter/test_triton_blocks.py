@@ -19,9 +19,10 @@ from compare import (
 )
 from test_block_precision import assert_training_as_precise
 
-from efficient_densenet import DenseNet, backward, forward, kernels
+from efficient_densenet import DenseNet, kernels
+from efficient_densenet.functional import backward, forward
+from efficient_densenet.kernels.layout import outer_format
 from efficient_densenet.kernels.triton import launch
-from efficient_densenet.layout import outer_format
 
 both_kinds = pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 either_mode = pytest.mark.parametrize("recompute", MODES)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efficient_densenet.kernels.interface import Norm, Statistics, Tail
+from efficient_densenet.kernels.layout import empty_map
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton.launch import (
     Tile,
@@ -27,7 +28,6 @@ from efficient_densenet.kernels.triton.tile import (
     tile_of,
 )
 from efficient_densenet.kernels.triton.vectors import launch_fold
-from efficient_densenet.layout import empty_map
 
 # Rows, columns, depth, warps and stages to choose from; the first runs where none may be measured.
 TILES = (

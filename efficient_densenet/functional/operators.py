@@ -15,14 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.backward import BlockBackward, backward_stem
-from efficient_densenet.encoding import decode, encode
-from efficient_densenet.forward import Saved, features_at_border, forward_block, forward_stem
+from efficient_densenet.functional.backward import BlockBackward, backward_stem
+from efficient_densenet.functional.encoding import decode, encode
+from efficient_densenet.functional.forward import (
+    Saved,
+    features_at_border,
+    forward_block,
+    forward_stem,
+)
+from efficient_densenet.functional.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTensors
 from efficient_densenet.kernels.convolution import convolve
 from efficient_densenet.kernels.interface import Conv, Statistics
+from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
 from efficient_densenet.kernels.pooling import pooled
-from efficient_densenet.layout import empty_map, inner_format, outer_format
-from efficient_densenet.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTensors
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:

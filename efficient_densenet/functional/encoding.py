@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
 from efficient_densenet.kernels.interface import Geometry, Pool
-from efficient_densenet.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
 
 KINDS: dict[str, type] = {
     kind.__name__: kind

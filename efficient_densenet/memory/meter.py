@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_densenet.hollow import Operators, tensors_of
-from efficient_densenet.layout import is_hollow
-from efficient_densenet.timeline import Event
+from efficient_densenet.kernels.layout import is_hollow
+from efficient_densenet.memory.events import Event
+from efficient_densenet.memory.shapes import Operators, tensors_of
 
 Scratch = Callable[[Any, tuple[Any, ...], Any], int]
 """Bytes that an operator allocates and frees inside itself, by operator, arguments and result."""

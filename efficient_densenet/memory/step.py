@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from efficient_densenet.allocator import AllocatorRecord
-from efficient_densenet.allocator import phase as allocator_phase
-from efficient_densenet.meter import LiveMeter, Scratch
-from efficient_densenet.timeline import Event, Peak, find_peak, live_after_forward
+from efficient_densenet.memory.events import Event, Peak, find_peak, live_after_forward
+from efficient_densenet.memory.meter import LiveMeter, Scratch
+from efficient_densenet.memory.profiler import AllocatorRecord
+from efficient_densenet.memory.profiler import phase as allocator_phase
 
 GRANULARITY = 512
 """Bytes that the CUDA allocator rounds up to."""

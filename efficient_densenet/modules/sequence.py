@@ -8,14 +8,15 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet import lowering, stage
-from efficient_densenet.anatomy import CONV, NORM, NORM_ACT, POOL, RELU, TRANSITION, Anatomy
-from efficient_densenet.block import RecomputingBlock
 from efficient_densenet.kernels import Kernels
 from efficient_densenet.kernels.interface import Pool
-from efficient_densenet.layout import in_format_of
-from efficient_densenet.reference import Transition, global_average
-from efficient_densenet.stage import Exit
+from efficient_densenet.kernels.layout import in_format_of
+from efficient_densenet.modules import calls as stage
+from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules.block import RecomputingBlock
+from efficient_densenet.modules.calls import Exit
+from efficient_densenet.modules.parts import CONV, NORM, NORM_ACT, POOL, RELU, TRANSITION, Anatomy
+from efficient_densenet.modules.reference import Transition, global_average
 
 
 class RecomputingTransition(stage.ChoosesKernels):

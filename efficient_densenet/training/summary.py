@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from efficient_densenet.config import TrainConfig
+from efficient_densenet.training.config import TrainConfig
 
 TRAIN_COLOUR, TEST_COLOUR, GRID_COLOUR = "#8a94a6", "#c2410c", "#e5e7eb"
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.synchronise import joined_statistics
+from efficient_densenet.functional.units import UnitRunner
 from efficient_densenet.kernels.convolution import convolve
 from efficient_densenet.kernels.interface import Conv, Statistics
-from efficient_densenet.layout import empty_map, inner_format, outer_format
-from efficient_densenet.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec, UnitTensors
-from efficient_densenet.synchronise import joined_statistics
-from efficient_densenet.units import UnitRunner
+from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
 
 # A sample of a stem's channels that takes more than this is not computed at once, but so many
 # channels at a time as take half of it, and no fewer than a convolution computes together.

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from efficient_densenet.block import Recompute
-from efficient_densenet.config import (
+from efficient_densenet.memory.meter import Scratch, onednn_scratch
+from efficient_densenet.memory.step import GRANULARITY, StepReport, estimate
+from efficient_densenet.modules.block import Recompute
+from efficient_densenet.modules.reference import BottleneckLayer, DenseBlock
+from efficient_densenet.training.config import (
     AUTOCAST,
     PRECISIONS,
     RECIPES,
@@ -33,9 +36,6 @@ from efficient_densenet.config import (
     make_optimizer,
     parse_size,
 )
-from efficient_densenet.memory import GRANULARITY, StepReport, estimate
-from efficient_densenet.meter import Scratch, onednn_scratch
-from efficient_densenet.reference import BottleneckLayer, DenseBlock
 
 MODES: dict[str, Recompute] = {
     "naive": "none",

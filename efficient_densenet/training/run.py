@@ -31,10 +31,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from efficient_densenet import curves, fashion_mnist, memory, planner
-from efficient_densenet.budget import enforce
-from efficient_densenet.config import AUTOCAST, ConfigError, TrainConfig, make_optimizer
-from efficient_densenet.fashion_mnist import FASHION_MNIST, Manifest
+from efficient_densenet.memory import step as memory
+from efficient_densenet.memory.budget import enforce
+from efficient_densenet.training import fashion_mnist
+from efficient_densenet.training import plan as planner
+from efficient_densenet.training import summary as curves
+from efficient_densenet.training.config import AUTOCAST, ConfigError, TrainConfig, make_optimizer
+from efficient_densenet.training.fashion_mnist import FASHION_MNIST, Manifest
 
 CHECKPOINT = "last.ckpt"
 METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")

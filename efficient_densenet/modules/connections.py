@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from efficient_densenet import lowering, stage
-from efficient_densenet.anatomy import CONV, NORM
-from efficient_densenet.stage import Exit
+from efficient_densenet.modules import calls as stage
+from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules.calls import Exit
+from efficient_densenet.modules.parts import CONV, NORM
 
 
 def recompute_connection(

@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet import inference, operators
-from efficient_densenet.backward import BlockBackward, backward_stem
-from efficient_densenet.forward import Saved, features_at_border, forward_block, forward_stem
+from efficient_densenet.functional import inference, operators
+from efficient_densenet.functional.backward import BlockBackward, backward_stem
+from efficient_densenet.functional.forward import (
+    Saved,
+    features_at_border,
+    forward_block,
+    forward_stem,
+)
+from efficient_densenet.functional.operators import outside_autocast
+from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitTensors
 from efficient_densenet.kernels.interface import Statistics
-from efficient_densenet.operators import outside_autocast
-from efficient_densenet.spec import BlockSpec, StemSpec, UnitTensors
 
 
 def dense_block(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from efficient_densenet.functional.spec import Types, UnitSpec, UnitTensors
+from efficient_densenet.functional.synchronise import group_of
 from efficient_densenet.kernels.interface import Geometry, Pool, Statistics
-from efficient_densenet.spec import Types, UnitSpec, UnitTensors
-from efficient_densenet.synchronise import group_of
 
 NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.forward import Saved, dropout_mask, stem_groups
+from efficient_densenet.functional.forward import Saved, dropout_mask, stem_groups
+from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.synchronise import joined_means
+from efficient_densenet.functional.units import ReadyUnit, UnitRunner
 from efficient_densenet.kernels.convolution import convolve, convolve_backward
 from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients
-from efficient_densenet.layout import empty_map, inner_format, outer_format
-from efficient_densenet.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
-from efficient_densenet.synchronise import joined_means
-from efficient_densenet.units import ReadyUnit, UnitRunner
+from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
 
 
 class MapGradient:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from efficient_densenet import lowering
+from efficient_densenet.modules import reading as lowering
 
 PATCHED = " has hooks or a forward of its own"
 NORM_ACT_TYPES = (

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from efficient_densenet.config import format_size
-from efficient_densenet.meter import LiveMeter, Scratch, onednn_scratch
+from efficient_densenet.memory.meter import LiveMeter, Scratch, onednn_scratch
+from efficient_densenet.training.config import format_size
 
 MOST_TOLD = 5
 

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from efficient_densenet.config import format_size
-from efficient_densenet.memory import StepReport
-from efficient_densenet.planner import Plan, Work
-from efficient_densenet.timeline import live_bytes
+from efficient_densenet.memory.events import live_bytes
+from efficient_densenet.memory.step import StepReport
+from efficient_densenet.training.config import format_size
+from efficient_densenet.training.plan import Plan, Work
 
 COLOURS = {
     "naive": "#8a94a6",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from efficient_densenet.timeline import Event
+from efficient_densenet.memory.events import Event
 
 _MARK = "efficient_densenet: "
 

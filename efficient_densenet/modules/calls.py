@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from efficient_densenet import autograd, lowering
-from efficient_densenet.anatomy import Layer
+from efficient_densenet.functional import autograd
+from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
+from efficient_densenet.functional.synchronise import joined_count
 from efficient_densenet.kernels import Kernels, check, why_eager
 from efficient_densenet.kernels.interface import Pool
-from efficient_densenet.lowering import Seen
-from efficient_densenet.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
-from efficient_densenet.synchronise import joined_count
+from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules.parts import Layer
+from efficient_densenet.modules.reading import Seen
 
 
 class ChoosesKernels(nn.Module):

@@ -7,8 +7,11 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-from efficient_densenet import lowering, stage
-from efficient_densenet.anatomy import (
+from efficient_densenet.kernels import Kernels
+from efficient_densenet.modules import calls as stage
+from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules.calls import Exit
+from efficient_densenet.modules.parts import (
     BASIC,
     BOTTLENECK,
     Anatomy,
@@ -16,9 +19,7 @@ from efficient_densenet.anatomy import (
     read_layer,
     unsupported_layer,
 )
-from efficient_densenet.kernels import Kernels
-from efficient_densenet.reference import BasicLayer, BottleneckLayer, DenseBlock
-from efficient_densenet.stage import Exit
+from efficient_densenet.modules.reference import BasicLayer, BottleneckLayer, DenseBlock
 
 Recompute = Literal["bottleneck", "norm", "none"]
 

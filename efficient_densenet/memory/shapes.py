@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from efficient_densenet.layout import is_channels_last, is_hollow, outer_format
+from efficient_densenet.kernels.layout import is_channels_last, is_hollow, outer_format
 
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 _BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet import kernels
+from efficient_densenet.functional.spec import Types, UnitSpec, UnitTensors
 from efficient_densenet.kernels.interface import (
     Conv,
     Norm,
@@ -16,7 +17,6 @@ from efficient_densenet.kernels.interface import (
     UnitGradients,
     per_channel,
 )
-from efficient_densenet.spec import Types, UnitSpec, UnitTensors
 
 
 class ReadyUnit(NamedTuple):

@@ -1,0 +1,1 @@
+"""The recomputing functions on tensors: what is computed, kept and recomputed."""

@@ -1,0 +1,1 @@
+"""The modules: read as specifications, run through the recomputing functions, or naive."""

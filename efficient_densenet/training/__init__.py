@@ -1,0 +1,1 @@
+"""Training on Fashion-MNIST: configuration, data, the run, and what it leaves."""
