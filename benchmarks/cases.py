@@ -16,7 +16,7 @@ from torchvision.models.densenet import _DenseBlock
 from benchmarks.floor import ConvolutionsAlone
 from efficient_densenet import EfficientDenseBlock
 from efficient_densenet.models import DenseNet
-from efficient_densenet.modules.reference import DenseBlock
+from efficient_densenet.modules.naive import DenseBlock
 
 Kind = Literal["naive", "torchvision", "norm", "bottleneck"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.kernels import Kernels
 from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules import sequence
-from efficient_densenet.modules.block import EfficientDenseBlock, Recompute
+from efficient_densenet.modules.block import EfficientDenseBlock
 from efficient_densenet.modules.calls import ChoosesKernels
-from efficient_densenet.modules.reference import (
+from efficient_densenet.modules.naive import (
     CONVS,
     MAX_POOLS,
     NORMS,

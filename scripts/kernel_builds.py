@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from efficient_densenet.kernels import slabs as workspace
 from efficient_densenet.kernels import triton as operations
-from efficient_densenet.kernels import workspace
 from efficient_densenet.kernels.interface import Conv, Geometry, Norm, Statistics, Tail
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton.launch import Tile

@@ -250,7 +250,7 @@ def test_hook_on_an_inner_module_fires(recompute, hook, path):
     efficient, reference = block_pair(recompute=recompute)
     calls = []
     handle = hook(efficient.get_submodule(path), calls)
-    assert "hook" in efficient.why_reference(image())
+    assert "hook" in efficient.why_naive(image())
     assert_same_training(efficient, reference, image())
     assert len(calls) == 1
     handle.remove()
@@ -341,7 +341,7 @@ UNKNOWN = {
 @pytest.mark.parametrize("change", UNKNOWN.values(), ids=UNKNOWN)
 def test_unknown_inner_module_takes_the_reference_path(recompute, change):
     efficient, reference = block_pair(recompute=recompute, change=change)
-    assert efficient.why_reference(image())
+    assert efficient.why_naive(image())
     assert_same_training(efficient, reference, image())
 
 
@@ -380,7 +380,7 @@ def test_replaced_layer_forward_is_used(recompute):
     for block in (efficient, reference):
         layer = block["denselayer2"]
         layer.forward = lambda features, plain=layer.forward: 2 * plain(features)
-    assert efficient.why_reference(image())
+    assert efficient.why_naive(image())
     assert_same_training(efficient, reference, image())
 
 
@@ -394,13 +394,13 @@ def test_layer_of_a_subclass_is_used(recompute):
         )
 
     efficient, reference = block_pair(recompute=recompute, change=change)
-    assert efficient.why_reference(image())
+    assert efficient.why_naive(image())
     assert_same_training(efficient, reference, image())
 
 
 def test_reference_path_says_that_it_was_chosen():
     efficient, reference = block_pair(recompute="none")
-    assert "none" in efficient.why_reference(image())
+    assert "none" in efficient.why_naive(image())
     assert_same_training(efficient, reference, image(), steps=3)
 
 

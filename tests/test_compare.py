@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_close, assert_same_training, image, norms
 
-from efficient_densenet.modules.reference import DenseBlock
+from efficient_densenet.modules.naive import DenseBlock
 
 
 def update_twice(block):

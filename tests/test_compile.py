@@ -385,7 +385,7 @@ def spec_of(block, x, exit=None):
         layers=tuple(map(stage._layer_spec, block.read_layers())),
         exit=exit and exit.spec(),
         input_channels=x.shape[1],
-        recompute_bottleneck=True,
+        recompute="bottleneck",
         types=lowering.types_of(x),
     )
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from efficient_densenet import recompute_connection
 from efficient_densenet.functional import autograd
-from efficient_densenet.modules.reference import CONVS, NORMS
+from efficient_densenet.modules.naive import CONVS, NORMS
 
 
 class Connected(nn.Module):

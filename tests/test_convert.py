@@ -226,7 +226,7 @@ def test_single_block_converts():
     block = small().features.denseblock1
     report = convert_(block)
     assert report[""].converted
-    assert block.why_reference(torch.randn(2, 8, 5, 5, dtype=torch.float64)) is None
+    assert block.why_naive(torch.randn(2, 8, 5, 5, dtype=torch.float64)) is None
 
 
 def test_auto_keeps_the_features_alone_and_a_second_call_changes_the_mode():
@@ -349,7 +349,7 @@ def test_what_is_not_known_falls_back_and_says_why(change):
     revert_(original)
     for model in (late, original):
         change(model.features.denseblock1)
-    assert reason in late.features.denseblock1.why_reference(x[:, :1].expand(-1, 8, -1, -1))
+    assert reason in late.features.denseblock1.why_naive(x[:, :1].expand(-1, 8, -1, -1))
     assert_same_training(late, original, x, rtol=1e-9)
 
 
@@ -427,7 +427,7 @@ def test_dropout_module_drops_what_it_says(library, recompute):
     block = block.double()
     convert_(block, recompute=recompute, strict=True)
     x = torch.randn(64, 4, 3, 3, dtype=torch.float64)
-    assert block.why_reference(x) is None
+    assert block.why_naive(x) is None
     new = block(x)[:, 4:]
     dropped = (new == 0).flatten(2)
     whole = dropped.all(2)
@@ -504,7 +504,7 @@ def test_known_classes_are_those_of_the_libraries():
     transition = _Transition(8, 4)
     convert_(transition)
     assert isinstance(transition, _Transition)
-    assert transition.why_reference(torch.randn(2, 8, 4, 4)) is None
+    assert transition.why_naive(torch.randn(2, 8, 4, 4)) is None
 
 
 class TestGradCam:

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from efficient_densenet.kernels import eager
 from efficient_densenet.kernels.interface import Norm, Tail, per_channel
-from efficient_densenet.kernels.workspace import Workspace
+from efficient_densenet.kernels.slabs import Workspace
 
 BATCH, MORE = 4, 20
 widths = pytest.mark.parametrize("channels", [1, 5, 12, 48, 129, 132, 136, 256, 300])

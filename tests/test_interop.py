@@ -64,7 +64,7 @@ def scaled_step(block, x, upstream, dtype, scale):
 def test_scaled_step_is_as_precise_as_the_naive_one(mode, bn_size, dtype, took):
     """The error against float64 is at most 1.5 times the naive block's; types are its own."""
     efficient, reference = block_pair(bn_size=bn_size, recompute=mode, dtype=torch.float32)
-    took(efficient.why_reference(image(dtype=torch.float32)))
+    took(efficient.why_naive(image(dtype=torch.float32)))
     results, states = [], []
     for _ in range(DRAWS):
         x = image(dtype=torch.float32).requires_grad_()
@@ -92,7 +92,7 @@ def test_scaled_step_is_as_precise_as_the_naive_one(mode, bn_size, dtype, took):
 def test_overflowing_step_is_skipped(mode, took):
     efficient, _ = block_pair(recompute=mode, dtype=torch.float32)
     x = image(dtype=torch.float32).requires_grad_()
-    took(efficient.why_reference(x))
+    took(efficient.why_naive(x))
     before = {name: p.detach().clone() for name, p in efficient.named_parameters()}
     upstream = torch.full((3, 14, *SPATIAL[2]), 1e3)
     _, scale = scaled_step(efficient, x, upstream, torch.float16, scale=2.0**15)
@@ -106,7 +106,7 @@ def test_overflowing_step_is_skipped(mode, took):
 def test_backward_under_another_autocast_computes_the_same(mode, took):
     efficient, _ = block_pair(recompute=mode, dtype=torch.float32)
     x = image(dtype=torch.float32).requires_grad_()
-    took(efficient.why_reference(x))
+    took(efficient.why_naive(x))
     found = []
     for backward in (None, torch.float16):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -148,7 +148,7 @@ def test_channels_last_is_copied_only_into_the_buffers(mode, dims, took):
         layers, channels, 2, growth, dims=dims, recompute=mode, dtype=torch.float32
     )
     x = torch.randn(4, channels, *size).to(memory_format=FORMATS[dims]).requires_grad_()
-    took(efficient.why_reference(x))
+    took(efficient.why_naive(x))
     out = efficient(x)
     upstream = torch.randn_like(out)
     assert out.is_contiguous(memory_format=FORMATS[dims])
@@ -171,7 +171,7 @@ def test_channels_last_is_copied_only_into_the_buffers(mode, dims, took):
 def test_channels_last_matches_reference(mode, dims, took):
     efficient, reference = block_pair(dims=dims, recompute=mode)
     x = image(dims=dims).to(memory_format=FORMATS[dims])
-    took(efficient.why_reference(x))
+    took(efficient.why_naive(x))
     assert_same_training(efficient, reference, x, steps=2)
 
 
@@ -179,7 +179,7 @@ def test_channels_last_matches_reference(mode, dims, took):
 @every_mode
 def test_functional_call_uses_the_given_parameters(mode, took):
     efficient, reference = block_pair(recompute=mode)
-    took(efficient.why_reference(image()))
+    took(efficient.why_naive(image()))
     stranger, _ = block_pair(recompute=mode)
     given = {k: v.detach().clone().requires_grad_() for k, v in reference.named_parameters()}
     buffers = {k: v.clone() for k, v in reference.named_buffers()}
@@ -198,7 +198,7 @@ def test_functional_call_uses_the_given_parameters(mode, took):
 def test_functional_gradient_matches_reference(mode, took):
     efficient, reference = block_pair(recompute=mode, change=nn.Module.eval)
     x = image()
-    took(efficient.why_reference(x))
+    took(efficient.why_naive(x))
 
     def loss(parameters, x):
         return functional_call(efficient, parameters, (x,)).square().sum()
@@ -225,7 +225,7 @@ def test_vmap_is_refused_in_one_sentence(mode, took):
 def test_vmap_over_the_naive_path_works(mode, took):
     efficient, reference = block_pair(recompute=mode, change=nn.Module.eval)
     images = torch.stack([image(), image()])
-    took(efficient.why_reference(images[0]))
+    took(efficient.why_naive(images[0]))
     expected = torch.stack([reference(x) for x in images])
     assert_close("output", torch.func.vmap(efficient)(images), expected, 1e-10)
 
@@ -275,7 +275,7 @@ def test_a_step_reads_no_value(mode, bn_size, momentum, took):
 
     efficient, _ = block_pair(bn_size=bn_size, recompute=mode, change=change)
     x = image().requires_grad_()
-    took(efficient.why_reference(x))
+    took(efficient.why_naive(x))
     upstream = upstream_for(efficient(x))
     with NoValueIsRead():
         efficient(x).backward(upstream)
@@ -289,7 +289,7 @@ def test_a_step_reads_no_value(mode, bn_size, momentum, took):
 def test_everything_kept_goes_through_saved_tensors_hooks(mode, bn_size, took):
     efficient, reference = block_pair(bn_size=bn_size, recompute=mode, drop_rate=0.0)
     x = image().requires_grad_()
-    took(efficient.why_reference(x))
+    took(efficient.why_naive(x))
     packed = []
 
     def pack(tensor):
@@ -312,7 +312,7 @@ def test_everything_kept_goes_through_saved_tensors_hooks(mode, bn_size, took):
 def test_saved_tensors_may_be_moved_away(mode, took):
     efficient, reference = block_pair(recompute=mode)
     x = image().requires_grad_()
-    took(efficient.why_reference(x))
+    took(efficient.why_naive(x))
     with torch.autograd.graph.save_on_cpu():
         got = training_results(efficient, x)
     assert_all_close(got, training_results(reference, x), 1e-10)
@@ -348,7 +348,7 @@ def test_block_may_be_checkpointed(mode, reentrant, change, took):
     block would update them again. The reference is then the block without a checkpoint.
     """
     efficient, reference = block_pair(recompute=mode, change=change)
-    took(efficient.why_reference(image()))
+    took(efficient.why_naive(image()))
     efficient = Checkpointed(efficient, use_reentrant=reentrant)
     if reentrant or mode == "none":
         reference = Checkpointed(reference, use_reentrant=reentrant)
@@ -362,7 +362,7 @@ def test_block_may_be_checkpointed(mode, reentrant, change, took):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpointed_dropout_draws_the_same_masks_again(mode, reentrant, took):
     plain, _ = block_pair(recompute=mode, drop_rate=0.4)
-    took(plain.why_reference(image()))
+    took(plain.why_naive(image()))
     again = Checkpointed(copy.deepcopy(plain), use_reentrant=reentrant)
     x, found = image(), []
     for module in (plain, again):
@@ -397,7 +397,7 @@ PARAMETRISED = {"weight norm": weight_normed, "spectral norm": spectral_normed}
 )
 def test_parametrised_convolution_takes_the_reference_path(change, mode, took):
     efficient, reference = block_pair(recompute=mode, change=change)
-    reason = efficient.why_reference(image())
+    reason = efficient.why_naive(image())
     took(reason)
     assert mode == "none" or "Parametrized" in reason
     assert_same_training(efficient, reference, image(), steps=3)
@@ -428,7 +428,7 @@ SHARING = [share_weight, share_convolution, share_norm, share_norm_with_cumulati
 @pytest.mark.parametrize("share", SHARING)
 def test_shared_parameters_match_reference(mode, share, took):
     efficient, reference = block_pair(recompute=mode, change=share)
-    took(efficient.why_reference(image()))
+    took(efficient.why_naive(image()))
     assert_same_training(efficient, reference, image(), steps=3)
 
 
@@ -458,7 +458,7 @@ def with_lora(block):
 @every_mode
 def test_replaced_convolutions_take_the_reference_path(mode, took):
     efficient, reference = block_pair(recompute=mode, change=with_lora)
-    reason = efficient.why_reference(image())
+    reason = efficient.why_naive(image())
     took(reason)
     assert mode == "none" or reason == "denselayer1.conv1 is a LoRA"
     assert_same_training(efficient, reference, image(), steps=3)
@@ -475,7 +475,7 @@ def test_merged_convolutions_are_efficient_again(mode, took):
         for layer in block.values():
             layer.conv1, layer.conv2 = layer.conv1.base, layer.conv2.base
         block.requires_grad_(True)
-    took(efficient.why_reference(image()))
+    took(efficient.why_naive(image()))
     assert_same_training(efficient, reference, image())
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from efficient_densenet import EfficientDenseBlock, densenet121
-from efficient_densenet.modules.reference import DenseBlock
+from efficient_densenet.modules.naive import DenseBlock
 from scripts import ledger
 
 MIB = 2**20

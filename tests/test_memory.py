@@ -12,13 +12,13 @@ from torch import nn
 from torchvision.models.densenet import _DenseBlock
 
 from efficient_densenet import EfficientDenseBlock
-from efficient_densenet.kernels import workspace
+from efficient_densenet.kernels import slabs as workspace
 from efficient_densenet.memory.events import Event, find_peak, live_bytes
 from efficient_densenet.memory.meter import LiveMeter, onednn_scratch
 from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.memory.step import GRANULARITY, estimate, measure, meter
 from efficient_densenet.models import densenet_cifar
-from efficient_densenet.modules.reference import DenseBlock
+from efficient_densenet.modules.naive import DenseBlock
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 aten = torch.ops.aten

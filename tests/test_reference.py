@@ -6,7 +6,7 @@ from compare import KINDS, SPATIAL, assert_close, assert_same_training, image, r
 from torch import nn
 from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 
-from efficient_densenet.modules.reference import (
+from efficient_densenet.modules.naive import (
     BottleneckLayer,
     DenseBlock,
     Transition,

@@ -28,7 +28,7 @@ from efficient_densenet import DenseNet, EfficientDenseBlock
 from efficient_densenet.functional import forward
 from efficient_densenet.modules import calls as stage
 from efficient_densenet.modules import sequence
-from efficient_densenet.modules.reference import (
+from efficient_densenet.modules.naive import (
     AVG_POOLS,
     CONVS,
     MAX_POOLS,
@@ -165,7 +165,7 @@ def big(dims):
 def test_transition_trains_as_the_reference(dims, layout, bias, change):
     efficient, reference = transitions(dims, bias, change=change)
     x = image(dims=dims).to(memory_format=layout)
-    assert efficient.why_reference(x) is None
+    assert efficient.why_naive(x) is None
     assert_same_training(efficient, reference, x, steps=2)
 
 
@@ -173,7 +173,7 @@ def test_transition_trains_as_the_reference(dims, layout, bias, change):
 def test_wrong_number_of_channels_is_refused_as_batch_norm_does(expected):
     transition = EfficientTransition(expected, 2)
     x = torch.randn(2, 5, 4, 4)
-    assert f"expects {expected} channels and gets 5" in transition.why_reference(x)
+    assert f"expects {expected} channels and gets 5" in transition.why_naive(x)
     block = EfficientDenseBlock(1, 3, 2, 2)
     for model, shape in (
         (transition, (2, 5, 4, 4)),
@@ -291,7 +291,7 @@ def test_call_without_grad_matches_the_reference(build, training):
 
 @pytest.mark.parametrize("build", [transitions, stems], ids=lambda b: b.__name__)
 def test_slabs_of_one_sample_change_nothing(build, monkeypatch):
-    from efficient_densenet.kernels import workspace
+    from efficient_densenet.kernels import slabs as workspace
 
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
     efficient, reference = build(bias=True)
@@ -561,7 +561,7 @@ def test_results_do_not_depend_on_running_together():
 def test_sequence_knows_a_stem():
     modules = list(stem_modules().values())
     x = torch.randn(2, 5, 9, 9)
-    assert sequence.stem_at(modules).why_reference(x) is None
+    assert sequence.stem_at(modules).why_naive(x) is None
     assert sequence.stem_at(modules[:3]) is None
     assert sequence.stem_at(modules[::-1]) is None
 

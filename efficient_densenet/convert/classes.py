@@ -49,7 +49,7 @@ class NewFeaturesBlock(ListBlock):
     """A block whose layers are in a list; it returns the new features only, a view of all."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_reference(x):
+        if self.why_naive(x):
             return super().forward(x)
         return self.run(x)[:, x.shape[1] :]
 
@@ -69,7 +69,7 @@ class Stage(RecomputingBlock):
         transition = self.transition()
         if transition is not None:
             x = transition(x)
-        if not self.why_reference(x):
+        if not self.why_naive(x):
             return self.run(x)
         for _, layer in self.dense_layers():
             x = layer(x)
@@ -81,10 +81,10 @@ class StemBlock(nn.Module):
 
     anatomy: ClassVar[Anatomy]
 
-    def why_reference(self, x: Tensor) -> str | None:
+    def why_naive(self, x: Tensor) -> str | None:
         """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
         reason = self.unsupported()
-        return f"the stem{reason}" if reason else self.stem().why_reference(x)
+        return f"the stem{reason}" if reason else self.stem().why_naive(x)
 
     def unsupported(self) -> str | None:
         """What about its modules the efficient path does not know, as the end of a sentence."""
@@ -96,7 +96,7 @@ class StemBlock(nn.Module):
         return Stem(conv, norm, pool, len(self._modules))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_reference(x):
+        if self.why_naive(x):
             return super().forward(x)
         stem = self.stem()
         return in_format_of(x, stage.run_stem(stem.conv, stem.norm, stem.pool, x))

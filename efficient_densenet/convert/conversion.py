@@ -37,7 +37,7 @@ def convert_(
     parameters, state-dict keys, hooks and what refers to them stay, and so do copies and pickles.
     Known transitions and stems are converted with the blocks. A call that the efficient path does
     not support runs on the class's own forward function, whatever the reason;
-    ``why_reference(x)`` of a converted module says it.
+    ``why_naive(x)`` of a converted module says it.
 
     Args:
         model: a model of torchvision, timm, MONAI, torchxrayvision, torchreid,

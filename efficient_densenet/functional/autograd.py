@@ -38,8 +38,8 @@ def dense_block(
         y = conv(pool(relu(bn(x))))
 
     Never kept for the backward pass: concatenations, normalised maps, and with
-    ``recompute_bottleneck`` the bottleneck maps. ``units`` holds the tensors of every layer's units
-    in order, then those of the exit.
+    ``recompute="bottleneck"`` the bottleneck maps. ``units`` holds the tensors of the units of every
+    layer in order, then those of the exit.
 
     Returns the features (with an exit, its result), the features' statistics (written as far as a
     norm reads them), and per layer the statistics of its bottleneck map (``None`` where there is

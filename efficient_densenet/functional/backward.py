@@ -12,7 +12,7 @@ from efficient_densenet.functional.forward import Saved, dropout_mask, stem_grou
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
 from efficient_densenet.functional.units import ReadyUnit, UnitRunner
-from efficient_densenet.kernels.convolution import convolve, convolve_backward
+from efficient_densenet.kernels.aten import convolve, convolve_backward
 from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients
 from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
 

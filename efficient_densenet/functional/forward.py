@@ -11,7 +11,7 @@ from torch import Tensor
 from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_statistics
 from efficient_densenet.functional.units import UnitRunner
-from efficient_densenet.kernels.convolution import convolve
+from efficient_densenet.kernels.aten import convolve
 from efficient_densenet.kernels.interface import Conv, Statistics
 from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
 
@@ -51,7 +51,7 @@ class Saved(NamedTuple):
             for unit in seconds
         ]
         bottlenecks = [
-            next(tensors) if unit and not spec.recompute_bottleneck else None for unit in seconds
+            next(tensors) if unit and spec.keeps_bottlenecks else None for unit in seconds
         ]
         return cls(features, statistics, bottlenecks, bottleneck_statistics)
 
@@ -122,7 +122,7 @@ def forward_block(
         if second:
             ready = buffer.units.ready(second[0], tensors[1], statistics, y.dim())
             y, _ = buffer.units.forward(y, ready)
-        bottlenecks.append(None if spec.recompute_bottleneck else bottleneck)
+        bottlenecks.append(bottleneck if spec.keeps_bottlenecks else None)
         bottleneck_statistics.append(statistics)
         if layer.drop_rate:
             y.mul_(dropout_mask(y, layer, seed, buffer.units.memory_format))

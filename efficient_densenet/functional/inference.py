@@ -13,10 +13,9 @@ from torch import Tensor
 
 from efficient_densenet.functional.forward import FeatureBuffer
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
-from efficient_densenet.kernels.convolution import convolve
+from efficient_densenet.kernels.aten import convolve, pooled
 from efficient_densenet.kernels.interface import Conv
 from efficient_densenet.kernels.layout import inner_format, outer_format
-from efficient_densenet.kernels.pooling import pooled
 
 
 def suits_block(spec: BlockSpec, *tensors: Tensor | None) -> bool:

@@ -24,10 +24,9 @@ from efficient_densenet.functional.forward import (
     forward_stem,
 )
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTensors
-from efficient_densenet.kernels.convolution import convolve
+from efficient_densenet.kernels.aten import convolve, pooled
 from efficient_densenet.kernels.interface import Conv, Statistics
 from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
-from efficient_densenet.kernels.pooling import pooled
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -101,7 +100,7 @@ def _(
     seconds = [(layer.width, layer.units[1]) for layer in block.layers if len(layer.units) == 2]
     widths = [block.channels, *(width for width, unit in seconds if unit.batch_statistics)]
     returned += [_vector(x, width, types.statistics) for width in widths for _ in range(2)]
-    if not block.recompute_bottleneck:
+    if block.keeps_bottlenecks:
         returned += [empty_map(x, width, inner, types.compute) for width, _ in seconds]
     return returned
 

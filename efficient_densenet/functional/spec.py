@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from efficient_densenet.functional.modes import MODES, Recompute
 from efficient_densenet.kernels.interface import Geometry, Pool
 
 
@@ -78,7 +79,7 @@ class BlockSpec:
 
     ``exit`` is a last unit that reads all features (a transition, or the norm before the
     classifier); with it the block returns its result and the features stay inside.
-    ``recompute_bottleneck`` drops the bottleneck maps too and convolves again in the backward pass.
+    ``recompute`` is ``"norm"`` or ``"bottleneck"``: a naive block has no specification.
     ``kernels`` says which implementation of the operations to take (``kernels/__init__.py``). Batch
     statistics are those of all processes of ``process_group``, if there is one.
     """
@@ -86,10 +87,15 @@ class BlockSpec:
     layers: tuple[LayerSpec, ...]
     exit: UnitSpec | None
     input_channels: int
-    recompute_bottleneck: bool
+    recompute: Recompute
     types: Types
     kernels: str = "auto"
     process_group: Any = None
+
+    @property
+    def keeps_bottlenecks(self) -> bool:
+        """Whether bottleneck maps are kept rather than convolved again."""
+        return MODES[self.recompute].keeps_bottlenecks
 
     @property
     def channels(self) -> int:

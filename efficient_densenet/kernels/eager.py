@@ -12,8 +12,13 @@ from torch import Tensor
 
 from efficient_densenet.kernels.interface import Norm, Statistics, Tail, UnitGradients, per_channel
 from efficient_densenet.kernels.layout import is_channels_last, outer_format
-from efficient_densenet.kernels.tail import Rectify, add, backward_of_slabs, tail_of_slabs
-from efficient_densenet.kernels.workspace import Workspace
+from efficient_densenet.kernels.slabs import (
+    Rectify,
+    Workspace,
+    add,
+    backward_of_slabs,
+    tail_of_slabs,
+)
 
 # Channels that PyTorch's batch-norm kernels should find in a row. They sum each in 32 bits, so that
 # more and shorter sums are more precise, and take some at once: what is left over goes one by one

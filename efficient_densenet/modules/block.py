@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from efficient_densenet.functional.modes import Recompute, check_recompute
 from efficient_densenet.kernels import Kernels
 from efficient_densenet.modules import calls as stage
 from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules.calls import Exit
+from efficient_densenet.modules.naive import BasicLayer, BottleneckLayer, DenseBlock
 from efficient_densenet.modules.parts import (
     BASIC,
     BOTTLENECK,
@@ -19,15 +21,12 @@ from efficient_densenet.modules.parts import (
     read_layer,
     unsupported_layer,
 )
-from efficient_densenet.modules.reference import BasicLayer, BottleneckLayer, DenseBlock
-
-Recompute = Literal["bottleneck", "norm", "none"]
 
 
 class RecomputingBlock(stage.ChoosesKernels):
     """What makes a dense block recompute: a base in front of the class whose forward is naive.
 
-    A call that the efficient path does not support runs on the class behind; :meth:`why_reference`
+    A call that the efficient path does not support runs on the class behind; :meth:`why_naive`
     says why. The layers are read at every call, each by the anatomy of its class.
     """
 
@@ -41,15 +40,14 @@ class RecomputingBlock(stage.ChoosesKernels):
 
     @recompute.setter
     def recompute(self, mode: Recompute) -> None:
-        if mode not in get_args(Recompute):
-            raise ValueError(f"recompute must be one of {get_args(Recompute)}, got {mode!r}")
+        check_recompute(mode)
         self._recompute = mode
 
     def __prepare_scriptable__(self) -> Any:
         """Called by ``torch.jit.script`` on every module of a model."""
         raise RuntimeError(
             "TorchScript cannot script what recomputes: trace or export the model, or put a "
-            "reference.DenseBlock with the same state dict in the place of each dense block"
+            "naive.DenseBlock with the same state dict in the place of each dense block"
         )
 
     def extra_repr(self) -> str:
@@ -66,7 +64,7 @@ class RecomputingBlock(stage.ChoosesKernels):
                 return anatomy
         return None
 
-    def why_reference(self, x: Tensor) -> str | None:
+    def why_naive(self, x: Tensor) -> str | None:
         """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
         if self.recompute == "none":
             return 'recompute="none"'
@@ -92,15 +90,13 @@ class RecomputingBlock(stage.ChoosesKernels):
         return [read_layer(layer, anatomy) for layer, anatomy in pairs if anatomy]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_reference(x):
+        if self.why_naive(x):
             return super().forward(x)
         return self.run(x)
 
     def run(self, x: Tensor, exit: Exit | None = None) -> Tensor:
         """The efficient path: the features, or what ``exit`` makes of them."""
-        return stage.run_layers(
-            self.read_layers(), x, self.recompute == "bottleneck", exit, self.kernels
-        )
+        return stage.run_layers(self.read_layers(), x, self.recompute, exit, self.kernels)
 
 
 class EfficientDenseBlock(RecomputingBlock, DenseBlock):
@@ -131,7 +127,7 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
     Raises:
         ValueError: if an argument is out of range; the message quotes it.
 
-    What the efficient path does not support runs on the naive one; :meth:`why_reference` says why.
+    What the efficient path does not support runs on the naive one; :meth:`why_naive` says why.
     """
 
     layer_classes = ((BottleneckLayer, BOTTLENECK), (BasicLayer, BASIC))

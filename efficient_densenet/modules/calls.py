@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from efficient_densenet.functional import autograd
+from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
 from efficient_densenet.functional.synchronise import joined_count
 from efficient_densenet.kernels import Kernels, check, why_eager
@@ -62,7 +63,7 @@ class Exit(NamedTuple):
 def run_layers(
     layers: Sequence[Layer],
     x: Tensor,
-    recompute_bottleneck: bool,
+    recompute: Recompute,
     exit: Exit | None = None,
     kernels: Kernels = "auto",
 ) -> Tensor:
@@ -74,7 +75,7 @@ def run_layers(
         layers=tuple(map(_layer_spec, layers)),
         exit=exit and exit.spec(),
         input_channels=x.shape[1],
-        recompute_bottleneck=recompute_bottleneck,
+        recompute=recompute,
         types=lowering.types_of(x),
         kernels=kernels,
         process_group=_process_group(all_norms(layers, exit)),

@@ -97,7 +97,7 @@ def _by_the_blocks_functions(features: Sequence[Tensor], exit: Exit) -> Tensor:
         return torch.cat([map.detach() for map in features], 1)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return stage.run_layers([], x, False, exit)
+        return stage.run_layers([], x, "norm", exit)
 
 
 def _checkpointed(features: Sequence[Tensor], norm: Any, activation: Any, conv: Any) -> Tensor:

@@ -15,20 +15,20 @@ from efficient_densenet.modules import calls as stage
 from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules.block import RecomputingBlock
 from efficient_densenet.modules.calls import Exit
+from efficient_densenet.modules.naive import Transition, global_average
 from efficient_densenet.modules.parts import CONV, NORM, NORM_ACT, POOL, RELU, TRANSITION, Anatomy
-from efficient_densenet.modules.reference import Transition, global_average
 
 
 class RecomputingTransition(stage.ChoosesKernels):
     """What makes a transition recompute: a base in front of the class whose forward is naive.
 
-    A call that the efficient path does not support runs on the class behind; :meth:`why_reference`
+    A call that the efficient path does not support runs on the class behind; :meth:`why_naive`
     says why. The modules are read at every call, by the anatomy of the class.
     """
 
     anatomy: ClassVar[Anatomy] = TRANSITION
 
-    def why_reference(self, x: Tensor) -> str | None:
+    def why_naive(self, x: Tensor) -> str | None:
         """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
         reason = lowering.unsupported_call(x)
         if reason:
@@ -57,9 +57,9 @@ class RecomputingTransition(stage.ChoosesKernels):
         return Exit(norm, lowering.pooling(pool), conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_reference(x):
+        if self.why_naive(x):
             return super().forward(x)
-        return stage.run_layers([], x, False, self.exit(), self.kernels)
+        return stage.run_layers([], x, "norm", self.exit(), self.kernels)
 
 
 class EfficientTransition(RecomputingTransition, Transition):
@@ -70,7 +70,7 @@ class EfficientTransition(RecomputingTransition, Transition):
     statistics are those of torchvision's ``_Transition``: average pooling and a 1x1 convolution
     commute, and in this order the convolution has a quarter of the positions to visit.
 
-    What the efficient path does not support runs on the naive one; :meth:`why_reference` says why.
+    What the efficient path does not support runs on the naive one; :meth:`why_naive` says why.
     """
 
 
@@ -106,7 +106,7 @@ def run(modules: Sequence[Any], x: Tensor, kernels: Kernels = "auto") -> Tensor:
     while i < len(modules):
         here = modules[i:]
         stem = stem_at(here)
-        if stem and not stem.why_reference(x):
+        if stem and not stem.why_naive(x):
             x, i = stage.run_stem(stem.conv, stem.norm, stem.pool, x, kernels), i + stem.modules
         elif (
             len(here) > 1
@@ -137,7 +137,7 @@ def run_to_average(modules: Sequence[Any], x: Tensor, kernels: Kernels = "auto")
         or lowering.unsupported_statistics(x, [norm])
     ):
         return global_average(F.relu(norm(x)))
-    return stage.run_layers([], x, False, Exit(norm, Pool("all")), kernels)
+    return stage.run_layers([], x, "norm", Exit(norm, Pool("all")), kernels)
 
 
 def shares_features(block: Any, norm: Any, x: Tensor) -> bool:
@@ -146,7 +146,7 @@ def shares_features(block: Any, norm: Any, x: Tensor) -> bool:
         isinstance(block, RecomputingBlock)
         and type(block).forward is RecomputingBlock.forward
         and not lowering.is_patched(block)
-        and block.why_reference(x) is None
+        and block.why_naive(x) is None
     )
     if not runs_here:
         return False
@@ -175,7 +175,7 @@ class Stem(NamedTuple):
     pool: Any
     modules: int
 
-    def why_reference(self, x: Tensor) -> str | None:
+    def why_naive(self, x: Tensor) -> str | None:
         """Why the stem cannot keep the image ``x`` alone, or ``None`` if it can."""
         reason = lowering.unsupported_call(x)
         if reason:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from efficient_densenet import models
-from efficient_densenet.modules.block import Recompute
+from efficient_densenet.functional.modes import Recompute
 
 
 class ConfigError(ValueError):

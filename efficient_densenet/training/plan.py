@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.memory.meter import Scratch, onednn_scratch
 from efficient_densenet.memory.step import GRANULARITY, StepReport, estimate
-from efficient_densenet.modules.block import Recompute
-from efficient_densenet.modules.reference import BottleneckLayer, DenseBlock
+from efficient_densenet.modules.naive import BottleneckLayer, DenseBlock
 from efficient_densenet.training.config import (
     AUTOCAST,
     PRECISIONS,

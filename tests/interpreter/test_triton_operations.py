@@ -5,7 +5,8 @@ import torch
 from compare import FORMATS
 from test_block_precision import relative_error
 
-from efficient_densenet.kernels import eager, triton, workspace
+from efficient_densenet.kernels import eager, triton
+from efficient_densenet.kernels import slabs as workspace
 from efficient_densenet.kernels.interface import Conv, Geometry, Pool, Statistics, Tail
 from efficient_densenet.kernels.triton import launch
 

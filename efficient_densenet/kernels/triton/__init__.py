@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from efficient_densenet.kernels.interface import Norm, Statistics, Tail, UnitGradients
-from efficient_densenet.kernels.tail import backward_of_slabs, tail_of_slabs
+from efficient_densenet.kernels.slabs import Workspace, backward_of_slabs, tail_of_slabs
 from efficient_densenet.kernels.triton import vectors
 from efficient_densenet.kernels.triton.elementwise import (
     launch_append,
@@ -29,7 +29,6 @@ from efficient_densenet.kernels.triton.gradients import (
 from efficient_densenet.kernels.triton.launch import tuned as tuned
 from efficient_densenet.kernels.triton.product import launch_product
 from efficient_densenet.kernels.triton.vectors import launch_collect, launch_ready
-from efficient_densenet.kernels.workspace import Workspace
 
 if not isinstance(vectors.ready, triton.JITFunction):
     from efficient_densenet.kernels.triton import interpreted

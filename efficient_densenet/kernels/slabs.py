@@ -1,13 +1,20 @@
-"""The scratch of one pass: a slab of normalised samples, overwritten by every layer."""
+"""The scratch of one pass, and what reads a normalised and activated map, slab by slab.
+
+A slab is as many samples as the scratch holds; every layer overwrites it. What reads a map, here
+its "tail", is a pooling and a convolution by PyTorch; the caller says how a slab is normalised into
+the scratch, and takes the gradient of each slab.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from efficient_densenet.kernels.aten import convolve, convolve_backward, pooled, pooled_backward
+from efficient_densenet.kernels.interface import Conv, Tail
 from efficient_densenet.kernels.layout import is_hollow
 
 # Scratch that a slab may fill before the next one starts. With 2 MiB a step takes 1.17 times as
@@ -81,3 +88,80 @@ class Workspace:
         return storage.as_strided(
             slab.shape, (channels * self._positions, across_channels, *spatial)
         )
+
+
+Rectify = Callable[[Tensor, Tensor], Tensor]  # a slab into its place in the workspace
+
+
+def tail_of_slabs(x: Tensor, tail: Tail, workspace: Workspace, rectify: Rectify) -> Tensor:
+    """``tail(rectify(x))``."""
+    out: Tensor | None = None
+    for rows in workspace.distinct_slabs(x):
+        slab = x[rows]
+        y = _tail(rectify(slab, workspace.scratch(slab, tail.dtype)), tail)
+        if len(y) == len(x):
+            return y
+        if out is None:
+            shape = (len(x), *y.shape[1:])
+            out = torch.empty(
+                shape, dtype=y.dtype, device=y.device, memory_format=workspace.memory_format
+            )
+        out[rows] = y
+        del y  # or it would live beside the next slab's
+    assert out is not None
+    return out
+
+
+def backward_of_slabs(
+    grad: Tensor,
+    x: Tensor,
+    tail: Tail,
+    workspace: Workspace,
+    rectify: Rectify,
+    needs: tuple[bool, bool, bool],
+    receive: Callable[[slice, Tensor, Tensor], None],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`tail_of_slabs` with respect to weight and bias, as far as needed.
+
+    ``receive`` gets each slab's rows, its rectified map, and the gradient with respect to that; it
+    may write into the gradient.
+    """
+    weight = bias = None
+    for rows in workspace.distinct_slabs(x):
+        slab = x[rows]
+        a = rectify(slab, workspace.scratch(slab, tail.dtype))
+        d, slab_weight, slab_bias = tail_backward(grad[rows].to(tail.dtype), a, tail, needs)
+        weight, bias = add(weight, slab_weight), add(bias, slab_bias)
+        if d is not None:
+            receive(rows, a, d)
+        del d  # or it would live beside the next slab's
+    return weight, bias
+
+
+def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of what is there."""
+    return part if total is None or part is None else total + part
+
+
+def _tail(a: Tensor, tail: Tail) -> Tensor:
+    a = pooled(a, tail.pool) if tail.pool else a
+    return convolve(a, tail.conv) if tail.conv else a
+
+
+def tail_backward(
+    grad: Tensor, a: Tensor, tail: Tail, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``tail(a)`` with respect to ``a``, the weight and the bias, as far as needed."""
+    if tail.pool is None:
+        return _convolution_backward(grad, a, tail.conv, needs)
+    read = pooled(a, tail.pool) if tail.conv else a
+    dread, weight, bias = _convolution_backward(grad, read, tail.conv, needs)
+    return None if dread is None else pooled_backward(dread, a, tail.pool), weight, bias
+
+
+def _convolution_backward(
+    grad: Tensor, a: Tensor, conv: Conv | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if conv is None:
+        return (grad if needs[0] else None), None, None
+    return convolve_backward(grad, a, conv, needs)

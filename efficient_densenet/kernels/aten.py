@@ -1,4 +1,4 @@
-"""Poolings and their gradients by PyTorch's operators, without autograd."""
+"""Convolutions and poolings by PyTorch's own operators, without autograd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Pool
+from efficient_densenet.kernels.interface import Conv, Pool
 
 aten = torch.ops.aten
 AVERAGES = {4: aten.avg_pool2d, 5: aten.avg_pool3d}
@@ -18,6 +18,38 @@ MAXIMA_BACKWARD = {
     4: aten.max_pool2d_with_indices_backward,
     5: aten.max_pool3d_with_indices_backward,
 }
+
+
+def convolve(x: Tensor, conv: Conv) -> Tensor:
+    """The convolution of ``x``, in its dtype."""
+    stride, padding, dilation, groups = conv.geometry
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    weight, no_output_padding = conv.weight.to(x.dtype), [0] * len(stride)
+    return torch.convolution(
+        x, weight, bias, stride, padding, dilation, False, no_output_padding, groups
+    )
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, conv: Conv, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of :func:`convolve` with respect to ``x``, weight and bias, as far as needed."""
+    stride, padding, dilation, groups = conv.geometry
+    weight, no_output_padding = conv.weight.to(x.dtype), [0] * len(stride)
+    bias_sizes = [len(weight)]
+    return torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        bias_sizes,
+        stride,
+        padding,
+        dilation,
+        False,
+        no_output_padding,
+        groups,
+        needs,
+    )
 
 
 def pooled(x: Tensor, pool: Pool) -> Tensor:
