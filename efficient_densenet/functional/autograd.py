@@ -38,7 +38,7 @@ def dense_block(
         y = conv(pool(relu(bn(x))))
 
     Never kept for the backward pass: concatenations, normalised maps, and with
-    ``recompute="bottleneck"`` the bottleneck maps. ``units`` holds the tensors of the units of every
+    ``recompute="bottleneck"`` the bottleneck maps. ``units`` holds the tensors of the units of each
     layer in order, then those of the exit.
 
     Returns the features (with an exit, its result), the features' statistics (written as far as a
