@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet.functional.modes import Recompute
-from efficient_densenet.kernels import Kernels
+from efficient_densenet.kernels.implementations import Kernels
 from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules import sequence
 from efficient_densenet.modules.block import EfficientDenseBlock

@@ -22,9 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from efficient_densenet.kernels import slabs as workspace
-from efficient_densenet.kernels import triton as operations
 from efficient_densenet.kernels.interface import Conv, Geometry, Norm, Statistics, Tail
-from efficient_densenet.kernels.triton import launch
+from efficient_densenet.kernels.triton import launch, operations
 from efficient_densenet.kernels.triton.launch import Tile
 
 # Compute capabilities, and the shared memory that a block of threads may have there.

@@ -14,7 +14,7 @@ from benchmarks.cases import DEVICE
 from benchmarks.gpu.parts import fill_rows
 from benchmarks.gpu.runner import Job, PartFailed
 from benchmarks.instruments import relative_error, synchronize
-from efficient_densenet import kernels
+from efficient_densenet.kernels.implementations import load
 from efficient_densenet.kernels.interface import (
     Conv,
     Geometry,
@@ -85,7 +85,7 @@ def operations(
         row |= {"bytes": call.bytes, "flops": call.flops, "seconds": {}, "differences": {}}
         truth: Sequence[Tensor] = ()
         for name in implementations:
-            run = call.prepare(kernels.load(name))
+            run = call.prepare(load(name))
             found = [tensor.clone() for tensor in run()]
             truth = truth or found
             difference = max(map(relative_error, found, truth))
@@ -96,9 +96,9 @@ def operations(
 
     fill_rows(job, result, [call for site in sites for call in calls(site)], fill)
     if "triton" in implementations:
-        from efficient_densenet.kernels import triton
+        from efficient_densenet.kernels.triton.launch import tuned
 
-        result["tiles"] = triton.tuned()
+        result["tiles"] = tuned()
     if wrong := [row["name"] for row in rows if row["failure"]]:
         raise PartFailed(f"wrong, or failed: {'; '.join(wrong)}")
     return result

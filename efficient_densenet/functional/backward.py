@@ -136,7 +136,7 @@ class BlockBackward:
         x = saved.features
         memory_format = inner_format(x) if spec.layers else outer_format(x)
         features = x.contiguous(memory_format=memory_format)
-        self.units = UnitRunner(spec.kernels, spec.types, features, spec.widest, memory_format)
+        self.units = UnitRunner(spec, features, spec.widest, memory_format)
         self.total = MapGradient(self.units, features, saved.statistics, spec.process_group)
         # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
         self.bottleneck_grad: Tensor | None = None
@@ -247,7 +247,7 @@ class StemBackward:
         memory_format = inner_format(x)
         self.image = x.to(spec.types.compute, memory_format=memory_format)
         self.y = y = convolve(self.image, conv)
-        self.units = UnitRunner(spec.kernels, spec.types, y, y.shape[1], memory_format)
+        self.units = UnitRunner(spec, y, y.shape[1], memory_format)
         self.ready = self.units.ready(spec.unit, tensors, statistics, y.dim())
 
     def run(self, needs_x: bool, needs: UnitTensors) -> tuple[Tensor | None, UnitTensors]:

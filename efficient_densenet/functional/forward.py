@@ -80,7 +80,7 @@ class FeatureBuffer:
             self.maps = empty_map(x, spec.channels, memory_format, spec.types.features)
         else:
             self.maps = x.to(spec.types.features).contiguous(memory_format=memory_format)
-        self.units = UnitRunner(spec.kernels, spec.types, self.maps, spec.widest, memory_format)
+        self.units = UnitRunner(spec, self.maps, spec.widest, memory_format)
         self.append(x if spec.layers else self.maps)
 
     def append(self, y: Tensor) -> None:
@@ -173,7 +173,7 @@ def _stem_channels(
     memory_format = inner_format(x)
     conv = Conv(tensors.conv_weight, tensors.conv_bias, spec.conv)
     y = convolve(x.to(spec.types.compute, memory_format=memory_format), conv)
-    units = UnitRunner(spec.kernels, spec.types, y, y.shape[1], memory_format)
+    units = UnitRunner(spec, y, y.shape[1], memory_format)
     statistics = None
     if spec.unit.batch_statistics:
         statistics = units.ops.batch_statistics(y, spec.types.statistics)

@@ -80,8 +80,9 @@ class BlockSpec:
     ``exit`` is a last unit that reads all features (a transition, or the norm before the
     classifier); with it the block returns its result and the features stay inside.
     ``recompute`` is ``"norm"`` or ``"bottleneck"``: a naive block has no specification.
-    ``kernels`` says which implementation of the operations to take (``kernels/__init__.py``). Batch
-    statistics are those of all processes of ``process_group``, if there is one.
+    ``kernels`` says which implementation of the operations to try first
+    (``kernels/implementations.py``). Batch statistics are those of all processes of
+    ``process_group``, if there is one.
     """
 
     layers: tuple[LayerSpec, ...]

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from efficient_densenet import kernels
-from efficient_densenet.functional.spec import Types, UnitSpec, UnitTensors
+from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.kernels import implementations
 from efficient_densenet.kernels.interface import (
+    RELU,
     Conv,
     Norm,
     Statistics,
@@ -35,15 +36,15 @@ class UnitRunner:
 
     def __init__(
         self,
-        implementation: str,
-        types: Types,
+        spec: BlockSpec | StemSpec,
         like: Tensor,
         widest: int,
         memory_format: torch.memory_format,
     ) -> None:
-        self.ops = kernels.chosen(implementation, like.device, (types.compute, types.features))
-        self.types, self.memory_format = types, memory_format
-        self.workspace = self.ops.Workspace(like, widest, types.statistics, memory_format)
+        self.types, self.memory_format = spec.types, memory_format
+        dtypes = (spec.types.compute, spec.types.features)
+        self.ops = implementations.choose(spec.kernels, like.device, dtypes, (RELU,))
+        self.workspace = self.ops.Workspace(like, widest, spec.types.statistics, memory_format)
 
     def ready(
         self, unit: UnitSpec, tensors: UnitTensors, statistics: Statistics | None, dim: int

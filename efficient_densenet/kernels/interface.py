@@ -13,6 +13,20 @@ import torch
 from torch import Tensor
 
 
+class Activation(NamedTuple):
+    """An elementwise function, by its name in ``torch.nn.functional``, and its parameters.
+
+    ``"relu"``, ``"silu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"leaky_relu"`` (negative slope),
+    ``"elu"`` (alpha) or ``"identity"``.
+    """
+
+    name: str
+    parameters: tuple[float, ...] = ()
+
+
+RELU = Activation("relu")
+
+
 class Statistics(NamedTuple):
     """Batch statistics of a map: mean and biased variance of every channel."""
 

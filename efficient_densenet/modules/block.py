@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from efficient_densenet.functional.modes import Recompute, check_recompute
-from efficient_densenet.kernels import Kernels
+from efficient_densenet.kernels.implementations import Kernels
 from efficient_densenet.modules import calls as stage
 from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules.calls import Exit
@@ -120,9 +120,10 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
             changed at any time.
         dims: spatial dimensions, 1, 2 or 3.
         bias: whether convolutions have a bias.
-        kernels: ``"eager"`` (PyTorch's operators), ``"triton"`` (for CUDA; eager where it cannot
-            run, and :meth:`why_eager` says why), or ``"auto"``: what the environment variable
-            ``EFFICIENT_DENSENET_KERNELS`` says; if it is not there, Triton where it can run.
+        kernels: the implementation to run on, ``"triton"`` (for CUDA) or ``"eager"`` (PyTorch's
+            operators); where it cannot run, the next slower one does, and :meth:`why_kernels` says
+            why. ``"auto"`` is what the environment variable ``EFFICIENT_DENSENET_KERNELS`` says, or
+            the fastest one.
 
     Raises:
         ValueError: if an argument is out of range; the message quotes it.

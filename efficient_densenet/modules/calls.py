@@ -14,8 +14,8 @@ from efficient_densenet.functional import autograd
 from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
 from efficient_densenet.functional.synchronise import joined_count
-from efficient_densenet.kernels import Kernels, check, why_eager
-from efficient_densenet.kernels.interface import Pool
+from efficient_densenet.kernels.implementations import Kernels, check_kernels, explain_choice
+from efficient_densenet.kernels.interface import RELU, Pool
 from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules.parts import Layer
 from efficient_densenet.modules.reading import Seen
@@ -24,26 +24,26 @@ from efficient_densenet.modules.reading import Seen
 class ChoosesKernels(nn.Module):
     """A module whose ``kernels`` says which implementation of the operations it runs on.
 
-    ``"auto"`` leaves it to the environment variable ``EFFICIENT_DENSENET_KERNELS``; where that says
-    nothing, it is Triton on CUDA where that can be, and otherwise eager.
+    That one if it can run the input, otherwise the next slower one. ``"auto"`` leaves it to the
+    environment variable ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
     """
 
     _kernels: Kernels = "auto"
 
     @property
     def kernels(self) -> Kernels:
-        """``"auto"``, ``"eager"`` or ``"triton"``."""
+        """``"auto"``, ``"triton"`` or ``"eager"``."""
         return self._kernels
 
     @kernels.setter
     def kernels(self, name: Kernels) -> None:
-        check(name)
+        check_kernels(name)
         self._kernels = name
 
-    def why_eager(self, x: Tensor) -> str | None:
-        """Why the efficient path would run ``x`` on the eager operations, ``None`` if on Triton."""
+    def why_kernels(self, x: Tensor) -> str:
+        """Which kernels the efficient path would run ``x`` on, and why not on faster ones."""
         types = lowering.types_of(x)
-        return why_eager(self.kernels, x.device, (types.compute, types.features))
+        return explain_choice(self.kernels, x.device, (types.compute, types.features), (RELU,))
 
 
 class Exit(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet.kernels import Kernels
+from efficient_densenet.kernels.implementations import Kernels
 from efficient_densenet.kernels.interface import Pool
 from efficient_densenet.kernels.layout import in_format_of
 from efficient_densenet.modules import calls as stage

@@ -19,7 +19,7 @@ from compare import (
 )
 from test_block_precision import assert_training_as_precise
 
-from efficient_densenet import DenseNet, kernels
+from efficient_densenet import DenseNet
 from efficient_densenet.functional import backward, forward
 from efficient_densenet.kernels.layout import outer_format
 from efficient_densenet.kernels.triton import launch
@@ -33,7 +33,6 @@ def with_triton(monkeypatch):
     """Everything runs through Triton, and something does."""
     launched = []
     run = launch.run
-    monkeypatch.setenv(kernels.VARIABLE, "triton")
     monkeypatch.setattr(launch, "run", lambda *a, **k: (launched.append(a[0]), run(*a, **k)))
     yield
     assert launched

@@ -5,7 +5,7 @@ import torch
 from compare import MODES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_densenet import EfficientDenseBlock, kernels
+from efficient_densenet import EfficientDenseBlock
 from efficient_densenet.kernels.triton import launch
 
 MOST_FORWARD, MOST_BACKWARD = 12, 20
@@ -41,7 +41,6 @@ def launches(layers, recompute, monkeypatch, autocast):
     block = block.to(memory_format=torch.channels_last)
     x = torch.randn(4, 8, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
     with Launches() as counter, monkeypatch.context() as patch:
-        patch.setenv(kernels.VARIABLE, "triton")
         patch.setattr(launch, "run", lambda kernel, *_, **__: counter.names.append(kernel.__name__))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             out = block(x)

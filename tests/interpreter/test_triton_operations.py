@@ -5,10 +5,11 @@ import torch
 from compare import FORMATS
 from test_block_precision import relative_error
 
-from efficient_densenet.kernels import eager, triton
+from efficient_densenet.kernels import eager
 from efficient_densenet.kernels import slabs as workspace
 from efficient_densenet.kernels.interface import Conv, Geometry, Pool, Statistics, Tail
 from efficient_densenet.kernels.triton import launch
+from efficient_densenet.kernels.triton import operations as triton
 
 # Samples, channels read, channels left, spatial size: odd, single, several tiles.
 SHAPES = {
