@@ -1,7 +1,6 @@
 """The matrix of docs/interop.md, from the outcome of the tests that are marked with a clause.
 
-    python -m pytest tests/test_interop.py tests/test_compile.py tests/test_export.py \\
-        tests/test_distributed.py --junit-xml interop.xml
+    python -m pytest tests/modules tests/functional --junit-xml interop.xml
     python -m scripts.interop_matrix interop.xml            # print the matrix
     python -m scripts.interop_matrix interop.xml --write    # put it into docs/interop.md
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from scripts import marked
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_convert.py", "tests/test_inference.py")
+TESTS = ("tests/convert", "tests/functional/test_inference.py")
 PAGES = {
     "torchvision": "torchvision",
     "timm": "timm",

@@ -11,7 +11,7 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
 # Tests in Triton's interpreter, which is there from the start of a process or not at all.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/interpreter"]
 
 
 @pytest.fixture(autouse=True)

@@ -3,22 +3,10 @@ import subprocess
 import sys
 
 import pytest
-from test_fashion_mnist import write_data
 
 from efficient_densenet.cli import main
-
-
-def error_of(capsys, *argv):
-    """The one line on stderr of a command that must fail with status 2."""
-    try:
-        status = main(argv)
-    except SystemExit as exit:
-        status = exit.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
+from support.commands import error_of
+from support.images import write_data
 
 
 @pytest.mark.parametrize(

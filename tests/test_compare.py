@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from compare import assert_close, assert_same_training, image, norms
 
 from efficient_densenet.modules.naive import DenseBlock
+from support.compare import assert_close, assert_same_training, image, norms
 
 
 def update_twice(block):

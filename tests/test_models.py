@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torchvision
-from compare import MODES, assert_all_close, assert_same_training, randomise_, training_results
 from torch import nn
 
 from efficient_densenet import (
@@ -15,6 +14,13 @@ from efficient_densenet import (
     densenet264,
     densenet_cifar,
     fashion_densenet,
+)
+from support.compare import (
+    MODES,
+    assert_all_close,
+    assert_same_training,
+    randomise_,
+    training_results,
 )
 
 IMAGENET = [densenet121, densenet161, densenet169, densenet201]

@@ -1,0 +1,416 @@
+"""Compiled code holds one operator for each pass of a block, and trains as eager code does."""
+
+import copy
+
+import pytest
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch import nn
+
+from efficient_densenet import DenseNet, EfficientDenseBlock
+from efficient_densenet.functional import operators
+from efficient_densenet.functional.encoding import decode, encode
+from efficient_densenet.functional.spec import BlockSpec
+from efficient_densenet.kernels.interface import Pool
+from efficient_densenet.memory.step import measure
+from efficient_densenet.modules import calls as stage
+from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules.calls import Exit
+from support.compare import (
+    FORMATS,
+    KINDS,
+    MODES,
+    assert_all_close,
+    assert_close,
+    assert_same_state,
+    block_pair,
+    gradients,
+    image,
+    norms,
+    randomise_,
+    training_results,
+    upstream_for,
+)
+from support.precision import DRAWS, assert_as_precise, truth_of
+
+every_mode = pytest.mark.parametrize("mode", ("none", *MODES))
+recomputing = pytest.mark.parametrize("mode", MODES)
+both_kinds = pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
+clause = pytest.mark.clause
+OPERATORS = torch.ops.efficient_densenet
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Inductor compiles in this process: starting others takes longer than these graphs do."""
+    torch.compiler.reset()
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def without_poison(poisoned_memory):
+    """The compiler's own memory is not filled: deterministic algorithms change its graphs."""
+    torch.use_deterministic_algorithms(False)
+
+
+class Graphs:
+    """A backend that remembers what it is given; ``inner`` compiles it."""
+
+    def __init__(self, inner):
+        self.inner = torch._dynamo.lookup_backend(inner)
+        self.seen = []
+
+    def __call__(self, graph, inputs):
+        self.seen.append(graph)
+        return self.inner(graph, inputs)
+
+    def count(self, operator):
+        return sum(node.target is operator.default for g in self.seen for node in g.graph.nodes)
+
+
+def compiled(module, inner="aot_eager", **options):
+    """The module compiled whole, and the graphs that it became."""
+    torch.compiler.reset()  # graphs of earlier modules count against a limit
+    graphs = Graphs(inner)
+    return torch.compile(module, backend=graphs, fullgraph=True, **options), graphs
+
+
+def assert_same_compiled_training(efficient, reference, images, rtol=1e-10, **options):
+    """One step on each image, without a graph break; returns the graphs."""
+    fast, graphs = compiled(efficient, **options)
+    for x in images:
+        results = []
+        for module in (fast, reference):
+            leaf = x.clone().requires_grad_()
+            found = training_results(module, leaf)
+            results.append(dict(enumerate(found.values())))
+        assert_all_close(*results, rtol)
+    assert_same_state(efficient, reference, rtol=rtol)
+    return graphs
+
+
+def path(graphs, operator=OPERATORS.block_forward):
+    return None if graphs.count(operator) else "naive path"
+
+
+@clause("4 · compiled: no graph break, the same training")
+@every_mode
+@both_kinds
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_compiled_block_matches_reference(mode, bn_size, dims, took):
+    efficient, reference = block_pair(bn_size=bn_size, dims=dims, recompute=mode)
+    graphs = assert_same_compiled_training(efficient, reference, [image(dims=dims) for _ in "ab"])
+    took(path(graphs))
+    assert len(graphs.seen) == 1
+    assert graphs.count(OPERATORS.block_forward) == (mode != "none")
+
+
+@recomputing
+@pytest.mark.parametrize("dims", FORMATS)
+def test_compiled_block_keeps_the_layout(mode, dims):
+    efficient, reference = block_pair(dims=dims, recompute=mode)
+    x = image(dims=dims).to(memory_format=FORMATS[dims])
+    assert_same_compiled_training(efficient, reference, [x])
+    assert torch.compile(efficient, backend="aot_eager")(x).is_contiguous(
+        memory_format=FORMATS[dims]
+    )
+
+
+def cumulative(block):
+    for norm in norms(block):
+        norm.momentum = None
+
+
+def first_norms_eval(block):
+    for layer in block.values():
+        layer.norm1.eval()
+
+
+def without_affine(block):
+    for layer in block.values():
+        layer.norm1 = nn.BatchNorm2d(layer.norm1.num_features, affine=False).double()
+
+
+def frozen_convolutions(block):
+    for layer in block.values():
+        layer.conv1.requires_grad_(False)
+
+
+def with_bias(block):
+    for layer in block.values():
+        layer.conv1.bias = nn.Parameter(torch.zeros(len(layer.conv1.weight)).double())
+
+
+CHANGES = {
+    "evaluation": nn.Module.eval,
+    "first norms frozen": first_norms_eval,
+    "cumulative average": cumulative,
+    "without affine": without_affine,
+    "frozen convolutions": frozen_convolutions,
+    "bias": with_bias,
+}
+
+
+@recomputing
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_compiled_variants_match_reference(mode, change):
+    efficient, reference = block_pair(recompute=mode, change=change)
+    graphs = assert_same_compiled_training(efficient, reference, [image(), image()])
+    assert graphs.count(OPERATORS.block_forward) == 1
+
+
+def network(mode, **options):
+    torch.manual_seed(0)
+    model = DenseNet(3, (3, 2), 6, 2, num_classes=3, recompute=mode, **options).double()
+    randomise_(model)
+    return model
+
+
+@clause("4 · compiled: dynamic batch")
+@every_mode
+def test_compiled_network_takes_another_batch_without_compiling_again(mode, took):
+    """By the second batch size the graph is dynamic; stem, transition and head are operators."""
+    model, reference = network(mode), network("none")
+    images = [torch.randn(n, 3, 32, 32, dtype=torch.float64) for n in (4, 6, 9, 3)]
+    graphs = assert_same_compiled_training(model, reference, images, rtol=1e-9)
+    took(path(graphs))
+    assert len(graphs.seen) == 2
+    if mode != "none":
+        assert graphs.count(OPERATORS.stem_forward) == 2
+        assert graphs.count(OPERATORS.block_forward) == 4
+
+
+@pytest.mark.slow
+@clause("4 · compiled by Inductor: the same training")
+@every_mode
+def test_inductor_trains_the_same(mode, took):
+    efficient, reference = block_pair(num_layers=2, recompute=mode)
+    graphs = assert_same_compiled_training(efficient, reference, [image()], inner="inductor")
+    took(path(graphs))
+
+
+@clause("4 · compiled: dropout")
+@recomputing
+def test_compiled_dropout_draws_the_masks_of_eager_code(mode, took):
+    """From the same seed; so that the backward pass draws the forward's masks again."""
+    model = network(mode, drop_rate=0.4)
+    fast, graphs = compiled(copy.deepcopy(model))
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    found = []
+    for module in (model, fast):
+        torch.manual_seed(3)
+        steps = [training_results(module, x.clone().requires_grad_()) for _ in range(2)]
+        found.append({f"{i}.{j}": v for i, s in enumerate(steps) for j, v in enumerate(s.values())})
+    took(path(graphs))
+    assert_all_close(*found, 1e-10)
+    assert (found[0]["0.0"] - found[0]["1.0"]).abs().max() > 1e-3, "both steps drew the same masks"
+
+
+@clause("4 · compiled: a small activation memory budget")
+@recomputing
+@torch._functorch.config.patch(activation_memory_budget=0.1)
+def test_a_small_activation_budget_recomputes_no_operator(mode, took):
+    """PyTorch's partitioner may then recompute what it likes; dropout stays right."""
+    model = network(mode, drop_rate=0.4)
+    fast, graphs = compiled(copy.deepcopy(model), inner="aot_eager_decomp_partition")
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    found = []
+    for module in (model, fast):
+        torch.manual_seed(3)
+        found.append(dict(enumerate(training_results(module, x.clone().requires_grad_()).values())))
+    took(path(graphs))
+    assert_all_close(*found, 1e-9)
+
+
+@clause("4 · compiled: autocast")
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_autocast_is_as_precise_as_the_naive_block(mode, dtype, took):
+    efficient, reference = block_pair(recompute=mode, dtype=torch.float32)
+    state = copy.deepcopy(reference.state_dict())
+    function, graphs = compiled(efficient)
+    draws = []
+    for _ in range(DRAWS):
+        x = image(dtype=torch.float32).requires_grad_()
+        upstream = torch.randn(3, 14, 7, 5)
+        truth, _ = truth_of(reference, x, upstream)
+        found = []
+        for module, call in ((efficient, function), (reference, reference)):
+            module.zero_grad()
+            x.grad = None
+            with torch.autocast("cpu", dtype=dtype):
+                out = call(x)
+            out.backward(upstream.to(out.dtype))
+            found.append({"output": out.detach()} | gradients(module, x))
+            module.load_state_dict(state)
+        draws.append((*found, truth))
+    took(path(graphs))
+    assert_as_precise(draws, dtype)
+
+
+@clause("4 · compiled: memory at the ledger")
+@recomputing
+@both_kinds
+def test_compiled_block_keeps_what_the_ledger_says(mode, bn_size, took):
+    layers, channels, growth, values = 12, 8, 8, 4 * 31 * 33
+    block = EfficientDenseBlock(layers, channels, bn_size, growth, recompute=mode)
+    fast, graphs = compiled(block)
+    x = torch.randn(4, channels, 31, 33).requires_grad_()
+    fast(x)  # compiles
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = fast(x)
+    own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers(), x)}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*kept, out)}
+    found = sum(size for pointer, size in storages.items() if pointer not in own)
+    bottlenecks = layers * (bn_size or 0) * growth if mode == "norm" else 0
+    expected = (channels + layers * growth + bottlenecks) * values * 4
+    took(path(graphs))
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.slow
+@recomputing
+def test_compiled_step_needs_no_more_at_its_peak(mode):
+    """By the allocator."""
+    block = EfficientDenseBlock(8, 16, 4, 8, recompute=mode)
+    x = torch.randn(8, 16, 32, 32)
+    peaks = []
+    for module in (block, torch.compile(block)):
+        measure(module, x)
+        peaks.append(measure(module, x).peak.total)
+    assert peaks[1] <= 1.1 * peaks[0]
+
+
+@recomputing
+def test_frozen_block_is_compiled_for_inference(mode):
+    efficient, reference = block_pair(recompute=mode, change=nn.Module.eval)
+    fast, graphs = compiled(efficient)
+    x = image()
+    with torch.no_grad():
+        assert_close("output", fast(x), reference(x), 1e-10)
+    assert graphs.count(OPERATORS.block_forward) == 1
+
+
+def test_hook_on_an_inner_module_takes_the_reference_path():
+    def change(block):
+        block["denselayer2"].relu2.register_forward_hook(lambda module, args, out: 2 * out)
+
+    efficient, reference = block_pair(change=change)
+    graphs = assert_same_compiled_training(efficient, reference, [image()])
+    assert graphs.count(OPERATORS.block_forward) == 0
+
+
+def test_switching_to_evaluation_compiles_again():
+    efficient, reference = block_pair()
+    fast, graphs = compiled(efficient)
+    for train in (True, False, True):
+        efficient.train(train), reference.train(train)
+        x = image()
+        assert_close("output", fast(x), reference(x), 1e-10)
+    assert_same_state(efficient, reference)
+    assert len(graphs.seen) == 2
+
+
+def test_second_derivative_is_refused():
+    efficient, _ = block_pair()
+    fast, _ = compiled(efficient)
+    x = image().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"double backward|second derivative"):
+        (grad,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+
+
+def calls_of(module, x, monkeypatch):
+    """The arguments of every forward operator while a module is compiled and called."""
+    calls = []
+    for name in ("block_forward", "stem_forward"):
+        operator = getattr(operators, name)
+
+        def recorded(*args, operator=operator):
+            calls.append((operator, args))
+            return operator(*args)
+
+        monkeypatch.setattr(operators, name, recorded)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    module(x)
+    monkeypatch.undo()
+    return calls
+
+
+OPCHECKED = {
+    "bottleneck layers": lambda mode: EfficientDenseBlock(2, 3, 2, 2, recompute=mode),
+    "basic layers": lambda mode: EfficientDenseBlock(2, 3, None, 2, recompute=mode, bias=True),
+    "dropout": lambda mode: EfficientDenseBlock(2, 3, 2, 2, 0.3, recompute=mode),
+    "evaluation": lambda mode: EfficientDenseBlock(2, 3, 2, 2, recompute=mode).eval(),
+    "network": lambda mode: DenseNet(2, (2, 1), 3, 2, num_classes=2, recompute=mode),
+}
+
+
+@pytest.mark.slow
+@clause("4 · operators pass torch.library.opcheck")
+@recomputing
+@pytest.mark.parametrize("build", OPCHECKED.values(), ids=OPCHECKED)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_operators_pass_opcheck(mode, build, layout, took, monkeypatch):
+    """Schema, autograd registration, fake results, and tracing with dynamic shapes."""
+    module = build(mode).double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    calls = calls_of(module, x, monkeypatch)
+    assert calls
+    took(None)
+    for operator, arguments in calls:
+        detached = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), arguments
+        )
+        torch.library.opcheck(operator, detached)
+
+
+def test_seeds_are_drawn_from_the_default_generator():
+    torch.library.opcheck(
+        operators.draw_seeds, (image(), 3), test_utils=("test_schema", "test_faketensor")
+    )
+    x = image()
+    torch.manual_seed(1)
+    first = operators.draw_seeds(x, 3)
+    torch.manual_seed(1)
+    assert torch.equal(first, torch.randint(2**62, (3,)))
+
+
+def spec_of(block, x, exit=None):
+    return BlockSpec(
+        layers=tuple(map(stage._layer_spec, block.read_layers())),
+        exit=exit and exit.spec(),
+        input_channels=x.shape[1],
+        recompute="bottleneck",
+        types=lowering.types_of(x),
+    )
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.1 + 0.2, 1e-300])
+def test_specifications_come_back_from_text(eps):
+    block, _ = block_pair(drop_rate=0.3)
+    block["denselayer1"].norm1.eps = eps
+    spec = spec_of(block, image(), Exit(nn.BatchNorm2d(14), Pool("all")))
+    assert decode(encode(spec)) == spec
+    assert hash(decode(encode(spec))) == hash(spec)
+
+
+def test_operators_agree_with_the_eager_functions():
+    """Called outside of a compiler, to the last bit: they are the same passes."""
+    efficient, _ = block_pair()
+    x = image()
+    results = []
+    for compiling in (False, True):
+        leaf = x.clone().requires_grad_()
+        efficient.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
+            out = efficient(leaf)
+        out.backward(upstream_for(out))
+        results.append([out, leaf.grad, *(p.grad for p in efficient.parameters())])
+    for eager, operator in zip(*results, strict=True):
+        assert torch.equal(eager, operator)

@@ -1,0 +1,127 @@
+"""Whole blocks and networks through the Triton kernels, in Triton's interpreter."""
+
+import copy
+
+import pytest
+import torch
+
+from efficient_densenet import DenseNet
+from efficient_densenet.functional import backward, forward
+from efficient_densenet.kernels.layout import outer_format
+from efficient_densenet.kernels.triton import launch
+from support.compare import (
+    FORMATS,
+    KINDS,
+    MODES,
+    assert_close,
+    assert_efficient,
+    assert_same_training,
+    block_pair,
+    image,
+    randomise_,
+    training_results,
+)
+from support.precision import assert_training_as_precise
+
+both_kinds = pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
+either_mode = pytest.mark.parametrize("recompute", MODES)
+
+
+@pytest.fixture(autouse=True)
+def with_triton(monkeypatch):
+    """Everything runs through Triton, and something does."""
+    launched = []
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda *a, **k: (launched.append(a[0]), run(*a, **k)))
+    yield
+    assert launched
+
+
+@pytest.fixture(params=["planes", "channels_last"])
+def layout(request, monkeypatch):
+    """The layout inside, which on a CPU would always be channels_last."""
+    if request.param == "planes":
+        for module in (forward, backward):
+            monkeypatch.setattr(module, "inner_format", outer_format)
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+@either_mode
+@both_kinds
+def test_training_step_matches_the_naive_block(recompute, bn_size, layout):
+    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute, dtype=torch.float32)
+    x = image(dtype=torch.float32)
+    assert_efficient(efficient, x)
+    assert_same_training(efficient, reference, x.to(memory_format=layout), rtol=2e-4, steps=2)
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_dimensions_match_the_naive_block(dims):
+    efficient, reference = block_pair(dims=dims, dtype=torch.float32)
+    assert_same_training(efficient, reference, image(dims=dims, dtype=torch.float32), rtol=2e-4)
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_training_step_is_as_precise_as_the_naive_block(bn_size, dtype):
+    efficient, reference = block_pair(bn_size=bn_size, dtype=dtype)
+    assert_training_as_precise(efficient, reference, lambda: image(dtype=dtype), dtype, draws=5)
+
+
+def test_frozen_norms_and_weights_match_the_naive_block():
+    def change(block):
+        block.eval()
+        for i, parameter in enumerate(block.parameters()):
+            parameter.requires_grad_(i % 3 > 0)
+
+    efficient, reference = block_pair(dtype=torch.float32, change=change)
+    assert_same_training(efficient, reference, image(dtype=torch.float32), rtol=2e-4)
+
+
+def test_autocast_runs_and_keeps_the_types_of_the_naive_block():
+    efficient, reference = block_pair(dtype=torch.float32)
+    x = image(dtype=torch.float32)
+    found = []
+    for block in (efficient, reference):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = block(x)
+        out.sum().backward()
+        found.append([out, *(p.grad for p in block.parameters())])
+    for ours, naive in zip(*found, strict=True):
+        assert ours.dtype == naive.dtype
+        assert ours.isfinite().all()
+    assert (found[0][0] - found[1][0]).abs().max() < 0.1 * found[1][0].abs().max()
+
+
+def test_network_matches_the_naive_one(layout):
+    """Stem, transitions and head, beside the blocks."""
+    sizes = {"growth_rate": 3, "block_config": (2, 2), "num_init_features": 6, "bn_size": 2}
+    efficient, reference = (
+        DenseNet(**sizes, num_classes=5, recompute=mode) for mode in ("bottleneck", "none")
+    )
+    randomise_(reference)
+    efficient.load_state_dict(reference.state_dict())
+    x = torch.randn(3, 3, 32, 32).to(memory_format=layout)
+    assert_same_training(efficient, reference, x, rtol=1e-3)
+
+
+def test_compiled_block_matches_the_naive_one():
+    """By operators, whose results may not share memory."""
+    efficient, reference = block_pair(dtype=torch.float32)
+    x = image(dtype=torch.float32)
+    compiled = torch.compile(efficient, backend="aot_eager", fullgraph=True)
+    found = [training_results(b, x.clone().requires_grad_()) for b in (compiled, reference)]
+    for ours, naive in zip(*(f.values() for f in found), strict=True):
+        assert_close("of a compiled block", ours, naive, 2e-4)
+
+
+def test_results_are_the_same_every_time():
+    block, _ = block_pair(dtype=torch.bfloat16)
+    x = image(dtype=torch.bfloat16).to(memory_format=FORMATS[2])
+    found = []
+    for twin in (block, copy.deepcopy(block)):
+        leaf = x.clone().requires_grad_()
+        twin(leaf).square().sum().backward()
+        found.append([leaf.grad, *(p.grad for p in twin.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

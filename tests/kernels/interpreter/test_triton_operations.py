@@ -1,0 +1,299 @@
+"""Each operation in Triton against its eager twin and float64, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from efficient_densenet.kernels import eager
+from efficient_densenet.kernels import slabs as workspace
+from efficient_densenet.kernels.interface import Conv, Geometry, Pool, Statistics, Tail
+from efficient_densenet.kernels.triton import launch
+from efficient_densenet.kernels.triton import operations as triton
+from support.compare import FORMATS
+from support.precision import relative_error
+
+# Samples, channels read, channels left, spatial size: odd, single, several tiles.
+SHAPES = {
+    "odd": (3, 5, 3, (7, 5)),
+    "one-channel": (2, 1, 1, (3, 3)),
+    "one-position": (5, 7, 4, (1, 1)),
+    "many-channels": (2, 131, 130, (5, 3)),
+    "many-rows": (3, 6, 20, (13, 13)),
+    "line": (2, 9, 5, (11,)),
+    "volume": (2, 6, 5, (3, 2, 5)),
+}
+HALVES = [torch.bfloat16, torch.float16]
+LAYOUTS = {"planes": False, "channels_last": True}
+# Of the first shape every type in every layout; of the others two that have all of it between them.
+CASES = {
+    f"{name}-{dtype}-{layout}": (shape, dtype, last)
+    for name, shape in SHAPES.items()
+    for dtype in (torch.float32, *HALVES)
+    for layout, last in LAYOUTS.items()
+    if name == "odd" or (dtype, last) in ((torch.float32, False), (torch.bfloat16, True))
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+every_case = pytest.mark.parametrize(("shape", "dtype", "last"), CASES.values(), ids=CASES)
+
+
+def layout(dims, last):
+    return FORMATS[dims] if last and dims in FORMATS else torch.contiguous_format
+
+
+def a_map(shape, channels, dtype, last, room=3):
+    """A prefix of a wider buffer, so that its rows are not dense."""
+    samples, spatial = shape[0], shape[-1]
+    buffer = torch.randn(samples, channels + room, *spatial) + 0.5
+    buffer = buffer.to(dtype, memory_format=layout(len(spatial), last))
+    return buffer[:, :channels]
+
+
+def vectors(count, channels, dims):
+    return [torch.randn(channels, *(1,) * dims) for _ in range(count)]
+
+
+def geometry(dims, padding):
+    return Geometry((1,) * dims, (padding,) * dims, (1,) * dims, 1)
+
+
+def tails(shape, dtype):
+    """Everything that can read a rectified map, by name."""
+    _, reads, leaves, spatial = shape
+    dims = len(spatial)
+    bias = torch.randn(leaves)
+    one = Conv(torch.randn(leaves, reads, *(1,) * dims), bias, geometry(dims, 0))
+    three = Conv(torch.randn(leaves, reads, *(3,) * dims), bias, geometry(dims, 1))
+    found = {
+        "1x1": Tail(None, one, dtype),
+        "1x1-without-bias": Tail(None, one._replace(bias=None), dtype),
+        "3x3": Tail(None, three, dtype),
+        "mean": Tail(Pool("all"), None, dtype),
+    }
+    if min(spatial) > 1:
+        window = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
+        if dims < 3 or dtype == torch.float32:  # CPUs have no other average over volumes
+            found["average-1x1"] = Tail(Pool("average", *window), one, dtype)
+        found["maximum"] = Tail(Pool("maximum", *window), None, dtype)
+    return found
+
+
+def doubled(value):
+    """The same in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    if isinstance(value, tuple):
+        fields = [doubled(field) for field in value]
+        return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
+    return torch.float64 if isinstance(value, torch.dtype) else value
+
+
+class noted:
+    """Names the case in what is raised."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is not None and hasattr(error, "add_note"):
+            error.add_note(self.name)
+
+
+def assert_precise(compute, dtype, *inputs):
+    """Triton's error against float64 is at most 1.5 times eager's, plus the type's slack.
+
+    ``compute(ops, *inputs)`` returns tensors; what it writes to it has to copy first.
+    """
+    truth = compute(eager, *map(doubled, inputs))
+    ours, twin = (compute(ops, *inputs) for ops in (triton, eager))
+    assert len(ours) == len(twin) == len(truth)
+    slack = (32 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+    for i, (found, expected, exact) in enumerate(zip(ours, twin, truth, strict=True)):
+        assert found.shape == expected.shape, i
+        assert found.dtype == expected.dtype, i
+        errors = [(t.double() - exact).norm() for t in (found, expected)]
+        assert errors[0] <= 1.5 * errors[1] + slack * max(1.0, exact.norm()), (
+            i,
+            errors,
+            exact.norm(),
+        )
+
+
+@every_shape
+@pytest.mark.parametrize("affine", [True, False])
+def test_norm_is_made_ready(shape, affine):
+    _, channels, _, spatial = shape
+    mean, var = vectors(2, channels, len(spatial))
+    gamma, beta = torch.randn(2, channels) if affine else (None, None)
+
+    def compute(ops, mean, var, *affine):
+        return ops.ready(mean, var.abs(), *affine, 1e-3)
+
+    assert_precise(compute, torch.float32, mean, var, gamma, beta)
+
+
+@every_case
+def test_appended_map_and_its_statistics(shape, dtype, last):
+    y = a_map(shape, shape[1], torch.float32, not last)
+    target = a_map(shape, shape[1], dtype, last)
+
+    def compute(ops, y, target):
+        place = target.clone(memory_format=torch.preserve_format)
+        exact = torch.promote_types(target.dtype, torch.float32)
+        mean, var = torch.empty(2, shape[1], *(1,) * len(shape[-1]), dtype=exact)
+        ops.append(y, place, None)
+        plain = place.clone()
+        ops.append(y.to(target.dtype), place, Statistics(mean, var))
+        return plain, place, mean, var, *ops.batch_statistics(place, exact)
+
+    assert_precise(compute, dtype, y.to(dtype), target)
+
+
+def test_statistics_of_a_large_mean_keep_their_digits():
+    y = (torch.randn(4, 3, 15, 15, dtype=torch.float64) + 1000).float()
+    expected = y.double().var((0, 2, 3), correction=0)
+    found = triton.batch_statistics(y, torch.float32).var.flatten().double()
+    assert ((found - expected).abs() / expected).max() < 1e-4
+
+
+@every_case
+def test_units_forward(shape, dtype, last):
+    dims = len(shape[-1])
+    x = a_map(shape, shape[1], dtype, last)
+    norm_vectors = vectors(4, shape[1], dims)
+
+    def compute(ops, x, mean, var, gamma, beta, tail):
+        norm = ops.ready(mean, var.abs(), gamma.flatten(), beta.flatten(), 1e-3)
+        workspace = ops.Workspace(x, shape[1], mean.dtype, layout(dims, last))
+        y, statistics = ops.norm_relu_tail(x, norm, tail, workspace, need_statistics=True)
+        return y, *statistics
+
+    for name, tail in tails(shape, dtype).items():
+        with noted(name):
+            assert_precise(compute, dtype, x, *norm_vectors, tail)
+
+
+@every_case
+def test_units_backward(shape, dtype, last):
+    check_backward(shape, dtype, last, accumulate=True)
+
+
+def test_units_backward_may_overwrite():
+    check_backward(SHAPES["odd"], torch.float32, True, accumulate=False)
+
+
+def check_backward(shape, dtype, last, accumulate):
+    dims = len(shape[-1])
+    x = a_map(shape, shape[1], dtype, last)
+    norm_vectors = vectors(6, shape[1], dims)
+    target = a_map(shape, shape[1], torch.float32, last)
+
+    def compute(ops, x, mean, var, gamma, beta, a, b, target, grad, tail):
+        target = target.clone(memory_format=torch.preserve_format)
+        norm = ops.ready(mean, var.abs(), gamma.flatten(), beta.flatten(), 1e-3)
+        workspace = ops.Workspace(x, shape[1], mean.dtype, layout(dims, last))
+        weight, bias, sums = ops.norm_relu_tail_backward(
+            grad,
+            x,
+            norm,
+            tail,
+            workspace,
+            need_weight=tail.conv is not None,
+            need_bias=tail.conv is not None and tail.conv.bias is not None,
+            need_sums=True,
+            target=target,
+            accumulate=accumulate,
+        )
+        totals = a.clone(), b.clone()
+        found = [target, *ops.collect(sums, norm, 0.1, totals), *totals]
+        if weight is not None:
+            found.append(weight.to(mean.dtype))
+        return [*found, bias.to(mean.dtype)] if bias is not None else found
+
+    for name, tail in tails(shape, dtype).items():
+        workspace = eager.Workspace(x, shape[1], torch.float32, layout(dims, last))
+        norm = eager.ready(*norm_vectors[:2], None, None, 1e3)
+        y, _ = eager.norm_relu_tail(x, norm, tail, workspace, need_statistics=False)
+        with noted(name):
+            grad = torch.randn_like(y)
+            assert_precise(compute, dtype, x, *norm_vectors, target, grad, tail)
+
+
+@every_case
+def test_finished_map_is_corrected(shape, dtype, last):
+    grad, x = (a_map(shape, shape[1], t, last) for t in (torch.float32, dtype))
+
+    def compute(ops, grad, x, mean, a, b):
+        return [ops.correct(grad, x, mean, a, b, torch.empty_like(grad))]
+
+    assert_precise(compute, dtype, grad, x, *vectors(3, shape[1], len(shape[-1])))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_corrected_gradient_is_rounded_to_the_type_of_its_readers(dtype):
+    shape = SHAPES["odd"]
+    grad, x = (a_map(shape, shape[1], t, True) for t in (torch.float32, dtype))
+    inputs = (grad, x, *vectors(3, shape[1], 2))
+    out = torch.empty_like(x, dtype=triton.corrected_dtype(dtype, torch.float32))
+    expected = eager.correct(*inputs, torch.empty_like(grad)).to(dtype)
+    assert out.dtype == dtype
+    assert relative_error(triton.correct(*inputs, out), expected) <= torch.finfo(dtype).eps
+
+
+def test_slabs_add_up(monkeypatch):
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
+    check_backward(SHAPES["many-rows"], torch.float32, True, accumulate=True)
+
+
+def test_map_beyond_32_bits_has_64_bit_offsets():
+    """By an index that 32 bits do not hold, on a map whose memory is mostly not there."""
+    far = torch.empty_strided((2, 4, 3, 3), (2**31, 9, 3, 1), device="meta")
+    near = torch.empty_strided((2, 4, 3, 3), (36, 9, 3, 1), device="meta")
+    offsets = [launch.shared(launch.matrix(x))["INDEX"] for x in (far, near)]
+    assert offsets == [launch.tl.int64, launch.tl.int32]
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+def test_64_bit_offsets_lead_to_the_same_places(last, monkeypatch):
+    monkeypatch.setattr(launch, "FAR", 0)
+    x = a_map(SHAPES["odd"], 5, torch.float32, last)
+    assert launch.shared(launch.matrix(x))["INDEX"] == launch.tl.int64
+    test_units_forward(SHAPES["odd"], torch.float32, last)
+    test_units_backward(SHAPES["odd"], torch.float32, last)
+
+
+@pytest.mark.parametrize("name", ["product", "weight", "input"])
+def test_measuring_tiles_changes_no_result(name, monkeypatch):
+    """Every tile is launched, in place over a gradient that accumulates."""
+    measured = []
+
+    def every(tiles, x, key, launch):
+        if key[0] == name:
+            for tile in tiles:
+                measured.append(tile)
+                launch(tile)
+        return tiles[-1]
+
+    monkeypatch.setattr(launch, "fastest", every)
+    test_units_forward(SHAPES["odd"], torch.float32, True)
+    check_backward(SHAPES["odd"], torch.float32, True, accumulate=True)
+    assert len(set(measured)) > 1
+
+
+def test_where_all_must_be_deterministic_it_is_the_first_tile(monkeypatch):
+    """Also if another one was found to be faster before."""
+    first, faster = launch.Tile(64, 64, 16, 4, 2), launch.Tile(128, 64, 16, 4, 2)
+
+    class Found(dict):
+        def __contains__(self, key):
+            return True
+
+        def __missing__(self, key):
+            return faster
+
+    monkeypatch.setattr(launch, "_fastest", Found())
+    x = launch.matrix(a_map(SHAPES["odd"], 5, torch.float32, True))
+    assert launch.fastest((first, faster), x, ("product",), print) == first
+    torch.use_deterministic_algorithms(False)
+    assert launch.fastest((first, faster), x, ("product",), print) == faster

@@ -1,0 +1,102 @@
+"""The Triton kernels without a GPU: run in Triton's interpreter, and built for absent GPUs.
+
+The interpreter replaces Triton's functions when they are defined, so that it needs a process of its
+own: each file of ``tests/kernels/interpreter`` is run in one.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from efficient_densenet import EfficientDenseBlock
+from efficient_densenet.kernels.triton import launch
+from scripts import kernel_builds
+from scripts.kernel_builds import TARGETS, TENSOR_CORES
+
+INTERPRETED = sorted((Path(__file__).parent / "interpreter").glob("test_*.py"))
+PRODUCTS = ("product", "weight_gradient", "input_gradient")
+MOST_REGISTERS = 134
+
+
+@pytest.mark.parametrize("file", INTERPRETED, ids=lambda file: file.stem)
+def test_kernels_compute_what_they_should(file):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
+def launches(request):
+    return request.param, kernel_builds.launches(request.param)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_kernels_are_built_without_spilling(launches, capability):
+    dtype, found = launches
+    assert set(PRODUCTS) < {one.name for one in found}
+    for one in found:
+        built = kernel_builds.build(one, capability)
+        assert not built.spilled, one.name
+        assert built.shared <= TARGETS[capability], one.name
+        if one.name in PRODUCTS:
+            assert TENSOR_CORES[capability] in built.instructions, one.name
+            assert built.registers <= MOST_REGISTERS or dtype != torch.bfloat16, one.name
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_float32_without_tf32_is_built_without_spilling(capability, monkeypatch):
+    monkeypatch.setattr(launch, "_tf32", lambda: False)
+    products = [found for found in kernel_builds.launches(torch.float32) if found.name in PRODUCTS]
+    assert {found.arguments["PRECISION"] for found in products} == {"ieee"}
+    assert not any(kernel_builds.build(found, capability).spilled for found in products)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
+def test_every_tile_to_choose_from_is_built_without_spilling(last, capability):
+    for dtype in (torch.bfloat16, torch.float16):
+        for one in kernel_builds.launches(dtype, last, every_tile=True):
+            built = kernel_builds.build(one, capability)
+            assert not built.spilled, (one.name, one.tile, dtype)
+            assert built.shared <= TARGETS[capability], (one.name, one.tile, dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("recompute", ["norm", "bottleneck"])
+def test_block_is_captured_in_a_graph(recompute):
+    """A replayed graph of forward and backward pass gives what they gave by themselves."""
+    torch.use_deterministic_algorithms(False)
+    block = EfficientDenseBlock(4, 32, 4, 16, recompute=recompute).cuda()
+    block = block.to(memory_format=torch.channels_last)
+    x = torch.randn(8, 32, 28, 28, device="cuda").to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    assert block.why_kernels(x) == "triton runs"
+
+    def step():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = block(x)
+        return out, *torch.autograd.grad(out.float().square().sum(), [x, *block.parameters()])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = [t.clone() for t in step()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.detach().zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for found, before in zip(captured, expected, strict=True):
+        assert torch.allclose(found, before, rtol=1e-2, atol=1e-2 * before.abs().max().item())

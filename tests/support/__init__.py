@@ -1,0 +1,1 @@
+"""What tests share: comparisons, networks of other libraries, scripts for other processes."""

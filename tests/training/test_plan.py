@@ -1,0 +1,344 @@
+"""Plans agree with measurement, searches find the edge, and bad wishes are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from functools import partial
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+
+from efficient_densenet import DenseNet, plan
+from efficient_densenet.cli import main
+from efficient_densenet.memory.step import estimate
+from efficient_densenet.training.config import ConfigError, TrainConfig, make_optimizer, parse_size
+from efficient_densenet.training.plan import (
+    MODES,
+    MOST,
+    Work,
+    checkpointed_,
+    largest_within,
+    within,
+)
+from scripts import planned_peaks
+from support.commands import error_of
+
+MIB = 2**20
+
+
+def cifar(depth: int, growth_rate: int, batch_size: int) -> Work:
+    return Work("cifar-bc", 32, batch_size, depth, growth_rate)
+
+
+NETWORKS = {
+    "40 naive": (cifar(40, 12, 8), "naive"),
+    "40 checkpointed": (cifar(40, 12, 8), "checkpointed"),
+    "40 norm": (cifar(40, 12, 16), "norm"),
+    "40 bottleneck": (cifar(40, 12, 16), "bottleneck"),
+    "70 naive": (cifar(70, 12, 8), "naive"),
+    "70 bottleneck": (cifar(70, 12, 4), "bottleneck"),
+    "wide norm": (cifar(16, 48, 8), "norm"),
+    "wide bottleneck": (cifar(10, 64, 4), "bottleneck"),
+    "fashion bottleneck": (Work("fashion", 96, 16, channels=1), "bottleneck"),
+    "fashion naive": (Work("fashion", 96, 16, channels=1), "naive"),
+    "121 bottleneck": (Work("densenet121", 64, 4, classes=1000), "bottleneck"),
+}
+
+
+@pytest.mark.parametrize(("work", "mode"), NETWORKS.values(), ids=NETWORKS)
+def test_the_planned_peak_is_the_measured_one(work: Work, mode: str) -> None:
+    low, high = planned_peaks.BOUNDS
+    assert (low, high) == (0.99, 1.03)
+    assert low <= planned_peaks.ratio(work, mode)[1] <= high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["naive", "bottleneck"])
+@pytest.mark.parametrize("work", planned_peaks.NETWORKS[-3:], ids=lambda work: work.model)
+def test_the_planned_peak_of_a_large_network_is_the_measured_one(work: Work, mode: str) -> None:
+    low, high = planned_peaks.BOUNDS
+    assert low <= planned_peaks.ratio(work, mode)[1] <= high
+
+
+def test_the_table_of_planned_peaks_shows_every_network_and_the_worst_ratios() -> None:
+    found = {
+        cifar(40, 12, 16): dict.fromkeys(MODES, (100 * MIB, 1.01)),
+        Work("fashion", 96, 8, channels=1): dict.fromkeys(MODES, (2000 * MIB, 0.995)),
+    }
+    table = planned_peaks.markdown(found)
+    assert "| cifar-bc-40, k=12 | 16 | 32²×3 | 100.0 (1.010) |" in table
+    assert "| fashion | 8 | 96²×1 | 2,000.0 (0.995) |" in table
+    assert "between 0.995 and 1.010" in table
+
+
+# The checkpointed mode
+
+
+def test_checkpointed_blocks_are_torchvision_s_in_memory() -> None:
+    theirs = torchvision.models.DenseNet(16, (3, 4, 2), 16, memory_efficient=True)
+    ours = checkpointed_(DenseNet(16, (3, 4, 2), 16, recompute="none"))
+    options = {"target": (4,), "optimizer": partial(make_optimizer, lr=0.1)}
+    expected, found = (estimate(m, (4, 3, 64, 64), **options) for m in (theirs, ours))
+    assert (found.kept, found.peak.total) == (expected.kept, expected.peak.total)
+
+
+@pytest.mark.parametrize("model", ["fashion", "cifar-bc"])
+def test_checkpointed_networks_compute_what_naive_ones_do(model: str) -> None:
+    work = Work(model, 32, 4, *((10, 4) if model == "cifar-bc" else ()))
+    naive = work.build("naive").double()
+    twin = checkpointed_(copy.deepcopy(naive))
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for network in (naive, twin):
+        network(images).square().sum().backward()
+    for expected, found in zip(naive.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+# Searching
+
+
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=300),
+    st.integers(0, 100_000),
+    st.integers(1, 5),
+)
+def test_the_search_ends_at_the_edge(rises: list[int], budget: int, smallest: int) -> None:
+    most = smallest + len(rises) - 1
+    peaks = {smallest + i: sum(rises[: i + 1]) for i in range(len(rises))}
+    known = largest_within(peaks.__getitem__, budget, smallest, most)
+    fitting = [n for n, peak in peaks.items() if peak <= budget]
+    edge = max(fitting, default=None)
+    assert max((n for n in known if peaks[n] <= budget), default=None) == edge
+    if edge != most:
+        assert (smallest if edge is None else edge + 1) in known
+
+
+@pytest.mark.parametrize(
+    ("peak", "budget", "looks"),
+    [
+        (lambda n: 1000 + 7 * n, 1000 + 7 * 900, 8),
+        (lambda n: 1000 + 7 * n + max(0, n - 100) * 5, 9000, 9),
+        (lambda n: 50 * n * n + 300 * n + 9000, 2_000_000, 10),
+    ],
+    ids=["affine", "piecewise affine", "quadratic"],
+)
+def test_a_search_looks_at_few_sizes(peak, budget: int, looks: int) -> None:
+    known = largest_within(peak, budget, 2, 2**20)
+    edge = max(n for n in known if peak(n) <= budget)
+    assert peak(edge + 1) > budget and edge + 1 in known
+    assert len(known) <= looks
+
+
+def test_a_search_ends_even_if_everything_fits() -> None:
+    assert max(largest_within(lambda n: 1, 10, 2, 1000)) == 1000
+
+
+# Plans
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return plan("64MiB", depth=16, growth_rate=8, device="cpu")
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(batches) -> None:
+    assert [fit.mode for fit in batches.fits] == list(MODES)
+    for fit in batches.fits:
+        assert fit.peak <= batches.budget < fit.next_peak
+        assert fit.next == fit.largest + 1
+    sizes = [fit.largest for fit in batches.fits]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 1.5 * sizes[0]
+
+
+def test_the_deepest_network_fits_and_the_next_does_not() -> None:
+    made = plan("24MiB", batch_size=16, growth_rate=8, image_size=16, device="cpu")
+    for fit in made.fits:
+        assert fit.peak <= made.budget < fit.next_peak
+        assert fit.largest % 6 == 4 and fit.next == fit.largest + 6
+    assert made["bottleneck"].largest > 3 * made["naive"].largest
+
+
+@pytest.mark.slow
+def test_two_gigabytes_hold_eight_times_the_depth_of_naive_and_thrice_that_of_torchvision() -> None:
+    budget = 2 << 30
+    naive, checkpointed = plan(
+        budget, batch_size=64, device="cpu", modes=["naive", "checkpointed"]
+    ).fits
+    depth = max(8 * naive.largest, 3 * checkpointed.largest)
+    deep = cifar(depth + -(depth - 4) % 6, 12, 64)
+    assert deep.estimate("bottleneck", "cpu").peak.total <= budget
+
+
+def test_a_reserve_is_taken_off_the_budget_on_a_gpu(batches) -> None:
+    budget = batches.budget + (256 << 20)
+    made = plan(budget, depth=16, growth_rate=8, device="cuda", modes=["norm"])
+    assert made.reserve == 256 << 20 and batches.reserve == 0
+    assert made["norm"].peak <= batches.budget < made["norm"].next_peak
+    assert "cuBLAS" in made.reserve_reason and "oneDNN" in batches.reserve_reason
+
+
+def test_nothing_fits_is_a_result() -> None:
+    (fit,) = plan("1MiB", depth=22, device="cpu", modes=["bottleneck"]).fits
+    assert (fit.largest, fit.peak, fit.next) == (0, 0, 2)
+    assert fit.next_peak > MIB
+
+
+def test_precision_changes_the_plan() -> None:
+    options = {"depth": 10, "growth_rate": 4, "device": "cpu", "modes": ["naive"]}
+    single, double, half = (
+        plan("16MiB", precision=precision, **options)["naive"].largest
+        for precision in ("32-true", "64-true", "bf16-mixed")
+    )
+    assert double < 0.6 * single and half > 1.1 * single
+
+
+def test_a_search_ends_at_the_most_it_looks_at(monkeypatch) -> None:
+    monkeypatch.setitem(MOST, "batch", 4)
+    (fit,) = plan("1GiB", depth=10, device="cpu", modes=["norm"]).fits
+    assert (fit.largest, fit.next, fit.next_peak) == (4, None, None)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 8 * 2**30),
+        ("512 mib", 512 * 2**20),
+        ("6.5GB", 6_500_000_000),
+        ("1000", 1000),
+        ("3b", 3),
+        ("1024TiB", 2**50),
+    ],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text, "budget") == size
+
+
+@pytest.mark.parametrize(
+    "text", ["8GBB", "0", "0.0001B", "-1GiB", "GiB", "", "1e9", "nan", "1,5GB", "1025TiB", "8G"]
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--budget .*8GiB.*{re.escape(repr(text))}$"):
+        parse_size(text, "budget")
+
+
+# Training within a budget
+
+
+def test_the_cheapest_mode_that_fits_is_chosen() -> None:
+    options = {"model": "cifar-bc", "depth": 22, "growth_rate": 8, "batch_size": 32}
+    needs = [
+        Work("cifar-bc", 32, 32, 22, 8, channels=1).estimate(mode, "cpu").peak.total
+        for mode in ("naive", "norm", "bottleneck")
+    ]
+    assert needs == sorted(needs, reverse=True)
+    for need, chosen in zip(needs, ("none", "norm", "bottleneck"), strict=True):
+        config = within(str(need), options)
+        assert (config.recompute, config.budget, config.batch_size) == (chosen, need, 32)
+    with pytest.raises(ConfigError, match=f"--budget {needs[2] - 1} is too small"):
+        within(str(needs[2] - 1), options)
+
+
+def test_the_batch_is_chosen_where_the_mode_is_given() -> None:
+    options = {"model": "cifar-bc", "depth": 22, "growth_rate": 8, "recompute": "norm"}
+    config = within("32MiB", options)
+    work = Work("cifar-bc", 32, config.batch_size, 22, 8, channels=1)
+    assert work.estimate("norm", "cpu").peak.total <= 32 * MIB
+    assert config.recompute == "norm" and config.batch_size > 8
+    assert within("32MiB", {**options, "train_size": 8}).batch_size == 8
+    assert within("1GiB", {**options, "batch_size": 5}).batch_size == 5
+    with pytest.raises(ConfigError, match="--budget 1MiB is too small: --recompute norm needs"):
+        within("1MiB", options)
+
+
+def test_a_budget_is_for_one_device() -> None:
+    with pytest.raises(ConfigError, match="--budget is for one device, got --devices 2"):
+        TrainConfig.of("fashion", budget=2**30, devices=2)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--budget 8GBB", ["--budget", "'8GBB'", "8GiB"]),
+        ("--budget 0", ["--budget", "'0'", "above 0"]),
+        ("--budget 1GiB --depth 42", ["42", "6 * n + 4", "40"]),
+        ("--budget 1GiB --batch-size 1", ["--batch-size", "at least 2", "1"]),
+        ("--budget 1GiB --batch-size 8 --depth 40", ["--batch-size 8", "--depth"]),
+        ("--budget 1GiB --batch-size 8 --model densenet121", ["--batch-size 8", "--model"]),
+        ("--budget 1GiB --model densenet121 --depth 40", ["--depth", "'densenet121'"]),
+        ("--budget 1GiB --model resnet", ["'resnet'", "densenet121"]),
+        ("--budget 1GiB --image-size 3", ["--image-size", "at least 4", "3"]),
+        ("--budget 1GiB --channels 0", ["--channels", "at least 1", "0"]),
+        ("--budget 1GiB --classes 1", ["--classes", "at least 2", "1"]),
+        ("--budget 1GiB --growth-rate 0", ["--growth-rate", "at least 1", "0"]),
+        ("--budget 1GiB --device tpu", ["'tpu'", "cuda"]),
+        ("--budget 1GiB --image-size 100000000000", ["no memory", "100000000000"]),
+        ("--budget 1GiB --growth-rate 10000000000000", ["no memory", "40000000000000"]),
+        ("--budget 1GiB --chart plan.jpg", ["--chart", ".png", "'plan.jpg'"]),
+        ("--budget 1GiB --chart no/such/plan.png", ["--chart", "folder", "'no/such/plan.png'"]),
+    ],
+)
+def test_bad_options_get_one_line_that_quotes_them(capsys, options, said) -> None:
+    line = error_of(capsys, "plan", *options.split())
+    assert all(word in line for word in said), line
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("--budget 8GBB", ["'8GBB'", "8GiB"]), ("--budget 1MiB", ["--budget 1MiB", "too small"])],
+)
+def test_bad_budgets_of_a_run_get_one_line_that_quotes_them(capsys, options, said) -> None:
+    line = error_of(capsys, "train", *options.split(), "--model", "cifar-bc", "--depth", "10")
+    assert all(word in line for word in said), line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask")
+def test_without_a_gpu_a_budget_is_needed(capsys) -> None:
+    assert "--budget is needed" in error_of(capsys, "plan")
+
+
+def test_plan_prints_a_table_and_draws_a_chart(capsys, tmp_path) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    chart = tmp_path / "plan.png"
+    options = "--budget 16MiB --depth 10 --growth-rate 4 --device cpu"
+    assert main(["plan", *options.split(), "--chart", str(chart)]) == 0
+    table = capsys.readouterr().out
+    assert all(mode in table for mode in MODES) and "Reserve" in table
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chart_that_cannot_be_written_gets_one_line(capsys, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "plan.png").mkdir()
+    options = "--budget 16MiB --depth 10 --growth-rate 4 --device cpu --chart"
+    line = error_of(capsys, "plan", *options.split(), str(tmp_path / "plan.png"))
+    assert "--chart" in line and "plan.png" in line
+
+
+def test_an_interrupted_plan_says_so_in_one_line(capsys, monkeypatch) -> None:
+    def interrupted(**options) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("efficient_densenet.training.plan.plan", interrupted)
+    assert main(["plan", "--budget", "16MiB"]) == 130
+    assert capsys.readouterr().err == "efficient-densenet plan: interrupted\n"
+
+
+def test_plan_prints_json(capsys) -> None:
+    options = "--budget 16MiB --batch-size 8 --growth-rate 4 --device cuda --json"
+    assert main(["plan", *options.split()]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["budget"], made["varies"], made["work"]["batch_size"]) == (16 * MIB, "depth", 8)
+    assert [fit["largest"] for fit in made["fits"]] == [0] * 4  # the reserve is more than that
