@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import BN_SIZE, make_block
-from efficient_densenet.kernels import slabs as workspace
+from efficient_densenet.kernels import workspace
 
 PASSES = ("forward", "backward")
 KINDS = ("naive", "norm", "bottleneck")

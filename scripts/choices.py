@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.provenance import cpu
 from efficient_densenet import EfficientDenseBlock
-from efficient_densenet.kernels import eager
-from efficient_densenet.kernels import slabs as workspace
+from efficient_densenet.kernels import eager, workspace
 from efficient_densenet.modules.naive import DenseBlock
 from scripts import marked
 

@@ -21,8 +21,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efficient_densenet.kernels import slabs as workspace
-from efficient_densenet.kernels.interface import Conv, Geometry, Norm, Statistics, Tail
+from efficient_densenet.kernels import workspace
+from efficient_densenet.kernels.interface import (
+    RELU,
+    Conv,
+    Geometry,
+    Norm,
+    Statistics,
+    Tail,
+    Unit,
+)
 from efficient_densenet.kernels.triton import launch, operations
 from efficient_densenet.kernels.triton.launch import Tile
 
@@ -114,23 +122,24 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
 
     def norm(channels: int) -> Norm:
         mean, var, weight, bias = vectors(channels)
-        return operations.ready(mean, var, weight.flatten(), bias.flatten(), 1e-5)
+        return operations.make_norm(mean, var, weight.flatten(), bias.flatten(), 1e-5)
 
     features, gradients = a_map(reads + growth), a_map(reads + growth, torch.float32)
     x, new, z, total = features[:, :reads], a_map(growth), a_map(width), gradients[:, :reads]
-    scratch = operations.Workspace(x, reads, torch.float32, memory_format)
+    scratch = workspace.Workspace(x, reads, dtype, memory_format)
     operations.append(new, features[:, reads:], Statistics(*vectors(growth)[:2]))
     for map, leaves, size, target in (
         (x, width, 1, total),
         (z, growth, 3, a_map(width, torch.float32)),
     ):
         channels = map.shape[1]
-        unit = (norm(channels), tail(leaves, channels, size), scratch)
-        operations.norm_relu_tail(map, *unit, need_statistics=size == 1)
-        gradient = operations.norm_relu_tail_backward(
+        unit = Unit(norm(channels), RELU, tail(leaves, channels, size))
+        operations.forward_unit(map, unit, scratch, need_statistics=size == 1)
+        gradient = operations.backward_unit(
             a_map(leaves),
             map,
-            *unit,
+            unit,
+            scratch,
             need_weight=True,
             need_bias=False,
             need_sums=True,
@@ -138,7 +147,8 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
             accumulate=size == 1,
         )
         mean_d, mean_dx, *_ = vectors(channels)
-        operations.collect(gradient.sums, unit[0], 1.0, (mean_d, mean_dx))
+        assert gradient.sums is not None
+        operations.collect(gradient.sums, unit.norm, 1.0, (mean_d, mean_dx))
     a, b, mean, _ = vectors(width)
     operations.correct(a_map(width, torch.float32), z, mean, a, b, a_map(width))
 

@@ -16,13 +16,16 @@ from benchmarks.gpu.runner import Job, PartFailed
 from benchmarks.instruments import relative_error, synchronize
 from efficient_densenet.kernels.implementations import load
 from efficient_densenet.kernels.interface import (
+    RELU,
     Conv,
     Geometry,
     Operations,
     Statistics,
     Tail,
+    Unit,
     per_channel,
 )
+from efficient_densenet.kernels.workspace import Workspace
 
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 """Relative difference (2-norm) allowed from the eager operation; in float32 products are TF32."""
@@ -154,12 +157,10 @@ def calls(site: Site) -> list[Call]:
 
 def _forward(x: Tensor, conv: Conv, need_statistics: bool) -> Callable[[Operations], Run]:
     def prepare(ops: Operations) -> Run:
-        norm, tail, workspace = _unit(ops, x, conv)
+        unit, workspace = _unit(ops, x, conv)
 
         def run() -> Sequence[Tensor]:
-            y, statistics = ops.norm_relu_tail(
-                x, norm, tail, workspace, need_statistics=need_statistics
-            )
+            y, statistics = ops.forward_unit(x, unit, workspace, need_statistics=need_statistics)
             return [y, *(statistics or ())]
 
         return run
@@ -171,15 +172,14 @@ def _backward(
     grad: Tensor, x: Tensor, conv: Conv, target: Tensor, accumulate: bool
 ) -> Callable[[Operations], Run]:
     def prepare(ops: Operations) -> Run:
-        norm, tail, workspace = _unit(ops, x, conv)
+        unit, workspace = _unit(ops, x, conv)
         target.fill_(1.0)
 
         def run() -> Sequence[Tensor]:
-            weight, _, sums = ops.norm_relu_tail_backward(
+            weight, _, sums = ops.backward_unit(
                 grad,
                 x,
-                norm,
-                tail,
+                unit,
                 workspace,
                 need_weight=True,
                 need_bias=False,
@@ -187,20 +187,21 @@ def _backward(
                 target=target,
                 accumulate=accumulate,
             )
-            assert weight is not None
-            return [weight.flatten(), target, *ops.collect(sums, norm, 1.0, None)]
+            assert weight is not None and sums is not None
+            return [weight.flatten(), target, *ops.collect(sums, unit.norm, 1.0, None)]
 
         return run
 
     return prepare
 
 
-def _unit(ops: Operations, x: Tensor, conv: Conv) -> tuple[Any, Tail, Any]:
+def _unit(ops: Operations, x: Tensor, conv: Conv) -> tuple[Unit, Workspace]:
     var, mean = torch.var_mean(x.float(), [0, 2, 3], correction=0)
     gamma, beta = torch.ones_like(mean), torch.full_like(mean, 0.1)
-    norm = ops.ready(per_channel(mean, 4), per_channel(var, 4), gamma, beta, EPS)
-    workspace = ops.Workspace(x, x.shape[1], torch.float32, torch.channels_last)
-    return norm, Tail(None, conv, x.dtype), workspace
+    norm = ops.make_norm(per_channel(mean, 4), per_channel(var, 4), gamma, beta, EPS)
+    scratch = ops.scratch_dtype(x.dtype, torch.float32)
+    workspace = Workspace(x, x.shape[1], scratch, torch.channels_last)
+    return Unit(norm, RELU, Tail(None, conv, x.dtype)), workspace
 
 
 def _map(site: Site, channels: int) -> Tensor:

@@ -34,8 +34,8 @@ def dense_block(
     ``x`` is ``(N, input_channels, *spatial)``; the features are ``(N, channels, *spatial)`` in the
     memory format of ``x``. Equals, layer by layer and then for the exit, ::
 
-        x = torch.cat([x, dropout(conv(relu(bn(x))))], 1)
-        y = conv(pool(relu(bn(x))))
+        x = torch.cat([x, dropout(conv(act(bn(x))))], 1)
+        y = conv(pool(act(bn(x))))
 
     Never kept for the backward pass: concatenations, normalised maps, and with
     ``recompute="bottleneck"`` the bottleneck maps. ``units`` holds the tensors of the units of each
@@ -63,9 +63,9 @@ def dense_block(
 
 
 def stem(x: Tensor, spec: StemSpec, tensors: UnitTensors) -> tuple[Tensor, Statistics | None, int]:
-    """Convolution, batch norm, ReLU and pooling of an image, which is all that is kept.
+    """Convolution, batch norm, activation and pooling of an image, which is all that is kept.
 
-    ``x`` is ``(N, in_channels, *spatial)``. Equals ``pool(relu(bn(conv(x))))``; the convolution is
+    ``x`` is ``(N, in_channels, *spatial)``. Equals ``pool(act(bn(conv(x))))``; the convolution is
     computed again in the backward pass, and no index of a pooling is kept. ``tensors`` holds the
     convolution's beside the norm's.
 

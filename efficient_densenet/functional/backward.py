@@ -11,9 +11,9 @@ from torch import Tensor
 from efficient_densenet.functional.forward import Saved, dropout_mask, stem_groups
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
-from efficient_densenet.functional.units import ReadyUnit, UnitRunner
+from efficient_densenet.functional.units import UnitRunner
 from efficient_densenet.kernels.aten import convolve, convolve_backward
-from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients
+from efficient_densenet.kernels.interface import Conv, Statistics, Unit, UnitGradients
 from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
 
 
@@ -46,7 +46,7 @@ class MapGradient:
         self.written = False
         self.corrected = 0
 
-    def ready(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> ReadyUnit:
+    def ready(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> Unit:
         """A unit that reads the first ``channels``."""
         statistics = self.statistics and self.statistics.first(channels)
         return self.units.ready(unit, tensors, statistics, self.maps.dim())
@@ -59,7 +59,7 @@ class MapGradient:
     def back_through(
         self,
         grad: Tensor,
-        ready: ReadyUnit,
+        ready: Unit,
         unit: UnitSpec,
         tensors: UnitTensors,
         needs: UnitTensors,
@@ -195,7 +195,7 @@ class BlockBackward:
         else:
             yield UnitTensors()
 
-    def _bottleneck(self, i: int, ready: ReadyUnit) -> Tensor:
+    def _bottleneck(self, i: int, ready: Unit) -> Tensor:
         kept = self.saved.bottlenecks[i]
         if kept is not None:
             return kept
@@ -257,6 +257,7 @@ class StemBackward:
         dbeta = dgamma = dx = weight = bias = corrections = None
         if needs.weight or needs.bias or corrects:
             sums = self._back_through(slice(None), None).sums
+            assert sums is not None
             count, mean = self.y.numel() // self.y.shape[1], self.ready.norm.mean
             totals = torch.zeros_like(mean), torch.zeros_like(mean)
             dbeta, dgamma = self.units.ops.collect(sums, self.ready.norm, 1.0 / count, totals)
@@ -276,7 +277,7 @@ class StemBackward:
         )
 
     def _back_through(self, rows: slice, target: Tensor | None) -> UnitGradients:
-        """Through pool, ReLU and norm: the sums if there is no ``target`` to write into."""
+        """Through pool, activation and norm: the sums if there is no ``target`` to write into."""
         return self.units.backward(
             self.grad[rows],
             self.y[rows],

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
-from efficient_densenet.kernels.interface import Geometry, Pool
+from efficient_densenet.kernels.interface import Activation, Geometry, Pool
 
 KINDS: dict[str, type] = {
     kind.__name__: kind
-    for kind in (BlockSpec, StemSpec, LayerSpec, UnitSpec, Types, Geometry, Pool)
+    for kind in (BlockSpec, StemSpec, LayerSpec, UnitSpec, Types, Activation, Geometry, Pool)
 }
 
 

@@ -155,7 +155,7 @@ def stem_groups(spec: StemSpec, x: Tensor, weight: Tensor) -> list[slice]:
 def forward_stem(
     spec: StemSpec, x: Tensor, tensors: UnitTensors
 ) -> tuple[Tensor, Statistics | None]:
-    """Convolve the image, normalise, rectify and pool: the result, and the batch statistics."""
+    """Convolve the image, normalise, activate and pool: the result, and the batch statistics."""
     groups = stem_groups(spec, x, tensors.conv_weight)
     parts = [_stem_channels(spec, x, tensors.only(channels)) for channels in groups]
     if len(parts) == 1:

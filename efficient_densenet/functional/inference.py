@@ -13,6 +13,7 @@ from torch import Tensor
 
 from efficient_densenet.functional.forward import FeatureBuffer
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.kernels.activations import activate_
 from efficient_densenet.kernels.aten import convolve, pooled
 from efficient_densenet.kernels.interface import Conv
 from efficient_densenet.kernels.layout import inner_format, outer_format
@@ -42,7 +43,8 @@ def infer_block(spec: BlockSpec, x: Tensor, flat: Sequence[Tensor | None]) -> Te
     for layer, tensors in zip(spec.layers, layers, strict=True):
         first, *second = layer.units
         if second:
-            y = buffer.read(first, folded(tensors[0], second[0], tensors[1]))[0].relu_()
+            y, _ = buffer.read(first, folded(tensors[0], second[0], tensors[1]))
+            activate_(y, second[0].activation)
             assert second[0].conv is not None
             y = convolve(y, Conv(tensors[1].conv_weight, tensors[1].conv_bias, second[0].conv))
         else:
@@ -59,8 +61,8 @@ def infer_stem(spec: StemSpec, x: Tensor, tensors: UnitTensors) -> Tensor:
     assert spec.unit.pool is not None
     unit = folded(tensors, spec.unit, tensors)
     image = x.to(spec.types.compute, memory_format=inner_format(x))
-    y = convolve(image, Conv(unit.conv_weight, unit.conv_bias, spec.conv)).relu_()
-    return pooled(y, spec.unit.pool)
+    y = convolve(image, Conv(unit.conv_weight, unit.conv_bias, spec.conv))
+    return pooled(activate_(y, spec.unit.activation), spec.unit.pool)
 
 
 def folded(conv: UnitTensors, unit: UnitSpec, norm: UnitTensors) -> UnitTensors:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from efficient_densenet.functional.modes import MODES, Recompute
-from efficient_densenet.kernels.interface import Geometry, Pool
+from efficient_densenet.kernels.interface import RELU, Activation, Geometry, Pool
 
 
 @dataclass(frozen=True)
 class UnitSpec:
-    """BN - ReLU [- pool] [- convolution], with at least one of the last two.
+    """BN - activation [- pool] [- convolution], with at least one of the last two.
 
     ``batch_statistics`` says whether the norm uses the batch's statistics or running ones.
     """
@@ -23,6 +23,7 @@ class UnitSpec:
     batch_statistics: bool
     conv: Geometry | None
     pool: Pool | None = None
+    activation: Activation = RELU
 
 
 class UnitTensors(NamedTuple):
@@ -104,6 +105,13 @@ class BlockSpec:
         return self.input_channels + sum(layer.growth for layer in self.layers)
 
     @property
+    def activations(self) -> tuple[Activation, ...]:
+        """The activations of its units, each once."""
+        units = [unit for layer in self.layers for unit in layer.units]
+        units += [self.exit] if self.exit else []
+        return tuple(dict.fromkeys(unit.activation for unit in units))
+
+    @property
     def widest(self) -> int:
         """Channels of the widest map that is normalised."""
         return max([self.channels, *(layer.width for layer in self.layers)])
@@ -130,7 +138,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class StemSpec:
-    """Convolution - BN - ReLU - pool: a convolution of the image, and the unit that reads it.
+    """Convolution - BN - activation - pool: a convolution of the image, and the unit that reads it.
 
     ``kernels`` and ``process_group`` as in :class:`BlockSpec`.
     """
@@ -140,3 +148,8 @@ class StemSpec:
     types: Types
     kernels: str = "auto"
     process_group: Any = None
+
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        """The activation of its unit, alone."""
+        return (self.unit.activation,)

@@ -1,8 +1,6 @@
-"""Runs units - BN, ReLU, pooling, convolution - through one implementation of the operations."""
+"""Runs units - BN, activation, pool, convolution - through one implementation of the operations."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,21 +8,14 @@ from torch import Tensor
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.kernels import implementations
 from efficient_densenet.kernels.interface import (
-    RELU,
     Conv,
-    Norm,
     Statistics,
     Tail,
+    Unit,
     UnitGradients,
     per_channel,
 )
-
-
-class ReadyUnit(NamedTuple):
-    """A unit as the operations take it."""
-
-    norm: Norm
-    tail: Tail
+from efficient_densenet.kernels.workspace import Workspace
 
 
 class UnitRunner:
@@ -43,20 +34,21 @@ class UnitRunner:
     ) -> None:
         self.types, self.memory_format = spec.types, memory_format
         dtypes = (spec.types.compute, spec.types.features)
-        self.ops = implementations.choose(spec.kernels, like.device, dtypes, (RELU,))
-        self.workspace = self.ops.Workspace(like, widest, spec.types.statistics, memory_format)
+        self.ops = implementations.choose(spec.kernels, like.device, dtypes, spec.activations)
+        scratch = self.ops.scratch_dtype(spec.types.features, spec.types.statistics)
+        self.workspace = Workspace(like, widest, scratch, memory_format)
 
     def ready(
         self, unit: UnitSpec, tensors: UnitTensors, statistics: Statistics | None, dim: int
-    ) -> ReadyUnit:
+    ) -> Unit:
         """The unit for maps of ``dim`` dimensions with these batch statistics."""
         if statistics is not None and unit.batch_statistics:
             mean, var = statistics
         else:
             running = (tensors.running_mean, tensors.running_var)
             mean, var = (per_channel(v.to(self.types.statistics), dim) for v in running)
-        norm = self.ops.ready(mean, var, tensors.weight, tensors.bias, unit.eps)
-        return ReadyUnit(norm, self._tail(unit, tensors))
+        norm = self.ops.make_norm(mean, var, tensors.weight, tensors.bias, unit.eps)
+        return Unit(norm, unit.activation, self._tail(unit, tensors))
 
     def _tail(self, unit: UnitSpec, tensors: UnitTensors) -> Tail:
         if unit.conv is None:
@@ -65,16 +57,16 @@ class UnitRunner:
         return Tail(unit.pool, Conv(weight, tensors.conv_bias, unit.conv), self.types.compute)
 
     def forward(
-        self, x: Tensor, ready: ReadyUnit, need_statistics: bool = False
+        self, x: Tensor, ready: Unit, need_statistics: bool = False
     ) -> tuple[Tensor, Statistics | None]:
         """What a unit makes of the map ``x``, and the batch statistics of the result."""
-        return self.ops.norm_relu_tail(x, *ready, self.workspace, need_statistics=need_statistics)
+        return self.ops.forward_unit(x, ready, self.workspace, need_statistics=need_statistics)
 
     def backward(
         self,
         grad: Tensor,
         x: Tensor,
-        ready: ReadyUnit,
+        ready: Unit,
         needs: UnitTensors,
         *,
         need_sums: bool,
@@ -82,10 +74,10 @@ class UnitRunner:
         accumulate: bool = False,
     ) -> UnitGradients:
         """The operation's gradients, ``needs`` those of its convolution; see the interface."""
-        return self.ops.norm_relu_tail_backward(
+        return self.ops.backward_unit(
             grad,
             x,
-            *ready,
+            ready,
             self.workspace,
             need_weight=bool(needs.conv_weight),
             need_bias=bool(needs.conv_bias),

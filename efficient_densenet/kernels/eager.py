@@ -10,15 +10,23 @@ import math
 import torch
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Norm, Statistics, Tail, UnitGradients, per_channel
-from efficient_densenet.kernels.layout import is_channels_last, outer_format
-from efficient_densenet.kernels.slabs import (
-    Rectify,
-    Workspace,
-    add,
-    backward_of_slabs,
-    tail_of_slabs,
+from efficient_densenet.kernels.activations import (
+    activate_,
+    activate_backward_,
+    derivative_reads_input,
 )
+from efficient_densenet.kernels.interface import (
+    Activation,
+    Norm,
+    Statistics,
+    Sums,
+    Unit,
+    UnitGradients,
+    per_channel,
+)
+from efficient_densenet.kernels.layout import is_channels_last, outer_format
+from efficient_densenet.kernels.slabs import Activate, backward_of_slabs, tail_of_slabs
+from efficient_densenet.kernels.workspace import Workspace
 
 # Channels that PyTorch's batch-norm kernels should find in a row. They sum each in 32 bits, so that
 # more and shorter sums are more precise, and take some at once: what is left over goes one by one
@@ -29,7 +37,7 @@ AT_ONCE = 16
 aten = torch.ops.aten
 
 
-def ready(
+def make_norm(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Norm:
     invstd = (var + eps).rsqrt_()
@@ -64,18 +72,18 @@ def append(y: Tensor, into: Tensor | None, statistics: Statistics | None) -> Non
         statistics.var.copy_(var)
 
 
-def norm_relu_tail(
-    x: Tensor, norm: Norm, tail: Tail, workspace: Workspace, *, need_statistics: bool
+def forward_unit(
+    x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
-    y = tail_of_slabs(x, tail, workspace, _rectifier(norm))
-    return y, batch_statistics(y, workspace.dtype) if need_statistics else None
+    activated = _activated(_normalised(unit.norm), unit.activation)
+    y = tail_of_slabs(x, unit.tail, workspace, activated)
+    return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
 
 
-def norm_relu_tail_backward(
+def backward_unit(
     grad: Tensor,
     x: Tensor,
-    norm: Norm,
-    tail: Tail,
+    unit: Unit,
     workspace: Workspace,
     *,
     need_weight: bool,
@@ -84,28 +92,33 @@ def norm_relu_tail_backward(
     target: Tensor | None,
     accumulate: bool,
 ) -> UnitGradients:
-    sum_d = sum_dx = None
+    norm, activation, tail = unit
+    normalised = _normalised(norm)
+    activated = _activated(normalised, activation)
+    sums: Sums | None = None
 
-    def receive(rows: slice, a: Tensor, d: Tensor) -> None:
-        nonlocal sum_d, sum_dx
-        aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
+    def receive(rows: slice, y: Tensor, d: Tensor) -> None:
+        nonlocal sums
+        if derivative_reads_input(activation):
+            normalised(x[rows], y)
+        activate_backward_(d, y, activation)
         if need_sums:
-            slab_d, slab_dx = channel_sums(d, x[rows], norm.mean, workspace)
-            sum_d, sum_dx = add(sum_d, slab_d), add(sum_dx, slab_dx)
+            part = channel_sums(d, x[rows], norm.mean, workspace)
+            sums = part if sums is None else Sums(sums.d + part.d, sums.dx + part.dx)
         if target is not None and accumulate:
             target[rows].addcmul_(d, norm.scale)
         elif target is not None:
             torch.mul(d, norm.scale, out=target[rows])
 
     needs = (need_sums or target is not None, need_weight, need_bias)
-    weight, bias = backward_of_slabs(grad, x, tail, workspace, _rectifier(norm), needs, receive)
-    return UnitGradients(weight, bias, (sum_d, sum_dx) if need_sums else None)
+    weight, bias = backward_of_slabs(grad, x, tail, workspace, activated, needs, receive)
+    return UnitGradients(weight, bias, sums)
 
 
 def collect(
-    sums: tuple[Tensor, Tensor], norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
+    sums: Sums, norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    dbeta, dgamma = sums[0], norm.invstd * sums[1]
+    dbeta, dgamma = sums.d, norm.invstd * sums.dx
     if totals is not None:
         totals[0].addcmul_(norm.scale, dbeta, value=share)
         totals[1].addcmul_(norm.scale * norm.invstd, dgamma, value=share)
@@ -117,21 +130,29 @@ def correct(grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Te
     return out.addcmul_(x, b, value=-1)
 
 
+def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
+    return statistics  # centred maps are summed in it
+
+
 def corrected_dtype(compute: torch.dtype, statistics: torch.dtype) -> torch.dtype:
     return statistics  # rounded by those who read it, slab by slab
 
 
-def _rectifier(norm: Norm) -> Rectify:
+def _normalised(norm: Norm) -> Activate:
     shift = torch.addcmul(norm.bias, norm.mean, norm.scale, value=-1)
 
-    def rectify(x: Tensor, out: Tensor) -> Tensor:
+    def normalised(x: Tensor, out: Tensor) -> Tensor:
         # Reads x once, and rounds as PyTorch's own batch norm does on a CPU.
-        return torch.addcmul(shift, x, norm.scale, out=out).relu_()
+        return torch.addcmul(shift, x, norm.scale, out=out)
 
-    return rectify
+    return normalised
 
 
-def channel_sums(d: Tensor, x: Tensor, mean: Tensor, workspace: Workspace) -> tuple[Tensor, Tensor]:
+def _activated(normalised: Activate, activation: Activation) -> Activate:
+    return lambda x, out: activate_(normalised(x, out), activation)
+
+
+def channel_sums(d: Tensor, x: Tensor, mean: Tensor, workspace: Workspace) -> Sums:
     """``Σ d`` and ``Σ d * (x - mean)`` per channel, in one pass over maps that are dense."""
     channels, dim, mean = x.shape[1], x.dim(), mean.flatten()
     if x.dtype != mean.dtype or not x.is_contiguous(memory_format=workspace.memory_format):
@@ -154,7 +175,7 @@ def channel_sums(d: Tensor, x: Tensor, mean: Tensor, workspace: Workspace) -> tu
     )
     if fold > 1:
         sum_d, sum_dx = sum_d.view(fold, channels).sum(0), sum_dx.view(fold, channels).sum(0)
-    return per_channel(sum_d, dim), per_channel(sum_dx, dim)
+    return Sums(per_channel(sum_d, dim), per_channel(sum_dx, dim))
 
 
 def _fold(x: Tensor) -> int:

@@ -1,23 +1,27 @@
 """The operations that the passes are written against, and what they exchange.
 
-A map is ``(samples, channels, *spatial)``. Vectors of one value per channel have as many dimensions
-as the map, to broadcast over it.
+A map is ``(samples, channels, *spatial)``, of any floating-point type. A vector of one value per
+channel is ``(channels, 1, …)`` with a one for each spatial dimension, to broadcast over a map.
+Vectors, and all that is summed over a batch, are in the statistics' type: float32, or float64 where
+maps are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from efficient_densenet.kernels.workspace import Workspace
+
 
 class Activation(NamedTuple):
-    """An elementwise function, by its name in ``torch.nn.functional``, and its parameters.
+    """An elementwise function, by its name and its parameters.
 
-    ``"relu"``, ``"silu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"leaky_relu"`` (negative slope),
-    ``"elu"`` (alpha) or ``"identity"``.
+    ``"relu"``, ``"silu"``, ``"gelu"`` (exact), ``"gelu_tanh"`` (approximate), ``"leaky_relu"`` (its
+    negative slope), ``"elu"`` (its alpha) or ``"identity"``.
     """
 
     name: str
@@ -28,7 +32,7 @@ RELU = Activation("relu")
 
 
 class Statistics(NamedTuple):
-    """Batch statistics of a map: mean and biased variance of every channel."""
+    """Batch statistics of a map: mean and biased variance of every channel, two vectors."""
 
     mean: Tensor
     var: Tensor
@@ -43,7 +47,10 @@ class Statistics(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A batch norm ready to apply: ``y = (x - mean) * scale + bias``, ``scale = γ * invstd``."""
+    """A batch norm ready to apply: ``y = (x - mean) * scale + bias``, ``scale = γ * invstd``.
+
+    Four vectors.
+    """
 
     mean: Tensor
     invstd: Tensor
@@ -69,7 +76,11 @@ class Geometry(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """A convolution with its tensors."""
+    """A convolution with its tensors.
+
+    ``weight`` is ``(out_channels, in_channels / groups, *kernel)``, ``bias`` ``(out_channels,)``;
+    of any type, they are converted to that in which the convolution computes.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -93,9 +104,9 @@ class Pool(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """What reads a normalised and rectified map: pooling, a convolution, or one after the other.
+    """What reads a normalised and activated map: pooling, a convolution, or one after the other.
 
-    It computes in ``dtype``.
+    It reads, computes and leaves maps of ``dtype``.
     """
 
     pool: Pool | None
@@ -103,16 +114,33 @@ class Tail(NamedTuple):
     dtype: torch.dtype
 
 
-class UnitGradients(NamedTuple):
-    """Gradients of the convolution, and the sums per channel that batch norm's need.
+class Unit(NamedTuple):
+    """What a map goes through: ``tail(activation(norm(x)))``."""
 
-    ``sums`` is the implementation's own form of ``Σ d`` and ``Σ d * (x - mean)`` for the gradient
-    ``d`` at the rectifier's input: what :meth:`Operations.collect` reads.
+    norm: Norm
+    activation: Activation
+    tail: Tail
+
+
+class Sums(NamedTuple):
+    """``Σ d`` and ``Σ d * (x - mean)`` per channel, where ``d`` is the gradient of ``norm(x)``.
+
+    Two vectors, or ``(parts, channels)``: sums over parts of the map, in the statistics' type.
+    """
+
+    d: Tensor
+    dx: Tensor
+
+
+class UnitGradients(NamedTuple):
+    """Gradients of a unit's convolution, in the shapes of its tensors, and what the norm's need.
+
+    Each is ``None`` where it was not wanted. The types are the implementation's.
     """
 
     conv_weight: Tensor | None
     conv_bias: Tensor | None
-    sums: Any
+    sums: Sums | None
 
 
 class Operations(Protocol):
@@ -121,20 +149,10 @@ class Operations(Protocol):
     ``kernels/eager.py`` runs everywhere and is the truth of every other one.
     """
 
-    def Workspace(
-        self, like: Tensor, widest: int, dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> Any:
-        """The shared BN storage of one pass, which every layer overwrites.
-
-        ``like`` is a map of the samples and the size that will be normalised, ``widest`` the
-        channels of the widest of them; ``dtype`` is that of statistics, the widest one stored. Its
-        ``narrow(widest)`` says that what is still to come is no wider than that.
-        """
-
-    def ready(
+    def make_norm(
         self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Norm:
-        """A norm from statistics shaped to broadcast over a map, and vectors γ and β.
+        """A norm from statistics, two vectors, and from γ and β, ``(channels,)``.
 
         ``invstd = (var + eps)^(-1/2)``, ``scale = γ * invstd``; absent, γ is one and β zero.
         """
@@ -148,21 +166,20 @@ class Operations(Protocol):
         ``None``: not wanted. Without a place they are the statistics of ``y`` where it is.
         """
 
-    def norm_relu_tail(
-        self, x: Tensor, norm: Norm, tail: Tail, workspace: Any, *, need_statistics: bool
+    def forward_unit(
+        self, x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
     ) -> tuple[Tensor, Statistics | None]:
-        """``y = tail(relu((x - mean) * scale + bias))``, and the batch statistics of ``y``.
+        """``y = tail(activation((x - mean) * scale + bias))``, and the batch statistics of ``y``.
 
         The normalised map is not kept.
         """
 
-    def norm_relu_tail_backward(
+    def backward_unit(
         self,
         grad: Tensor,
         x: Tensor,
-        norm: Norm,
-        tail: Tail,
-        workspace: Any,
+        unit: Unit,
+        workspace: Workspace,
         *,
         need_weight: bool,
         need_bias: bool,
@@ -170,17 +187,18 @@ class Operations(Protocol):
         target: Tensor | None,
         accumulate: bool,
     ) -> UnitGradients:
-        """Gradients of :meth:`norm_relu_tail`; batch norm's correction is left to :meth:`correct`.
+        """Gradients of :meth:`forward_unit`; batch norm's correction is left to :meth:`correct`.
 
-        With ``d`` the gradient at the rectifier's input, writes ``scale * d`` into ``target`` (adds
-        it if ``accumulate``; ``None``: not wanted) and returns the convolution's gradients and what
-        :meth:`collect` reads.
+        ``grad`` is the gradient of ``y``. With ``a = (x - mean) * scale + bias`` and
+        ``d = ∂L/∂activation(a) * activation'(a)``, writes ``scale * d`` into ``target``, a map as
+        ``x`` (adds it if ``accumulate``; ``None``: not wanted), and returns the convolution's
+        gradients and the sums that :meth:`collect` reads.
         """
 
     def collect(
-        self, sums: Any, norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
+        self, sums: Sums, norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``, the gradients of a batch norm.
+        """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``, two vectors.
 
         Adds ``share * scale * dβ`` and ``share * scale * invstd * dγ`` to ``totals``: with a share
         of one by the number of values, what :meth:`correct` takes for ``a`` and ``b``.
@@ -191,8 +209,12 @@ class Operations(Protocol):
     ) -> Tensor:
         """``out = grad - a - (x - mean) * b``: batch norm's two batch terms, for a finished map.
 
-        ``out`` may be ``grad``, and is of its type or of :meth:`corrected_dtype`.
+        ``grad`` and ``x`` are maps, ``mean``, ``a`` and ``b`` vectors. ``out`` may be ``grad``, and
+        is of its type or of :meth:`corrected_dtype`.
         """
+
+    def scratch_dtype(self, features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
+        """The widest type that the workspace holds where maps are stored in ``features``."""
 
     def corrected_dtype(self, compute: torch.dtype, statistics: torch.dtype) -> torch.dtype:
         """The type of a corrected gradient whose readers compute in ``compute``."""

@@ -1,104 +1,29 @@
-"""The scratch of one pass, and what reads a normalised and activated map, slab by slab.
+"""Tails by PyTorch's operators, slab by slab: each slab is activated into the workspace and read.
 
-A slab is as many samples as the scratch holds; every layer overwrites it. What reads a map, here
-its "tail", is a pooling and a convolution by PyTorch; the caller says how a slab is normalised into
-the scratch, and takes the gradient of each slab.
+The caller says how a slab is normalised and activated, and takes the gradient of each.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from efficient_densenet.kernels.aten import convolve, convolve_backward, pooled, pooled_backward
 from efficient_densenet.kernels.interface import Conv, Tail
-from efficient_densenet.kernels.layout import is_hollow
+from efficient_densenet.kernels.workspace import Workspace
 
-# Scratch that a slab may fill before the next one starts. With 2 MiB a step takes 1.17 times as
-# long; with 8 to 64 as long (`scripts/choices.py`), and its peak grows by twice the difference.
-WORKSPACE_BYTES = 4 << 20
-
-# On a GPU small slabs would leave it idle between launches, and a slab should fill it for longer
-# than the next one takes to launch. Not measured.
-GPU_WORKSPACE_BYTES = 64 << 20
+# Normalises and activates a slab, into its place in the workspace.
+Activate = Callable[[Tensor, Tensor], Tensor]
 
 
-class Workspace:
-    """One scratch slab, allocated once a pass, overwritten by every layer."""
-
-    def __init__(
-        self, like: Tensor, widest: int, dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> None:
-        samples, _, *spatial = like.shape
-        self.memory_format, self.dtype = memory_format, dtype
-        self._threads = torch.get_num_threads()
-        self._positions = math.prod(spatial)
-        self._spatial_strides = [math.prod(spatial[i + 1 :]) for i in range(len(spatial))]
-        most = GPU_WORKSPACE_BYTES if like.is_cuda else WORKSPACE_BYTES
-        self._capacity = most // dtype.itemsize
-        self._samples = samples
-        self._storage = torch.empty(self._size(widest), dtype=dtype, device=like.device)
-
-    def _size(self, widest: int) -> int:
-        sample = widest * self._positions
-        return min(self._samples * sample, max(self._capacity, sample))
-
-    def narrow(self, widest: int) -> None:
-        """From here on no map is wider than this: a large sample gives back what it needs not."""
-        size, device = self._size(widest), self._storage.device
-        if size < len(self._storage):
-            self._storage = self._storage.new_empty(0)  # the old one dies before the new one lives
-            self._storage = torch.empty(size, dtype=self.dtype, device=device)
-
-    def slabs(self, x: Tensor) -> Iterator[slice]:
-        """The rows of ``x`` that make up each slab: as few as fit, of equal size.
-
-        A multiple of the threads, or some would wait.
-        """
-        samples, channels = x.shape[:2]
-        most = max(1, self._capacity // (channels * self._positions))
-        step = -(-samples // -(-samples // most))
-        if most >= self._threads:
-            step = min(-(-step // self._threads), most // self._threads) * self._threads
-        for start in range(0, samples, step):
-            yield slice(start, min(start + step, samples))
-
-    def distinct_slabs(self, x: Tensor) -> Iterable[slice]:
-        """The rows of each slab; of a map without values, of the slabs that differ in memory.
-
-        From the third on all slabs but a shorter last one make and drop the same, and some hundred
-        layers have tens of thousands of them: an estimate would take a minute.
-        """
-        slabs = list(self.slabs(x))
-        if not is_hollow(x) or len(slabs) <= 3:
-            return slabs
-        last_is_shorter = len(x) % slabs[0].stop
-        return [*slabs[:3], slabs[-1]] if last_is_shorter else slabs[:3]
-
-    def scratch(self, slab: Tensor, dtype: torch.dtype) -> Tensor:
-        """The storage in the shape of ``slab``: whatever it held is lost."""
-        channels = slab.shape[1]
-        last = self.memory_format is not torch.contiguous_format
-        across_channels, step = (1, channels) if last else (self._positions, 1)
-        spatial = [step * stride for stride in self._spatial_strides]
-        storage = self._storage if dtype == self.dtype else self._storage.view(dtype)
-        return storage.as_strided(
-            slab.shape, (channels * self._positions, across_channels, *spatial)
-        )
-
-
-Rectify = Callable[[Tensor, Tensor], Tensor]  # a slab into its place in the workspace
-
-
-def tail_of_slabs(x: Tensor, tail: Tail, workspace: Workspace, rectify: Rectify) -> Tensor:
-    """``tail(rectify(x))``."""
+def tail_of_slabs(x: Tensor, tail: Tail, workspace: Workspace, activate: Activate) -> Tensor:
+    """``tail(activate(x))``."""
     out: Tensor | None = None
     for rows in workspace.distinct_slabs(x):
         slab = x[rows]
-        y = _tail(rectify(slab, workspace.scratch(slab, tail.dtype)), tail)
+        y = _tail(activate(slab, workspace.scratch(slab, tail.dtype)), tail)
         if len(y) == len(x):
             return y
         if out is None:
@@ -117,23 +42,23 @@ def backward_of_slabs(
     x: Tensor,
     tail: Tail,
     workspace: Workspace,
-    rectify: Rectify,
+    activate: Activate,
     needs: tuple[bool, bool, bool],
     receive: Callable[[slice, Tensor, Tensor], None],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`tail_of_slabs` with respect to weight and bias, as far as needed.
 
-    ``receive`` gets each slab's rows, its rectified map, and the gradient with respect to that; it
-    may write into the gradient.
+    ``receive`` gets each slab's rows, its activated map, and the gradient with respect to that; it
+    may overwrite both.
     """
     weight = bias = None
     for rows in workspace.distinct_slabs(x):
         slab = x[rows]
-        a = rectify(slab, workspace.scratch(slab, tail.dtype))
-        d, slab_weight, slab_bias = tail_backward(grad[rows].to(tail.dtype), a, tail, needs)
+        y = activate(slab, workspace.scratch(slab, tail.dtype))
+        d, slab_weight, slab_bias = tail_backward(grad[rows].to(tail.dtype), y, tail, needs)
         weight, bias = add(weight, slab_weight), add(bias, slab_bias)
         if d is not None:
-            receive(rows, a, d)
+            receive(rows, y, d)
         del d  # or it would live beside the next slab's
     return weight, bias
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from efficient_densenet.kernels import eager
-from efficient_densenet.kernels import slabs as tail
+from efficient_densenet.kernels import eager, slabs
 from efficient_densenet.modules import reading as lowering
 from support.compare import KINDS, MODES, assert_efficient, assert_same_training, block_pair, image
 
@@ -37,14 +36,14 @@ def drop_second_sum(monkeypatch):
 
 
 def forget_the_rectifiers_mask(monkeypatch):
-    tail_backward = tail.tail_backward
+    tail_backward = slabs.tail_backward
 
     def unmasked(grad, a, *args):
         gradients = tail_backward(grad, a, *args)
         a.fill_(1.0)
         return gradients
 
-    monkeypatch.setattr(tail, "tail_backward", unmasked)
+    monkeypatch.setattr(slabs, "tail_backward", unmasked)
 
 
 def use_biased_running_variance(monkeypatch):

@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from efficient_densenet.kernels import eager
-from efficient_densenet.kernels.interface import Norm, Tail, per_channel
-from efficient_densenet.kernels.slabs import Workspace
+from efficient_densenet.kernels.interface import RELU, Norm, Tail, Unit, per_channel
+from efficient_densenet.kernels.workspace import Workspace
 
 BATCH, MORE = 4, 20
 widths = pytest.mark.parametrize("channels", [1, 5, 12, 48, 129, 132, 136, 256, 300])
@@ -38,11 +38,10 @@ def test_gradients_of_the_norm_are_those_in_double_precision(channels, size):
         mean, scale, bias = (per_channel(v, x.dim()) for v in torch.rand(3, channels))
         norm = Norm(mean, torch.full_like(mean, 2.0), scale, bias)
         workspace = Workspace(x, channels, x.dtype, torch.channels_last)
-        found = eager.norm_relu_tail_backward(
+        found = eager.backward_unit(
             grad,
             x,
-            norm,
-            Tail(None, None, x.dtype),
+            Unit(norm, RELU, Tail(None, None, x.dtype)),
             workspace,
             need_weight=False,
             need_bias=False,

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.densenet import _DenseBlock
 
 from efficient_densenet import EfficientDenseBlock
-from efficient_densenet.kernels import slabs as workspace
+from efficient_densenet.kernels import workspace
 from efficient_densenet.memory.events import Event, find_peak, live_bytes
 from efficient_densenet.memory.meter import LiveMeter, onednn_scratch
 from efficient_densenet.memory.profiler import AllocatorRecord

@@ -291,7 +291,7 @@ def test_call_without_grad_matches_the_reference(build, training):
 
 @pytest.mark.parametrize("build", [transitions, stems], ids=lambda b: b.__name__)
 def test_slabs_of_one_sample_change_nothing(build, monkeypatch):
-    from efficient_densenet.kernels import slabs as workspace
+    from efficient_densenet.kernels import workspace
 
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
     efficient, reference = build(bias=True)

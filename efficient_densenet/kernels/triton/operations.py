@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Norm, Statistics, Tail, UnitGradients
-from efficient_densenet.kernels.slabs import Workspace, backward_of_slabs, tail_of_slabs
+from efficient_densenet.kernels.interface import Statistics, Sums, Tail, Unit, UnitGradients
+from efficient_densenet.kernels.slabs import backward_of_slabs, tail_of_slabs
 from efficient_densenet.kernels.triton import vectors
 from efficient_densenet.kernels.triton.elementwise import (
     launch_append,
@@ -27,14 +27,20 @@ from efficient_densenet.kernels.triton.gradients import (
     launch_weight_gradient,
 )
 from efficient_densenet.kernels.triton.product import launch_product
-from efficient_densenet.kernels.triton.vectors import launch_collect, launch_ready
+from efficient_densenet.kernels.triton.vectors import launch_collect, launch_make_norm
+from efficient_densenet.kernels.workspace import Workspace
 
-if not isinstance(vectors.ready, triton.JITFunction):
+if not isinstance(vectors.make_norm, triton.JITFunction):
     from efficient_densenet.kernels.triton import interpreted
 
     interpreted.repair()
 
-ready, append, collect, correct = launch_ready, launch_append, launch_collect, launch_correct
+make_norm, append = launch_make_norm, launch_append
+collect, correct = launch_collect, launch_correct
+
+
+def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
+    return features
 
 
 def corrected_dtype(compute: torch.dtype, statistics: torch.dtype) -> torch.dtype:
@@ -48,20 +54,20 @@ def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
     return statistics
 
 
-def norm_relu_tail(
-    x: Tensor, norm: Norm, tail: Tail, workspace: Workspace, *, need_statistics: bool
+def forward_unit(
+    x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
+    norm, _, tail = unit
     if is_product(tail):
         return launch_product(x, norm, tail, workspace.memory_format, need_statistics)
     y = tail_of_slabs(x, tail, workspace, partial(launch_rectify, norm))
-    return y, batch_statistics(y, workspace.dtype) if need_statistics else None
+    return y, batch_statistics(y, norm.mean.dtype) if need_statistics else None
 
 
-def norm_relu_tail_backward(
+def backward_unit(
     grad: Tensor,
     x: Tensor,
-    norm: Norm,
-    tail: Tail,
+    unit: Unit,
     workspace: Workspace,
     *,
     need_weight: bool,
@@ -70,6 +76,7 @@ def norm_relu_tail_backward(
     target: Tensor | None,
     accumulate: bool,
 ) -> UnitGradients:
+    norm, _, tail = unit
     needs_input = need_sums or target is not None
     if is_product(tail):
         weight = launch_weight_gradient(grad, x, norm, tail) if need_weight else None
@@ -77,7 +84,7 @@ def norm_relu_tail_backward(
         pair = (
             launch_input_gradient(grad, x, norm, tail, target, accumulate) if needs_input else None
         )
-        return UnitGradients(weight, bias, pair if need_sums else None)
+        return UnitGradients(weight, bias, Sums(*pair) if need_sums and pair is not None else None)
     pairs: list[Tensor] = []
 
     def receive(rows: slice, a: Tensor, d: Tensor) -> None:
@@ -93,7 +100,7 @@ def norm_relu_tail_backward(
         (needs_input, need_weight, need_bias),
         receive,
     )
-    sums = (pairs[0] if len(pairs) == 1 else torch.cat(pairs, 1)) if need_sums else None
+    sums = Sums(*(pairs[0] if len(pairs) == 1 else torch.cat(pairs, 1))) if need_sums else None
     return UnitGradients(weight, bias, sums)
 
 

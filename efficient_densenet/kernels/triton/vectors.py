@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Norm, Statistics
+from efficient_densenet.kernels.interface import Norm, Statistics, Sums
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton.launch import quotient
 
@@ -17,7 +17,7 @@ VECTOR = 256
 
 
 @triton.jit
-def ready(
+def make_norm(
     mean,
     var,
     weight,
@@ -85,7 +85,8 @@ def fold_moments(
 
 @triton.jit(do_not_specialize=["tiles"])
 def collect(
-    pair,
+    d,
+    dx,
     invstd,
     scale,
     beta_gradient,
@@ -101,7 +102,7 @@ def collect(
 ):
     """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``.
 
-    The sums over all tiles of the two halves of ``pair``. Adds ``share * scale * dβ`` and
+    The sums over all tiles, of ``d`` and of ``dx``. Adds ``share * scale * dβ`` and
     ``share * scale * invstd * dγ`` to the totals.
     """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -111,9 +112,9 @@ def collect(
     for start in range(0, tiles, ROWS):
         t = start + tl.arange(0, ROWS)
         mask = (t < tiles)[:, None] & inside[None, :]
-        place = pair + t[:, None] * channels + columns[None, :]
-        sums_d += tl.load(place, mask=mask, other=0.0)
-        sums_dx += tl.load(place + tiles * channels, mask=mask, other=0.0)
+        place = t[:, None] * channels + columns[None, :]
+        sums_d += tl.load(d + place, mask=mask, other=0.0)
+        sums_dx += tl.load(dx + place, mask=mask, other=0.0)
     r = tl.load(invstd + columns, mask=inside, other=0.0)
     dbeta = tl.sum(sums_d, 0)
     dgamma = r * tl.sum(sums_dx, 0)
@@ -127,14 +128,14 @@ def collect(
         tl.store(total_dx + columns, old + s * r * dgamma, mask=inside)
 
 
-def launch_ready(
+def launch_make_norm(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Norm:
-    """The operation ``ready``."""
+    """The operation ``make_norm``."""
     channels = len(mean)
     norm = mean.new_empty((3, *mean.shape))
     launch.run(
-        ready,
+        make_norm,
         (quotient(channels, VECTOR),),
         mean,
         var,
@@ -168,21 +169,21 @@ def launch_fold(pair: Tensor, values: int, height: int, statistics: Statistics) 
 
 
 def launch_collect(
-    sums: Tensor, norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
+    sums: Sums, norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """The operation ``collect``."""
-    _, tiles, channels = sums.shape
+    tiles, channels = sums.d.shape
     # Not two views of one tensor: they leave the block, and operators may not return such.
     dbeta, dgamma = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
     launch.run(
         collect,
         (quotient(channels, FOLD_COLUMNS),),
-        sums,
+        *sums,
         norm.invstd,
         norm.scale,
         dbeta,
         dgamma,
-        *(totals or (sums, sums)),
+        *(totals or sums),
         tiles,
         channels,
         share,

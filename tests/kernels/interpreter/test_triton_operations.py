@@ -3,11 +3,19 @@
 import pytest
 import torch
 
-from efficient_densenet.kernels import eager
-from efficient_densenet.kernels import slabs as workspace
-from efficient_densenet.kernels.interface import Conv, Geometry, Pool, Statistics, Tail
+from efficient_densenet.kernels import eager, workspace
+from efficient_densenet.kernels.interface import (
+    RELU,
+    Conv,
+    Geometry,
+    Pool,
+    Statistics,
+    Tail,
+    Unit,
+)
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton import operations as triton
+from efficient_densenet.kernels.workspace import Workspace
 from support.compare import FORMATS
 from support.precision import relative_error
 
@@ -128,7 +136,7 @@ def test_norm_is_made_ready(shape, affine):
     gamma, beta = torch.randn(2, channels) if affine else (None, None)
 
     def compute(ops, mean, var, *affine):
-        return ops.ready(mean, var.abs(), *affine, 1e-3)
+        return ops.make_norm(mean, var.abs(), *affine, 1e-3)
 
     assert_precise(compute, torch.float32, mean, var, gamma, beta)
 
@@ -164,9 +172,9 @@ def test_units_forward(shape, dtype, last):
     norm_vectors = vectors(4, shape[1], dims)
 
     def compute(ops, x, mean, var, gamma, beta, tail):
-        norm = ops.ready(mean, var.abs(), gamma.flatten(), beta.flatten(), 1e-3)
-        workspace = ops.Workspace(x, shape[1], mean.dtype, layout(dims, last))
-        y, statistics = ops.norm_relu_tail(x, norm, tail, workspace, need_statistics=True)
+        norm = ops.make_norm(mean, var.abs(), gamma.flatten(), beta.flatten(), 1e-3)
+        workspace = Workspace(x, shape[1], mean.dtype, layout(dims, last))
+        y, statistics = ops.forward_unit(x, Unit(norm, RELU, tail), workspace, need_statistics=True)
         return y, *statistics
 
     for name, tail in tails(shape, dtype).items():
@@ -191,13 +199,12 @@ def check_backward(shape, dtype, last, accumulate):
 
     def compute(ops, x, mean, var, gamma, beta, a, b, target, grad, tail):
         target = target.clone(memory_format=torch.preserve_format)
-        norm = ops.ready(mean, var.abs(), gamma.flatten(), beta.flatten(), 1e-3)
-        workspace = ops.Workspace(x, shape[1], mean.dtype, layout(dims, last))
-        weight, bias, sums = ops.norm_relu_tail_backward(
+        norm = ops.make_norm(mean, var.abs(), gamma.flatten(), beta.flatten(), 1e-3)
+        workspace = Workspace(x, shape[1], mean.dtype, layout(dims, last))
+        weight, bias, sums = ops.backward_unit(
             grad,
             x,
-            norm,
-            tail,
+            Unit(norm, RELU, tail),
             workspace,
             need_weight=tail.conv is not None,
             need_bias=tail.conv is not None and tail.conv.bias is not None,
@@ -212,9 +219,9 @@ def check_backward(shape, dtype, last, accumulate):
         return [*found, bias.to(mean.dtype)] if bias is not None else found
 
     for name, tail in tails(shape, dtype).items():
-        workspace = eager.Workspace(x, shape[1], torch.float32, layout(dims, last))
-        norm = eager.ready(*norm_vectors[:2], None, None, 1e3)
-        y, _ = eager.norm_relu_tail(x, norm, tail, workspace, need_statistics=False)
+        workspace = Workspace(x, shape[1], torch.float32, layout(dims, last))
+        norm = eager.make_norm(*norm_vectors[:2], None, None, 1e3)
+        y, _ = eager.forward_unit(x, Unit(norm, RELU, tail), workspace, need_statistics=False)
         with noted(name):
             grad = torch.randn_like(y)
             assert_precise(compute, dtype, x, *norm_vectors, target, grad, tail)
