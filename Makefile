@@ -29,7 +29,7 @@ data:
 
 # Takes the same run up again if it was interrupted.
 train: setup data
-	$(bin)/efficient-densenet train --model cifar-bc --depth 250 --growth-rate 6 --resize 14 \
+	$(bin)/efficient-densenet train --model cifar-bc --depth 250 --growth-rate 6 --image-size 14 \
 		--batch-size 64 --train-size 1920 --epochs 3 --data-dir $(DATA) --out $(OUT) --resume
 
 # A process for each core, with one thread each.

@@ -209,7 +209,7 @@ def weigh(subject: Subject, row: Row) -> float:
     if DEVICE.type == "cuda":
         row.kept, row.peak = counted(subject)
         return timed(subject)
-    report = measure(subject.model, subject.x, autocast=subject.autocast)
+    report = measure(subject.model, subject.x, autocast_dtype=subject.autocast)
     row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
     row.convolution_share = convolution_share(subject)
     return report.seconds or 0.0

@@ -1,7 +1,7 @@
 """DenseNets trained in O(kL) memory: only the features themselves are kept."""
 
 from efficient_densenet.convert import convert_, explain, revert_
-from efficient_densenet.memory.step import estimate, measure
+from efficient_densenet.memory.step import estimate, measure, meter
 from efficient_densenet.models import (
     DenseNet,
     densenet121,
@@ -30,6 +30,7 @@ __all__ = [
     "explain",
     "fashion_densenet",
     "measure",
+    "meter",
     "plan",
     "recompute_connection",
     "revert_",

@@ -18,14 +18,10 @@ from typing import NoReturn
 
 import torch
 
+from efficient_densenet.functional.modes import MODES
+from efficient_densenet.memory.devices import DEVICES
 from efficient_densenet.training import plan as planner
-from efficient_densenet.training.config import (
-    PRECISIONS,
-    RECIPES,
-    RECOMPUTE,
-    ConfigError,
-    TrainConfig,
-)
+from efficient_densenet.training.config import PRECISIONS, RECIPES, ConfigError, TrainConfig
 from efficient_densenet.training.fashion_mnist import DataError
 
 
@@ -43,17 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ConfigError, DataError) as error:
-        print(f"efficient-densenet {args.command}: error: {error}", file=sys.stderr)
-        return 2
+    except ConfigError as error:
+        return _complain(args, 2, f"error: {_option(error.argument)} {error.problem}")
+    except (DataError, _ExtraMissing) as error:
+        return _complain(args, 2, f"error: {error}")
     except torch.OutOfMemoryError as error:
-        told = " ".join(str(error).split())
-        print(f"efficient-densenet {args.command}: out of memory: {told}", file=sys.stderr)
-        return 1
+        return _complain(args, 1, f"out of memory: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print(f"efficient-densenet {args.command}: interrupted", file=sys.stderr)
-        return 130
+        return _complain(args, 130, "interrupted")
     return 0
+
+
+def _complain(args: argparse.Namespace, status: int, message: str) -> int:
+    print(f"efficient-densenet {args.command}: {message}", file=sys.stderr)
+    return status
+
+
+def _option(argument: str) -> str:
+    """How the command line spells an argument."""
+    return "--" + argument.replace("_", "-")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,14 +82,14 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     network.add_argument("--growth-rate", type=int, help="channels k of cifar-bc (default: 12)")
     network.add_argument(
         "--recompute",
-        choices=RECOMPUTE,
+        choices=MODES,
         help="what the backward pass recomputes; bottleneck keeps least, none is the naive network "
         "(default: bottleneck; with --budget the first of none, norm, bottleneck that fits)",
     )
     network.add_argument("--drop-rate", type=float, default=0.0, help="dropout (default: 0)")
 
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--resize", type=int, help=_default("resize", "pixels"))
+    recipe.add_argument("--image-size", type=int, help=_default("image_size", "pixels"))
     recipe.add_argument("--batch-size", type=int, help=_default("batch_size", "of each device"))
     recipe.add_argument("--epochs", type=int, help=_default("epochs", "passes"))
     recipe.add_argument("--lr", type=float, help=_default("lr", "learning rate"))
@@ -142,15 +146,15 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--depth", type=int, help="layers of cifar-bc, 6n+4 (default: 100)")
     parser.add_argument("--growth-rate", type=int, help="channels k of cifar-bc (default: 12)")
     parser.add_argument("--batch-size", type=int, help="plan the depth of cifar-bc for this batch")
-    parser.add_argument("--image-size", type=int, help=_default("resize", "pixels"))
-    parser.add_argument("--channels", type=int, default=3, help="of an image (default: 3)")
-    parser.add_argument("--classes", type=int, default=10, help="default: 10")
+    parser.add_argument("--image-size", type=int, help=_default("image_size", "pixels"))
+    parser.add_argument("--in-channels", type=int, default=3, help="of an image (default: 3)")
+    parser.add_argument("--num-classes", type=int, default=10, help="default: 10")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="32-true", help="default: 32-true"
     )
     parser.add_argument(
         "--device",
-        choices=planner.MACHINES,
+        choices=DEVICES,
         help="whose way of counting and reserve (default: this machine's)",
     )
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the peaks into this file")
@@ -160,10 +164,13 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _plan(args: argparse.Namespace) -> None:
     if args.chart is not None and not (args.chart.suffix == ".png" and args.chart.parent.is_dir()):
         raise ConfigError(
-            f"--chart must be a .png file in a folder that exists, got {str(args.chart)!r}"
+            "chart", f"must be a .png file in a folder that exists, got {str(args.chart)!r}"
         )
-    names = "budget model image_size batch_size depth growth_rate channels classes precision device"
-    made = planner.plan(**{name: getattr(args, name) for name in names.split()})
+    names = (
+        *("budget", "model", "image_size", "batch_size", "depth", "growth_rate"),
+        *("in_channels", "num_classes", "precision", "device"),
+    )
+    made = planner.plan(**{name: getattr(args, name) for name in names})
     if args.json:
         print(json.dumps(asdict(made), indent=2))
     if args.json and args.chart is None:
@@ -174,7 +181,7 @@ def _plan(args: argparse.Namespace) -> None:
         try:
             pictures.plan_chart(made, args.chart)
         except OSError as error:
-            raise ConfigError(f"--chart {str(args.chart)!r} cannot be written: {error}") from error
+            raise ConfigError("chart", f"{str(args.chart)!r} cannot be written: {error}") from error
     if not args.json:
         pictures.show(made)
 
@@ -184,10 +191,14 @@ def _train(args: argparse.Namespace) -> None:
     if args.budget is None:
         config = TrainConfig.of(**options)
     else:
-        config = planner.within(args.budget, options)
+        config = planner.config_within(args.budget, options)
     with _extra("training"):
         from efficient_densenet.training import run as training
     training.run(config, args.out, args.data_dir, args.resume)
+
+
+class _ExtraMissing(Exception):
+    pass
 
 
 @contextmanager
@@ -195,6 +206,6 @@ def _extra(purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ConfigError(
+        raise _ExtraMissing(
             f"{purpose} needs {error.name!r}: pip install '.[train]' in a clone"
         ) from error

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from benchmarks.provenance import provenance
 from efficient_densenet import plan
 from efficient_densenet.memory.budget import enforce
+from efficient_densenet.memory.sizes import format_size, parse_size
 from efficient_densenet.memory.step import create_state
-from efficient_densenet.training.config import AUTOCAST, format_size, make_optimizer, parse_size
-from efficient_densenet.training.plan import MODES, Work
+from efficient_densenet.training.config import AUTOCAST, make_optimizer
+from efficient_densenet.training.plan import COMPETITORS, Work
 from scripts import marked
 
 CPU = torch.device("cpu")
@@ -43,12 +44,12 @@ def main() -> int:
     parser.add_argument("--budget", default="128MiB")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--growth-rate", type=int, default=12)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=COMPETITORS, default=list(COMPETITORS))
     parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
     args = parser.parse_args()
-    if args.write and args.modes != list(MODES):
+    if args.write and args.modes != list(COMPETITORS):
         parser.error("--write writes the table of all modes: leave --modes out")
-    budget = parse_size(args.budget, "budget")
+    budget = parse_size(args.budget)
     conditions = provenance()
     told = ", ".join(f"{conditions[key]}" for key in ("device", "torch", "commit", "date"))
     lines = [
@@ -109,8 +110,8 @@ def _peak(work: Work, mode: str, budget: int, device: torch.device) -> int:
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     with device:
         network = work.build(mode).to(memory_format=layout)
-        images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
-        labels = torch.arange(work.batch_size) % work.classes
+        images = torch.randn(work.batch_size, work.in_channels, work.image_size, work.image_size)
+        labels = torch.arange(work.batch_size) % work.num_classes
     images = images.to(memory_format=layout)
     optimizer = make_optimizer(network.parameters(), lr=0.1)
     dtype = AUTOCAST.get(work.precision)

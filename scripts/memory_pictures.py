@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.provenance import commit, cpu
 from efficient_densenet import plan
+from efficient_densenet.memory.sizes import format_size
 from efficient_densenet.training import pictures
-from efficient_densenet.training.config import format_size
-from efficient_densenet.training.plan import MODES, Plan, Work
+from efficient_densenet.training.plan import COMPETITORS, Plan, Work
 from scripts import marked, planned_peaks
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
@@ -32,7 +32,7 @@ COMMIT = commit()  # before a picture is written, which changes the checkout
 
 def step() -> None:
     """The timeline of one step, measured."""
-    reports = {mode: planned_peaks.measured(DEEP, mode) for mode in MODES}
+    reports = {mode: planned_peaks.measured(DEEP, mode) for mode in COMPETITORS}
     pictures.timeline(
         reports,
         f"One step of DenseNet-BC-100 (k=12), batch {DEEP.batch_size}, 32x32, float32, SGD with "
@@ -51,8 +51,8 @@ def two_gib() -> None:
 def plan_table(made: Plan) -> str:
     """What the command prints, as Markdown."""
     rows = (
-        (fit.mode, fit.largest, format_size(fit.peak), fit.next, format_size(fit.next_peak or 0))
-        for fit in made.fits
+        (mode, fit.largest, format_size(fit.peak), fit.next, format_size(fit.next_peak or 0))
+        for mode, fit in made.fits.items()
     )
     return _table(("mode", f"largest {made.varies}", "peak", "one size up", "its peak"), rows)
 
@@ -60,15 +60,15 @@ def plan_table(made: Plan) -> str:
 def gpus() -> None:
     """The largest batches of DenseNet-121 on common GPUs."""
     plans = [
-        plan(budget, model="densenet121", image_size=224, classes=1000, device="cuda")
+        plan(budget, model="densenet121", image_size=224, num_classes=1000, device="cuda")
         for budget in BUDGETS
     ]
     pictures.fits_chart(plans, FOLDER / "memory-fits.png")
     rows = (
-        (f"{made.budget / 1e9:.0f} GB", *(fit.largest or "none" for fit in made.fits))
+        (f"{made.budget / 1e9:.0f} GB", *(fit.largest or "none" for fit in made.fits.values()))
         for made in plans
     )
-    marked.write(DOCUMENT, "fits", _table(("budget", *MODES), rows))
+    marked.write(DOCUMENT, "fits", _table(("budget", *COMPETITORS), rows))
 
 
 def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

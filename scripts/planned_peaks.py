@@ -19,7 +19,7 @@ import torch
 from benchmarks.provenance import provenance
 from efficient_densenet.memory.step import StepReport, measure
 from efficient_densenet.training.config import make_optimizer
-from efficient_densenet.training.plan import MODES, Work
+from efficient_densenet.training.plan import COMPETITORS, Work
 from scripts import marked
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
@@ -32,21 +32,25 @@ NETWORKS = (
     Work("cifar-bc", 32, 2, 100, 24),
     Work("cifar-bc", 32, 8, 16, 48),
     Work("cifar-bc", 32, 4, 10, 64),
-    Work("fashion", 96, 16, channels=1),
-    Work("densenet121", 128, 4, classes=1000),
-    Work("densenet161", 64, 4, classes=1000),
-    Work("densenet169", 64, 8, classes=1000),
-    Work("densenet201", 64, 4, classes=1000),
-    Work("densenet264", 64, 4, classes=1000),
+    Work("fashion", 96, 16, in_channels=1),
+    Work("densenet121", 128, 4, num_classes=1000),
+    Work("densenet161", 64, 4, num_classes=1000),
+    Work("densenet169", 64, 8, num_classes=1000),
+    Work("densenet201", 64, 4, num_classes=1000),
+    Work("densenet264", 64, 4, num_classes=1000),
 )
 
 
 def measured(work: Work, mode: str) -> StepReport:
     """A real training step on the CPU, by the allocator's account."""
-    images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
-    target = torch.arange(work.batch_size) % work.classes
-    optimizer = partial(make_optimizer, lr=0.1)
-    return measure(work.build(mode), images, target=target, optimizer=optimizer)
+    images = torch.randn(work.batch_size, work.in_channels, work.image_size, work.image_size)
+    target = torch.arange(work.batch_size) % work.num_classes
+    return measure(
+        work.build(mode),
+        images,
+        target=target,
+        make_optimizer=partial(make_optimizer, lr=0.1),
+    )
 
 
 def ratio(work: Work, mode: str) -> tuple[int, float]:
@@ -60,8 +64,8 @@ def markdown(found: Mapping[Work, Mapping[str, tuple[int, float]]]) -> str:
     conditions = provenance()
     return "\n".join(
         [
-            "| network | batch | images | " + " | ".join(MODES) + " |",
-            "|---|---:|---:|" + "---:|" * len(MODES),
+            "| network | batch | images | " + " | ".join(COMPETITORS) + " |",
+            "|---|---:|---:|" + "---:|" * len(COMPETITORS),
             *(_row(work, by_mode) for work, by_mode in found.items()),
             "",
             f"Measured peak in MiB, and in brackets planned / measured: between {min(every):.3f} "
@@ -77,7 +81,7 @@ def markdown(found: Mapping[Work, Mapping[str, tuple[int, float]]]) -> str:
 def _row(work: Work, by_mode: Mapping[str, tuple[int, float]]) -> str:
     name = work.model if work.depth is None else f"{work.model}-{work.depth}, k={work.growth_rate}"
     cells = (f"{truth / MIB:,.1f} ({ratio:.3f})" for truth, ratio in by_mode.values())
-    size = f"{work.image_size}²×{work.channels}"
+    size = f"{work.image_size}²×{work.in_channels}"
     return f"| {name} | {work.batch_size} | {size} | " + " | ".join(cells) + " |"
 
 
@@ -85,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
     write = parser.parse_args().write
-    found = {work: {mode: ratio(work, mode) for mode in MODES} for work in NETWORKS}
+    found = {work: {mode: ratio(work, mode) for mode in COMPETITORS} for work in NETWORKS}
     table = markdown(found)
     if write:
         marked.write(DOCUMENT, "planned", table)

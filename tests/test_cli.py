@@ -21,7 +21,7 @@ from support.images import write_data
         ("--recompute all", ["'all'", "bottleneck"]),
         ("--batch-size 0", ["--batch-size", "at least 2", "0"]),
         ("--batch-size 1", ["--batch-size", "at least 2", "1"]),
-        ("--resize 28", ["--resize", "at least 29", "28"]),
+        ("--image-size 28", ["--image-size", "at least 29", "28"]),
         ("--epochs 0", ["--epochs", "at least 1", "0"]),
         ("--train-size 0", ["--train-size", "at least 1", "0"]),
         ("--lr 0", ["--lr", "positive", "0"]),
@@ -62,7 +62,9 @@ def test_train_runs_from_the_command_line(capsys, tmp_path, monkeypatch):
     training = pytest.importorskip("efficient_densenet.training.run")
     manifest = write_data(tmp_path / "data")
     monkeypatch.setattr(training.run, "__defaults__", (False, manifest))
-    options = "--model cifar-bc --depth 10 --growth-rate 4 --resize 8 --batch-size 16 --epochs 1"
+    options = (
+        "--model cifar-bc --depth 10 --growth-rate 4 --image-size 8 --batch-size 16 --epochs 1"
+    )
     folders = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     assert main(["train", *options.split(), *folders]) == 0
     assert "Test accuracy" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cases import DEVICE
 from benchmarks.gpu.runner import Job, PartFailed
-from efficient_densenet.training.plan import MODES, Work, plan_work
+from efficient_densenet.training.plan import COMPETITORS, Work, plan_work
 from scripts.edge_of_budget import step_within
 
 BEYOND_THE_PLAN = 0.03
@@ -52,7 +52,9 @@ def plans(job: Job, questions: Sequence[Question], processes: int) -> dict[str, 
     with ProcessPoolExecutor(
         min(processes, os.cpu_count() or 1), multiprocessing.get_context("spawn")
     ) as pool:
-        asked = {pool.submit(_plan, q, mode): (q.name, mode) for q in questions for mode in MODES}
+        asked = {
+            pool.submit(_plan, q, mode): (q.name, mode) for q in questions for mode in COMPETITORS
+        }
         for answer in as_completed(asked):
             name, mode = asked[answer]
             found[name][mode] = answer.result()
@@ -63,7 +65,7 @@ def plans(job: Job, questions: Sequence[Question], processes: int) -> dict[str, 
 def _plan(question: Question, mode: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     made = plan_work(question.work, question.varies, question.budget, DEVICE.type, [mode])
-    (fit,) = made.fits
+    fit = made[mode]
     return {"largest": fit.largest, "peak": fit.peak, "reserve": made.reserve}
 
 
@@ -85,7 +87,7 @@ def limit(job: Job, question: Question, plan: str) -> dict[str, Any]:
         "precision": question.work.precision,
         "rows": rows,
     }
-    for mode in [mode for mode in MODES if mode in planned]:
+    for mode in [mode for mode in COMPETITORS if mode in planned]:
         row: dict[str, Any] = {"mode": mode, "planned": planned[mode], "tries": []}
         rows.append(row)
         job.tell(result)

@@ -26,7 +26,7 @@ from benchmarks.instruments import (
 )
 from benchmarks.precision import PrecisionJudge
 from efficient_densenet.training.config import make_optimizer
-from efficient_densenet.training.plan import MODES, Work
+from efficient_densenet.training.plan import COMPETITORS, Work
 from scripts.edge_of_budget import step_within
 
 LEARNING_RATE = 0.01
@@ -168,7 +168,7 @@ def memory(job: Job, works: Sequence[Work]) -> dict[str, Any]:
     from the device ``reserved``. On a CPU the meter's count stands for all three.
     """
     result: dict[str, Any] = {"kind": "memory", "rows": []}
-    wanted = [Weighed(work, mode) for work in works for mode in MODES]
+    wanted = [Weighed(work, mode) for work in works for mode in COMPETITORS]
 
     def fill(weighed: Weighed, row: dict[str, Any]) -> None:
         row |= _peaks(weighed.work, weighed.mode)

@@ -89,13 +89,13 @@ REAL = Scale(
     ),
     ceiling=(1 << 30, 8192),
     works=tuple(
-        Work("densenet121", 224, 64, classes=1000, precision=precision)
+        Work("densenet121", 224, 64, num_classes=1000, precision=precision)
         for precision in ("bf16-mixed", "32-true")
     ),
     questions=(
         Question(
             "largest batch of DenseNet-121, 224², in 8 GiB",
-            Work("densenet121", 224, classes=1000),
+            Work("densenet121", 224, num_classes=1000),
             "batch",
             8 << 30,
         ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.memory.meter import LiveMeter, Scratch, onednn_scratch
-from efficient_densenet.training.config import format_size
+from efficient_densenet.memory.sizes import format_size
 
 MOST_TOLD = 5
 

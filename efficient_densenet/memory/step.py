@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from efficient_densenet.memory.devices import DEVICES
 from efficient_densenet.memory.events import Event, Peak, find_peak, live_after_forward
 from efficient_densenet.memory.meter import LiveMeter, Scratch
 from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.memory.profiler import phase as allocator_phase
-
-GRANULARITY = 512
-"""Bytes that the CUDA allocator rounds up to."""
 
 Loss = Callable[..., Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -59,9 +57,9 @@ def measure(
     model: nn.Module,
     *inputs: Tensor,
     target: Tensor | None = None,
-    loss: Loss | None = None,
-    optimizer: MakeOptimizer | None = None,
-    autocast: torch.dtype | None = None,
+    loss_fn: Loss | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> StepReport:
     """Run training steps on a copy of ``model`` and read the allocator: the truth on this machine.
 
@@ -72,19 +70,19 @@ def measure(
     Args:
         model: in the mode (training or evaluation) that the step is to have; left untouched.
         inputs: tensors on the model's device.
-        target: second argument of the loss, ``cross_entropy`` unless ``loss`` is given.
-        loss: maps the output (and the target, if there is one) to a scalar. With neither loss nor
-            target, the backward pass starts from a random gradient of the output.
-        optimizer: makes the optimizer from the parameters, e.g.
+        target: second argument of the loss, ``cross_entropy`` unless ``loss_fn`` is given.
+        loss_fn: maps the output (and the target, if there is one) to a scalar. With neither loss
+            nor target, the backward pass starts from a random gradient of the output.
+        make_optimizer: makes the optimizer from the parameters, e.g.
             ``functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)``. Its state is created
             before the step that is measured. Without one the step ends with the backward pass.
-        autocast: dtype of automatic mixed precision, none by default.
+        autocast_dtype: dtype of automatic mixed precision, none by default.
 
     Raises:
         ValueError: if there is no input, or one on another device than the model.
         TypeError: if the output is no tensor and there is no loss.
     """
-    step = _real_step(model, inputs, target, loss, optimizer, autocast)
+    step = _real_step(model, inputs, target, loss_fn, make_optimizer, autocast_dtype)
     with _forked_rng(step.device):
         step.run()
         seconds = _timed(step)
@@ -97,9 +95,9 @@ def meter(
     model: nn.Module,
     *inputs: Tensor,
     target: Tensor | None = None,
-    loss: Loss | None = None,
-    optimizer: MakeOptimizer | None = None,
-    autocast: torch.dtype | None = None,
+    loss_fn: Loss | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+    autocast_dtype: torch.dtype | None = None,
     granularity: int = 1,
 ) -> StepReport:
     """Run one training step on a copy of ``model`` under the live-storage meter.
@@ -108,7 +106,7 @@ def meter(
     what an operator allocates and frees inside itself: a lower bound of :func:`measure`. Other
     arguments and errors as there.
     """
-    step = _real_step(model, inputs, target, loss, optimizer, autocast)
+    step = _real_step(model, inputs, target, loss_fn, make_optimizer, autocast_dtype)
     with _forked_rng(step.device):
         return _metered(step, granularity)
 
@@ -117,10 +115,10 @@ def estimate(
     model: nn.Module,
     *inputs: Tensor | Sequence[int],
     target: Tensor | Sequence[int] | None = None,
-    loss: Loss | None = None,
-    optimizer: MakeOptimizer | None = None,
-    autocast: torch.dtype | None = None,
-    granularity: int = GRANULARITY,
+    loss_fn: Loss | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    granularity: int = DEVICES["cuda"].granularity,
     scratch: Scratch | None = None,
 ) -> StepReport:
     """Memory of a training step that is not computed: no data, no arithmetic, no GPU.
@@ -134,19 +132,19 @@ def estimate(
         inputs: tensors, of which shape, dtype and ``requires_grad`` are used, or shapes, which get
             the dtype of the model's first parameter.
         target: as in :func:`measure`, or its shape: then it holds class indices.
-        autocast: dtype of automatic mixed precision, with the operator lists of CPU autocast.
+        autocast_dtype: dtype of automatic mixed precision, with the operator lists of CPU autocast.
         granularity: bytes that every size is rounded up to; the CUDA allocator's unless given.
         scratch: what operators allocate inside themselves, e.g. ``meter.onednn_scratch``.
 
     Other arguments and errors as in :func:`measure`.
     """
-    with _uncollected(), _shape_only(autocast) as device:
+    with _uncollected(), _shape_only(autocast_dtype) as device:
         twin = _twin(model, device)
         dtype = _dtype(model)
         images = [_hollow(x, device, dtype) for x in inputs]
         labels = None if target is None else _hollow(target, device, torch.int64)
         with LiveMeter():  # what it saw is not read: it is quick where there are no values
-            step = _Step(twin, images, labels, loss, optimizer, autocast)
+            step = _Step(twin, images, labels, loss_fn, make_optimizer, autocast_dtype)
         return _metered(step, granularity, scratch)
 
 
@@ -158,16 +156,17 @@ class _Step:
         model: nn.Module,
         inputs: Sequence[Tensor],
         target: Tensor | None,
-        loss: Loss | None,
+        loss_fn: Loss | None,
         make_optimizer: MakeOptimizer | None,
-        autocast: torch.dtype | None,
+        autocast_dtype: torch.dtype | None,
     ) -> None:
         if not inputs:
             raise ValueError("a step needs at least one input, got none")
-        self.model, self.inputs, self.target, self.autocast = model, inputs, target, autocast
-        self.loss: Loss | None = loss
-        if loss is None and target is not None:
-            self.loss = F.cross_entropy
+        self.model, self.inputs, self.target = model, inputs, target
+        self.loss_fn: Loss | None = loss_fn
+        if loss_fn is None and target is not None:
+            self.loss_fn = F.cross_entropy
+        self.autocast_dtype = autocast_dtype
         self.device = inputs[0].device
         self.optimizer = None if make_optimizer is None else make_optimizer(model.parameters())
         if self.optimizer is not None:
@@ -179,7 +178,7 @@ class _Step:
         with phase("forward"):
             result = self._forward()
         with phase("backward"):
-            result.backward(None if self.loss else torch.randn_like(result))
+            result.backward(None if self.loss_fn else torch.randn_like(result))
         if self.optimizer is not None:
             with phase("optimizer"):
                 self.optimizer.step()
@@ -215,17 +214,19 @@ class _Step:
         )
 
     def _forward(self) -> Tensor:
-        enabled = self.autocast is not None
-        context = torch.autocast(self.device.type, self.autocast) if enabled else nullcontext()
+        dtype = self.autocast_dtype
+        context = torch.autocast(self.device.type, dtype) if dtype else nullcontext()
         with context:
             output = self.model(*self.inputs)
-            if self.loss is None:
+            if self.loss_fn is None:
                 if not isinstance(output, Tensor):
                     raise TypeError(
                         f"without a loss the output must be a tensor, got {type(output)}"
                     )
                 return output
-            return self.loss(output) if self.target is None else self.loss(output, self.target)
+            return (
+                self.loss_fn(output) if self.target is None else self.loss_fn(output, self.target)
+            )
 
     def _static(self, granularity: int) -> dict[str, int]:
         state = self.optimizer.state.values() if self.optimizer else ()
@@ -261,16 +262,16 @@ def _real_step(
     model: nn.Module,
     inputs: Sequence[Tensor],
     target: Tensor | None,
-    loss: Loss | None,
-    optimizer: MakeOptimizer | None,
-    autocast: torch.dtype | None,
+    loss_fn: Loss | None,
+    make_optimizer: MakeOptimizer | None,
+    autocast_dtype: torch.dtype | None,
 ) -> _Step:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), *inputs)}
     if len(devices) > 1:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"model and inputs must be on one device, got {found}")
     own = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-    return _Step(copy.deepcopy(model), own, target, loss, optimizer, autocast)
+    return _Step(copy.deepcopy(model), own, target, loss_fn, make_optimizer, autocast_dtype)
 
 
 def _metered(step: _Step, granularity: int, scratch: Scratch | None = None) -> StepReport:
@@ -323,12 +324,12 @@ def _uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def _shape_only(autocast: torch.dtype | None) -> Iterator[torch.device]:
+def _shape_only(autocast_dtype: torch.dtype | None) -> Iterator[torch.device]:
     """Where tensors have shapes but no data.
 
     Autocast does not know ``meta`` tensors: with it, tensors are fake ones that say "cpu".
     """
-    if autocast is None:
+    if autocast_dtype is None:
         yield torch.device("meta")
     else:
         with FakeTensorMode():

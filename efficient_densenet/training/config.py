@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 
 from efficient_densenet import models
-from efficient_densenet.functional.modes import Recompute
+from efficient_densenet.functional.modes import MODES, Recompute
+from efficient_densenet.memory.sizes import parse_size
 
 
 class ConfigError(ValueError):
-    """A run was asked for that cannot be; the one-line message quotes the option and says why."""
+    """A run was asked for that cannot be.
+
+    Attributes:
+        argument: name of the argument that is at fault.
+        problem: what is wrong with it; the message is both, in one line.
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)
+        self.argument, self.problem = argument, problem
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.problem}"
 
 
-RECOMPUTE = get_args(Recompute)
-RECIPE_OPTIONS = ("resize", "batch_size", "epochs", "lr")
+RECIPE_OPTIONS = ("image_size", "batch_size", "epochs", "lr")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
-UNITS = {
-    prefix.lower() + suffix: base**power
-    for power, prefix in enumerate(("", "K", "M", "G", "T"))
-    for suffix, base in (("b", 1000), ("ib", 1024))
-    if prefix or suffix == "b"
-}
-"""Bytes in each unit: B, KB, KiB, MB, MiB, ..."""
-
-LARGEST_SIZE = 2**50
 SMALLEST_BATCH = 2  # one image has no batch statistics where a map has shrunk to one pixel
 
 make_optimizer = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -42,7 +44,7 @@ class Recipe(NamedTuple):
     """Defaults of a model, and the smallest image it can halve often enough."""
 
     build: Callable[..., models.DenseNet]
-    resize: int = 32
+    image_size: int = 32
     batch_size: int = 64
     epochs: int = 40
     lr: float = 0.1
@@ -50,7 +52,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "fashion": Recipe(models.fashion_densenet, resize=96, batch_size=256, epochs=10),
+    "fashion": Recipe(models.fashion_densenet, image_size=96, batch_size=256, epochs=10),
     "cifar-bc": Recipe(models.densenet_cifar, min_size=4),
     "densenet121": Recipe(models.densenet121),
     "densenet161": Recipe(models.densenet161),
@@ -64,18 +66,17 @@ RECIPES = {
 class TrainConfig:
     """Everything that decides a run's weights; :meth:`of` fills in the model's defaults.
 
-    ``batch_size`` is each device's; images are ``resize`` pixels high and wide; ``train_size`` is
-    the number of training images used, ``None`` for all; ``depth`` and ``growth_rate`` belong to
-    ``cifar-bc`` alone; ``budget`` is the most bytes that a training step may hold, ``None`` for as
-    many as there are.
+    ``batch_size`` is each device's; images are ``image_size`` pixels high and wide;
+    ``train_size`` is the number of training images used, ``None`` for all; ``depth`` and
+    ``growth_rate`` belong to ``cifar-bc`` alone; ``budget`` is the most bytes that a training step
+    may hold, ``None`` for as many as there are.
 
     Raises:
-        ConfigError: if an option is out of its range; the message spells the option as the command
-            line does.
+        ConfigError: if an option is out of its range.
     """
 
     model: str
-    resize: int
+    image_size: int
     batch_size: int
     epochs: int
     lr: float
@@ -102,23 +103,22 @@ class TrainConfig:
         return cls(model, **(defaults | given))
 
     def __post_init__(self) -> None:
-        check_network(self.model, self.depth, self.growth_rate, self.resize, "resize")
-        check_choice("recompute", self.recompute, RECOMPUTE)
+        check_network(self.model, self.depth, self.growth_rate, self.image_size)
+        check_choice("recompute", self.recompute, MODES)
         check_choice("precision", self.precision, PRECISIONS)
         check_at_least("batch_size", self.batch_size, SMALLEST_BATCH)
         for name in ("epochs", "train_size", "devices", "num_nodes"):
             check_at_least(name, getattr(self, name), 1)
         if self.budget is not None and self.devices * self.num_nodes > 1:
             raise ConfigError(
-                f"--budget is for one device, got --devices {self.devices} "
-                f"--num-nodes {self.num_nodes}"
+                "budget", f"is for one device, got {self.devices} on each of {self.num_nodes} nodes"
             )
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"--seed must be at least 0 and below 2**32, got {self.seed!r}")
+            raise ConfigError("seed", f"must be at least 0 and below 2**32, got {self.seed!r}")
         if not 0.0 <= self.drop_rate < 1.0:
-            raise ConfigError(f"--drop-rate must be at least 0 and below 1, got {self.drop_rate!r}")
+            raise ConfigError("drop_rate", f"must be at least 0 and below 1, got {self.drop_rate}")
         if not 0.0 < self.lr < math.inf:
-            raise ConfigError(f"--lr must be a positive number, got {self.lr!r}")
+            raise ConfigError("lr", f"must be a positive number, got {self.lr!r}")
 
     def build_model(self) -> models.DenseNet:
         """The 1-channel, 10-class network.
@@ -150,55 +150,38 @@ def build_network(
     try:
         return RECIPES[model].build(**options)
     except ValueError as error:
-        raise ConfigError(f"--model {model}: {error}") from error
+        raise ConfigError("model", f"{model}: {error}") from error
 
 
-def check_network(
-    model: str, depth: int | None, growth_rate: int | None, size: int, size_option: str
-) -> None:
-    """Raise :class:`ConfigError` unless there is such a network for images of ``size`` pixels."""
+def check_network(model: str, depth: int | None, growth_rate: int | None, image_size: int) -> None:
+    """Raise :class:`ConfigError` unless there is such a network for images of that size."""
     check_choice("model", model, RECIPES)
-    if model != "cifar-bc" and (depth, growth_rate) != (None, None):
-        raise ConfigError(
-            f"--depth and --growth-rate belong to --model cifar-bc, got --model {model!r}"
-        )
+    for name, value in (("depth", depth), ("growth_rate", growth_rate)):
+        if model != "cifar-bc" and value is not None:
+            raise ConfigError(name, f"belongs to model 'cifar-bc', got {value} for {model!r}")
     check_at_least("growth_rate", growth_rate, 1)
-    check_at_least(size_option, size, RECIPES[model].min_size)
-
-
-def parse_size(text: str, option: str) -> int:
-    """Bytes of a size such as ``8GiB``, ``512 MiB``, ``6.5GB`` or ``1000000``.
-
-    Raises:
-        ConfigError: if it is none, or less than a byte; the message quotes it, and ``option``.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    unit = UNITS.get(match[2] or "b") if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
-    if not 0 < size <= LARGEST_SIZE:
-        raise ConfigError(
-            f"{_option(option)} must be a size above 0 and up to 1024TiB, "
-            f"such as 8GiB, 512MiB or 6.5GB, got {text!r}"
-        )
-    return size
-
-
-def format_size(size: int) -> str:
-    """``size`` bytes in GiB or MiB."""
-    return f"{size / 2**30:,.3f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    check_at_least("image_size", image_size, RECIPES[model].min_size)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise :class:`ConfigError` unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise ConfigError(f"{_option(name)} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(name, f"must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_at_least(name: str, value: int | None, least: int) -> None:
     """Raise :class:`ConfigError` if ``value`` is below ``least``."""
     if value is not None and value < least:
-        raise ConfigError(f"{_option(name)} must be at least {least}, got {value!r}")
+        raise ConfigError(name, f"must be at least {least}, got {value!r}")
+
+
+def check_size(name: str, value: int | str) -> int:
+    """Bytes of a size such as ``8GiB``.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise ConfigError(name, str(error)) from error

@@ -22,7 +22,7 @@ SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 SOURCE = "https://github.com/zalandoresearch/fashion-mnist"
 HOW_TO_GET = (
     "To get the data, run `make data`, or install Debian's package dataset-fashion-mnist, "
-    f"or put the four files of {SOURCE} (gzipped or not) into the folder given by --data-dir."
+    f"or put the four files of {SOURCE} (gzipped or not) into the data folder."
 )
 
 

@@ -11,16 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_densenet.memory.events import live_bytes
+from efficient_densenet.memory.sizes import format_size
 from efficient_densenet.memory.step import StepReport
-from efficient_densenet.training.config import format_size
-from efficient_densenet.training.plan import Plan, Work
+from efficient_densenet.training.plan import COMPETITORS, Plan, Work
 
-COLOURS = {
-    "naive": "#8a94a6",
-    "checkpointed": "#b08900",
-    "norm": "#2563eb",
-    "bottleneck": "#c2410c",
-}
 GRID_COLOUR = "#e5e7eb"
 MIB, GIB = 2**20, 2**30
 
@@ -31,9 +25,9 @@ def show(plan: Plan) -> None:
     table.add_column("mode")
     for name in (f"largest {plan.varies}", "peak", "one size up", "its peak"):
         table.add_column(name, justify="right")
-    for fit in plan.fits:
+    for mode, fit in plan.fits.items():
         table.add_row(
-            fit.mode,
+            mode,
             str(fit.largest) if fit.largest else "none fits",
             format_size(fit.peak) if fit.largest else "",
             "" if fit.next is None else str(fit.next),
@@ -59,7 +53,7 @@ def _name(work: Work, varies: str) -> str:
     ]
     if work.growth_rate:
         parts.append(f"k={work.growth_rate}")
-    parts.append(f"{work.image_size}x{work.image_size}x{work.channels}")
+    parts.append(f"{work.image_size}x{work.image_size}x{work.in_channels}")
     if varies == "depth":
         parts.append(f"batch {work.batch_size}")
     return ", ".join([*parts, f"precision {work.precision}"])
@@ -70,17 +64,19 @@ def plan_chart(plan: Plan, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     room = plan.budget - plan.reserve
-    for fit in plan.fits:
+    for mode, fit in plan.fits.items():
         sizes = [size for size, peak in fit.peaks.items() if peak <= room]
         peaks = [fit.peaks[size] / GIB for size in sizes]
-        axes.plot(sizes, peaks, marker="o", markersize=4, color=COLOURS[fit.mode], label=fit.mode)
+        axes.plot(
+            sizes, peaks, marker="o", markersize=4, color=COMPETITORS[mode].colour, label=mode
+        )
         if sizes:
             axes.annotate(
                 str(fit.largest),
                 (sizes[-1], room / GIB),
                 xytext=(0, 6),
                 textcoords="offset points",
-                color=COLOURS[fit.mode],
+                color=COMPETITORS[mode].colour,
                 ha="center",
             )
     axes.axhline(room / GIB, color="black", linewidth=1, linestyle="--")
@@ -102,12 +98,16 @@ def fits_chart(plans: Sequence[Plan], path: Path) -> None:
     """Draw what fits each of several budgets, one bar for each mode, as PNG."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    modes = [fit.mode for fit in plans[0].fits]
+    modes = list(plans[0].fits)
     width = 0.8 / len(modes)
     for i, mode in enumerate(modes):
         places = [j + (i - (len(modes) - 1) / 2) * width for j in range(len(plans))]
         bars = axes.bar(
-            places, [p[mode].largest for p in plans], width * 0.92, color=COLOURS[mode], label=mode
+            places,
+            [p[mode].largest for p in plans],
+            width * 0.92,
+            color=COMPETITORS[mode].colour,
+            label=mode,
         )
         axes.bar_label(bars, fontsize=8, padding=2)
     axes.set_xticks(range(len(plans)), [f"{p.budget / 1e9:.0f} GB" for p in plans])
@@ -144,7 +144,9 @@ def timeline(reports: dict[str, StepReport], title: str, path: Path) -> None:
 
 def _draw_timeline(axes: Any, mode: str, report: StepReport) -> None:
     live = [size / MIB for size in live_bytes(report.events)]
-    axes.fill_between(range(len(live)), live, step="post", color=COLOURS[mode], linewidth=0)
+    axes.fill_between(
+        range(len(live)), live, step="post", color=COMPETITORS[mode].colour, linewidth=0
+    )
     axes.axhline(report.kept / MIB, color="black", linewidth=0.8, linestyle=":")
     phases = [event.phase for event in report.events]
     for name in ("forward", "backward"):

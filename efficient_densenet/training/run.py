@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from efficient_densenet.memory import step as memory
 from efficient_densenet.memory.budget import enforce
+from efficient_densenet.memory.devices import present_device
 from efficient_densenet.training import fashion_mnist
 from efficient_densenet.training import plan as planner
 from efficient_densenet.training import summary as curves
@@ -69,7 +70,7 @@ class Classifier(L.LightningModule):
 
     def _prepared(self, images: Tensor) -> Tensor:
         x = images.unsqueeze(1).to(next(self.model.parameters()).dtype) / 255
-        size = self.config.resize
+        size = self.config.image_size
         if x.shape[-1] != size:
             x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
         return (x - fashion_mnist.MEAN) / fashion_mnist.STD
@@ -211,10 +212,12 @@ class FashionMNISTData(L.LightningDataModule):
         available = len(data.train_images)
         size = self.config.train_size or available
         if size > available:
-            raise ConfigError(f"--train-size must be at most {available}, got {size}")
+            raise ConfigError("train_size", f"must be at most {available}, got {size}")
         step = self.config.batch_size * self.trainer.world_size  # type: ignore[union-attr]
         if step > size:
-            raise ConfigError(f"--batch-size: a step takes {step} images, there are only {size}")
+            raise ConfigError(
+                "batch_size", f"makes a step of {step} images, and there are only {size}"
+            )
         self.train_set = TensorDataset(data.train_images[:size], data.train_labels[:size])
         self.test_set = TensorDataset(data.test_images, data.test_labels)
 
@@ -286,16 +289,16 @@ def step_memory(config: TrainConfig, device: torch.device) -> tuple[int, int]:
     ``device``; the second is estimated from shapes, without running the step.
     """
     dtype = torch.float64 if config.precision == "64-true" else torch.float32
-    shape = (config.batch_size, 1, config.resize, config.resize)
+    shape = (config.batch_size, 1, config.image_size, config.image_size)
     images = torch.randn(shape, device=device, dtype=dtype)
     ours = memory.measure(
         config.build_model().to(device, dtype),
         images,
         target=torch.arange(len(images), device=device) % 10,
-        optimizer=partial(make_optimizer, lr=config.lr),
-        autocast=AUTOCAST.get(config.precision),
+        make_optimizer=partial(make_optimizer, lr=config.lr),
+        autocast_dtype=AUTOCAST.get(config.precision),
     )
-    naive = planner.work_of(config).estimate("naive", planner.present_device())
+    naive = planner.work_of(config).estimate("naive", present_device())
     return ours.peak.total, naive.peak.total
 
 
@@ -323,8 +326,9 @@ def _trainer(config: TrainConfig, out: Path) -> L.Trainer:
             enable_model_summary=False,
         )
     except MisconfigurationException as error:
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"--devices {config.devices} --precision {config.precision}: {error}".replace("\n", " ")
+            "devices", f"{config.devices} with precision {config.precision}: {reason}"
         ) from error
 
 
@@ -340,14 +344,13 @@ def _open_folder(out: Path, config: TrainConfig, resume: bool) -> None:
             return
         earlier = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--out {str(out)!r} cannot hold a run: {error}") from error
+        raise ConfigError("out", f"{str(out)!r} cannot hold a run: {error}") from error
     if not resume:
-        raise ConfigError(f"--out {str(out)!r} holds a run: add --resume, or name another folder")
+        raise ConfigError("out", f"{str(out)!r} holds a run: resume it, or name another folder")
     for name, value in options.items():
         if earlier.get(name) != value:
-            option = name.replace("_", "-")
             raise ConfigError(
-                f"--resume: the run in {str(out)!r} has --{option} {earlier.get(name)}, not {value}"
+                name, f"is {earlier.get(name)} in the run to resume in {str(out)!r}, not {value}"
             )
 
 

@@ -78,7 +78,7 @@ def summarise(
         "recompute": config.recompute,
         "parameters": sum(p.numel() for p in config.build_model().parameters()),
         "batch_size": config.batch_size,
-        "resize": config.resize,
+        "image_size": config.image_size,
         "epochs": int(last["epoch"]),
         "train_size": config.train_size,
         "train_accuracy": last["train_accuracy"],
@@ -118,7 +118,7 @@ def _title(summary: dict[str, Any]) -> str:
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ours, naive = summary["peak_bytes"], summary["naive_peak_bytes_estimated"]
-    step = f"batch {summary['batch_size']}, {summary['resize']}x{summary['resize']}"
+    step = f"batch {summary['batch_size']}, {summary['image_size']}x{summary['image_size']}"
     return [
         ("Test accuracy", f"{summary['test_accuracy']:.2%}"),
         ("Training accuracy, last epoch", f"{summary['train_accuracy']:.2%}"),

@@ -17,7 +17,7 @@ from efficient_densenet.memory.meter import LiveMeter
 from efficient_densenet.models import densenet_cifar
 from efficient_densenet.training import plan as planner
 from efficient_densenet.training.config import make_optimizer
-from efficient_densenet.training.plan import MODES, Work
+from efficient_densenet.training.plan import COMPETITORS, Work
 from scripts import edge_of_budget
 
 CPU = torch.device("cpu")
@@ -30,8 +30,10 @@ class Training:
     def __init__(self, network: nn.Module, work: Work = WORK) -> None:
         self.network = network
         self.optimizer = make_optimizer(network.parameters(), lr=0.1)
-        self.images = torch.randn(work.batch_size, work.channels, work.image_size, work.image_size)
-        self.labels = torch.arange(work.batch_size) % work.classes
+        self.images = torch.randn(
+            work.batch_size, work.in_channels, work.image_size, work.image_size
+        )
+        self.labels = torch.arange(work.batch_size) % work.num_classes
 
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -103,7 +105,7 @@ def test_storages_count_once_and_while_they_live() -> None:
         assert budget.live == 4000
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", COMPETITORS)
 def test_a_planned_step_fits_and_none_smaller_than_it(mode: str) -> None:
     planned = WORK.estimate(mode, "cpu").peak.total
     training = Training(WORK.build(mode))
@@ -165,7 +167,7 @@ class Failing(LiveMeter):
         return sum(event.size for event in self.events)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", COMPETITORS)
 def test_memory_that_runs_out_anywhere_leaves_nothing(mode: str) -> None:
     training = Training(WORK.build(mode))
     training.step()
@@ -200,8 +202,8 @@ def test_the_edge_of_the_plan_is_the_edge_of_the_budget(capsys, monkeypatch) -> 
     options = "--budget 4MiB --batch-size 2 --growth-rate 4"
     monkeypatch.setattr(sys, "argv", ["edge_of_budget", *options.split()])
     assert edge_of_budget.main() == 0
-    rows = capsys.readouterr().out.splitlines()[-len(MODES) :]
-    assert [row.split()[1] for row in rows] == list(MODES)
+    rows = capsys.readouterr().out.splitlines()[-len(COMPETITORS) :]
+    assert [row.split()[1] for row in rows] == list(COMPETITORS)
     assert all(row.endswith("| out of memory |") for row in rows)
 
 
@@ -214,9 +216,10 @@ def test_the_table_is_written_whole_or_not_at_all(capsys, monkeypatch) -> None:
 
 def test_a_plan_that_promises_too_much_is_found_out(monkeypatch) -> None:
     made = planner.plan("4MiB", batch_size=2, growth_rate=4, device="cpu", modes=["norm"])
-    (fit,) = made.fits
-    deeper = replace(fit, largest=fit.largest + 6, next=fit.largest + 12)
-    monkeypatch.setattr(edge_of_budget, "plan", lambda *a, **k: replace(made, fits=(deeper,)))
+    deeper = replace(made["norm"], largest=made["norm"].largest + 6, next=made["norm"].next + 6)
+    monkeypatch.setattr(
+        edge_of_budget, "plan", lambda *a, **k: replace(made, fits={"norm": deeper})
+    )
     _, right = edge_of_budget.edge("norm", 4 << 20, {"batch_size": 2, "growth_rate": 4})
     assert not right
 

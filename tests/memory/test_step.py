@@ -13,15 +13,17 @@ from torchvision.models.densenet import _DenseBlock
 
 from efficient_densenet import EfficientDenseBlock
 from efficient_densenet.kernels import workspace
+from efficient_densenet.memory.devices import DEVICES
 from efficient_densenet.memory.events import Event, find_peak, live_bytes
 from efficient_densenet.memory.meter import LiveMeter, onednn_scratch
 from efficient_densenet.memory.profiler import AllocatorRecord
-from efficient_densenet.memory.step import GRANULARITY, estimate, measure, meter
+from efficient_densenet.memory.step import estimate, measure, meter
 from efficient_densenet.models import densenet_cifar
 from efficient_densenet.modules.naive import DenseBlock
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 aten = torch.ops.aten
+GRANULARITY = DEVICES["cuda"].granularity
 STATIC = {"parameters": 0, "buffers": 0, "inputs": 0, "optimizer": 0}
 
 
@@ -86,7 +88,7 @@ def test_a_storage_that_grows_is_counted_once() -> None:
 def test_step_of_known_size(instrument) -> None:
     size = 2**14
     bytes_ = 4 * size
-    report = instrument(Double(size), torch.randn(size), optimizer=SGD)
+    report = instrument(Double(size), torch.randn(size), make_optimizer=SGD)
     assert report.kept == bytes_  # the exponential, which is the output
     assert report.peak.parameters == report.peak.inputs == report.peak.optimizer == bytes_
     assert report.peak.buffers == 0
@@ -100,7 +102,7 @@ def test_loss_and_target_are_part_of_the_step() -> None:
     assert report.peak.inputs == 16 * 64 * 4 + 16 * 8
     # log_softmax, and scalars: the logits themselves are not needed any more
     assert 16 * 32 * 4 <= report.kept <= 16 * 32 * 4 + 16
-    own = meter(model, x, loss=lambda output: output.square().mean())
+    own = meter(model, x, loss_fn=lambda output: output.square().mean())
     assert own.kept >= 16 * 32 * 4
     assert {event.phase for event in own.events} == {"forward", "backward"}
 
@@ -177,8 +179,6 @@ def test_meter_charges_the_engine_s_additions_as_in_place() -> None:
 
 
 def test_metered_training_computes_the_same_gradients() -> None:
-    from efficient_densenet.memory.meter import LiveMeter
-
     model, x = DenseBlock(3, 4, 2, 4), torch.randn(2, 4, 8, 8)
     twin = copy.deepcopy(model)
     model(x).square().sum().backward()
@@ -210,8 +210,8 @@ def test_estimate_is_the_meter_to_the_byte_in_many_slabs(
 def test_estimate_covers_networks_and_optimizers(optimizer) -> None:
     model = densenet_cifar(22, 8)
     x, target = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
-    metered = meter(model, x, target=target, optimizer=optimizer, granularity=GRANULARITY)
-    estimated = estimate(model, (4, 3, 32, 32), target=(4,), optimizer=optimizer)
+    metered = meter(model, x, target=target, make_optimizer=optimizer, granularity=GRANULARITY)
+    estimated = estimate(model, (4, 3, 32, 32), target=(4,), make_optimizer=optimizer)
     assert (estimated.kept, estimated.peak) == (metered.kept, metered.peak)
     assert metered.peak.optimizer >= metered.peak.parameters
 
@@ -220,7 +220,7 @@ def test_estimate_covers_networks_and_optimizers(optimizer) -> None:
 def test_estimate_covers_mixed_precision(recompute) -> None:
     model = EfficientDenseBlock(6, 12, 4, 12, recompute=recompute)
     x = torch.randn(4, 12, 16, 16, requires_grad=True)
-    options = {"autocast": torch.bfloat16}
+    options = {"autocast_dtype": torch.bfloat16}
     metered, estimated = meter(model, x, **options), estimate(model, x, **options)
     assert estimated.kept == pytest.approx(metered.kept, rel=0.02)
     assert estimated.peak.step == pytest.approx(metered.peak.step, rel=0.02)
@@ -234,7 +234,7 @@ def test_model_inputs_and_random_state_are_left_untouched(instrument) -> None:
     model, x = DenseBlock(2, 4, 2, 4), torch.randn(2, 4, 8, 8, requires_grad=True)
     state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     parameters = list(model.parameters())
-    instrument(model, x, optimizer=SGD)
+    instrument(model, x, make_optimizer=SGD)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert x.grad is None and all(p.grad is None for p in parameters)
@@ -285,7 +285,7 @@ def test_estimate_of_a_network_that_does_not_fit_anywhere() -> None:
 def test_estimate_of_a_thousand_layers_needs_a_tenth_of_a_terabyte_only_if_naive(recompute) -> None:
     with torch.device("meta"):
         model = densenet_cifar(1000, 12, recompute=recompute)
-    report = estimate(model, (64, 3, 32, 32), target=(64,), optimizer=SGD)
+    report = estimate(model, (64, 3, 32, 32), target=(64,), make_optimizer=SGD)
     assert (report.peak.total > 100e9) == (recompute == "none")
     assert report.peak.total > 1e9
 

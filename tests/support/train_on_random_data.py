@@ -24,6 +24,6 @@ out = options.pop("out")
 
 torch.set_num_threads(1)
 data = out / f"data{os.getpid()}"  # each process writes the same images
-size = {"depth": 10, "growth_rate": 4, "resize": 8, "batch_size": 8, "epochs": 2}
+size = {"depth": 10, "growth_rate": 4, "image_size": 8, "batch_size": 8, "epochs": 2}
 config = TrainConfig.of("cifar-bc", **size, **options)
 training.run(config, out / "run", data, manifest=write_data(data))

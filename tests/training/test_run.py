@@ -20,7 +20,7 @@ from support.images import write_data
 TINY = {
     "depth": 10,
     "growth_rate": 4,
-    "resize": 8,
+    "image_size": 8,
     "batch_size": 16,
     "epochs": 4,
     "drop_rate": 0.2,
@@ -142,9 +142,9 @@ def test_an_interrupt_leaves_lightning_as_an_interrupt(tmp_path, monkeypatch):
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
     train(tmp_path, "run", epochs=1)
-    with pytest.raises(ConfigError, match="holds a run: add --resume"):
+    with pytest.raises(ConfigError, match="holds a run: resume it"):
         train(tmp_path, "run", epochs=1)
-    with pytest.raises(ConfigError, match="has --epochs 1, not 2"):
+    with pytest.raises(ConfigError, match="epochs is 1 in the run to resume"):
         train(tmp_path, "run", epochs=2, resume=True)
 
 
@@ -158,8 +158,8 @@ def test_a_checkpoint_loads_without_further_options(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_size": 65}, "--train-size must be at most 64, got 65"),
-        ({"batch_size": 65}, "a step takes 65 images, there are only 64"),
+        ({"train_size": 65}, "train_size must be at most 64, got 65"),
+        ({"batch_size": 65}, "batch_size makes a step of 65 images, and there are only 64"),
     ],
     ids=["train size", "batch size"],
 )
@@ -178,30 +178,30 @@ def test_other_precisions_train(tmp_path, precision):
 
 @pytest.mark.parametrize("model", RECIPES)
 def test_the_smallest_image_of_a_model_is_the_smallest_that_it_can_read(model):
-    config = TrainConfig.of(model, recompute="none", resize=RECIPES[model].min_size)
+    config = TrainConfig.of(model, recompute="none", image_size=RECIPES[model].min_size)
     with torch.device("meta"):
         network = config.build_model().eval()
-        assert network(torch.empty(2, 1, config.resize, config.resize)).shape == (2, 10)
+        assert network(torch.empty(2, 1, config.image_size, config.image_size)).shape == (2, 10)
         with pytest.raises(RuntimeError):
-            network(torch.empty(2, 1, config.resize - 1, config.resize - 1))
+            network(torch.empty(2, 1, config.image_size - 1, config.image_size - 1))
 
 
 def test_a_bottleneck_step_needs_less_than_the_naive_one():
-    config = tiny(depth=40, batch_size=32, resize=16)
+    config = tiny(depth=40, batch_size=32, image_size=16)
     ours, naive = training.step_memory(config, torch.device("cpu"))
     assert naive > 2 * ours
 
 
 def test_a_run_stays_within_its_budget_and_a_naive_one_cannot(tmp_path):
     options = TINY | {"model": "cifar-bc", "epochs": 1, "batch_size": 32, "depth": 22}
-    work = planner.Work("cifar-bc", 8, 32, 22, 4, channels=1, drop_rate=0.2)
+    work = planner.Work("cifar-bc", 8, 32, 22, 4, in_channels=1, drop_rate=0.2)
     need = work.estimate("bottleneck", "cpu").peak.total
-    config = planner.within(str(need), options)
+    config = planner.config_within(str(need), options)
     assert config.recompute == "bottleneck"
     manifest = write_data(tmp_path / "data")
     training.run(config, tmp_path / "run", tmp_path / "data", manifest=manifest)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["budget"] == need
-    naive = planner.within(str(need), options | {"recompute": "none"})
+    naive = planner.config_within(str(need), options | {"recompute": "none"})
     assert (naive.recompute, naive.batch_size) == ("none", 32)
     with pytest.raises(BudgetExceeded, match="would live in a budget"):
         training.run(naive, tmp_path / "naive", tmp_path / "data", manifest=manifest)

@@ -1,0 +1,41 @@
+"""How a kind of device counts memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from efficient_densenet.memory.meter import Scratch, onednn_scratch
+
+
+class Device(NamedTuple):
+    """How memory is counted on a kind of device.
+
+    Attributes:
+        granularity: bytes that its allocator rounds every size up to.
+        scratch: what operators allocate inside themselves, where that is known.
+        reserve: bytes of a budget that are left to what an estimate cannot see.
+        reserve_reason: what the reserve is for.
+    """
+
+    granularity: int
+    scratch: Scratch | None
+    reserve: int
+    reserve_reason: str
+
+
+DEVICES = {
+    "cpu": Device(1, onednn_scratch, 0, "what oneDNN allocates is part of the peak"),
+    "cuda": Device(
+        512,
+        None,
+        256 << 20,
+        "assumed: 64 MiB for cuBLAS, the rest for cuDNN's workspaces and fragmentation",
+    ),
+}
+
+
+def present_device() -> str:
+    """Which of :data:`DEVICES` this machine has."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
