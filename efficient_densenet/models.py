@@ -11,10 +11,8 @@ from torch.nn import functional as F
 
 from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.kernels.implementations import Kernels
-from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules import sequence
 from efficient_densenet.modules.block import EfficientDenseBlock
-from efficient_densenet.modules.calls import ChoosesKernels
 from efficient_densenet.modules.naive import (
     CONVS,
     MAX_POOLS,
@@ -24,6 +22,8 @@ from efficient_densenet.modules.naive import (
     compressed,
     global_average,
 )
+from efficient_densenet.modules.reading import is_patched
+from efficient_densenet.modules.recomputing import ChoosesKernels
 from efficient_densenet.modules.sequence import EfficientSequential, EfficientTransition
 
 STEMS = ("imagenet", "cifar")
@@ -120,7 +120,7 @@ class DenseNet(nn.Module):
 
     def _pooled(self, x: Tensor) -> Tensor:
         """ReLU and global average of the features."""
-        if type(self.features) is EfficientSequential and not lowering.is_patched(self.features):
+        if type(self.features) is EfficientSequential and not is_patched(self.features):
             return sequence.run_to_average(list(self.features), x, self.features.kernels)
         return global_average(F.relu(self.features(x)))
 

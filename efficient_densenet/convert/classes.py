@@ -13,12 +13,21 @@ from torch import Tensor, nn
 
 from efficient_densenet.convert import libraries
 from efficient_densenet.kernels.layout import in_format_of
-from efficient_densenet.modules import calls as stage
 from efficient_densenet.modules.block import RecomputingBlock
-from efficient_densenet.modules.parts import CONV, DROPOUT, NORM, RELU, Anatomy
-from efficient_densenet.modules.sequence import RecomputingSequence, RecomputingTransition, Stem
+from efficient_densenet.modules.calls import StemCall
+from efficient_densenet.modules.parts import (
+    ACTIVATION,
+    CONV,
+    DROPOUT,
+    NORM,
+    Found,
+    Structure,
+    stem_of,
+)
+from efficient_densenet.modules.recomputing import Recomputing
+from efficient_densenet.modules.sequence import RecomputingSequence, RecomputingTransition
 
-KINDS = {kind.role: kind for kind in (NORM, RELU, CONV, DROPOUT)}
+KINDS = {"norm": NORM, "relu": ACTIVATION, "conv": CONV, "dropout": DROPOUT}
 LAYERS = "layers"
 
 LayerClass = tuple[type[nn.Module], tuple[tuple[str, str], ...]]
@@ -49,9 +58,8 @@ class NewFeaturesBlock(ListBlock):
     """A block whose layers are in a list; it returns the new features only, a view of all."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_naive(x):
-            return super().forward(x)
-        return self.run(x)[:, x.shape[1] :]
+        call = self.read_or_none(x)
+        return self.run_naive(x) if call is None else call.run()[:, x.shape[1] :]
 
 
 class Stage(RecomputingBlock):
@@ -60,7 +68,7 @@ class Stage(RecomputingBlock):
     def transition(self) -> nn.Module | None:
         """The first child if it is no layer."""
         first: nn.Module | None = next(iter(self._modules.values()))
-        return None if first is None or self.anatomy_of(first) else first
+        return None if first is None or type(first).forward in self.structures else first
 
     def dense_layers(self) -> list[tuple[str, nn.Module]]:
         return super().dense_layers()[self.transition() is not None :]
@@ -69,37 +77,28 @@ class Stage(RecomputingBlock):
         transition = self.transition()
         if transition is not None:
             x = transition(x)
-        if not self.why_naive(x):
-            return self.run(x)
+        call = self.read_or_none(x)
+        if call is not None:
+            return call.run()
         for _, layer in self.dense_layers():
             x = layer(x)
         return x
 
 
-class StemBlock(nn.Module):
-    """A module that is a stem, and keeps the image alone."""
+class StemBlock(Recomputing):
+    """A module that is a stem, and keeps only the image."""
 
-    anatomy: ClassVar[Anatomy]
+    structure: ClassVar[Structure]
 
-    def why_naive(self, x: Tensor) -> str | None:
-        """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
-        reason = self.unsupported()
-        return f"the stem{reason}" if reason else self.stem().why_naive(x)
+    def read(self, x: Tensor) -> StemCall:
+        return StemCall.of(x, *stem_of(self.read_parts()), self.kernels)
 
-    def unsupported(self) -> str | None:
-        """What about its modules the efficient path does not know, as the end of a sentence."""
-        return self.anatomy.unsupported(self)
-
-    def stem(self) -> Stem:
+    def read_parts(self) -> Found:
         """The modules of the stem as they are now."""
-        conv, norm, pool = (self.anatomy.find(self, role)[0] for role in ("conv", "norm", "pool"))
-        return Stem(conv, norm, pool, len(self._modules))
+        return self.structure.read(self, "the stem")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_naive(x):
-            return super().forward(x)
-        stem = self.stem()
-        return in_format_of(x, stage.run_stem(stem.conv, stem.norm, stem.pool, x))
+        return in_format_of(x, super().forward(x))
 
 
 FRONTS: dict[str, type[nn.Module]] = {
@@ -120,17 +119,17 @@ def converted_class(original: Any, role: str, layers: tuple[LayerClass, ...]) ->
     names: dict[str, Any] = {"original": original, "made_by": (role, layers)}
     names |= {"__module__": __name__, "__doc__": original.__doc__}
     if layers:
-        names["layer_classes"] = tuple((cls, _layer_anatomy(cls, parts)) for cls, parts in layers)
-    for anatomies in (libraries.TRANSITIONS, libraries.STEMS):
-        known = libraries.known_class(original, anatomies)
+        names["structures"] = {cls.forward: _layer_structure(cls, parts) for cls, parts in layers}
+    for structures in (libraries.TRANSITIONS, libraries.STEMS):
+        known = libraries.known_class(original, structures)
         if known:
-            names["anatomy"] = anatomies[libraries.class_name(known)]
+            names["structure"] = structures[libraries.class_name(known)]
     return type(original.__name__, (Converted, FRONTS[role], original), names)
 
 
-def _layer_anatomy(cls: type[nn.Module], parts: Sequence[tuple[str, str]]) -> Anatomy:
+def _layer_structure(cls: type[nn.Module], parts: Sequence[tuple[str, str]]) -> Structure:
     if parts:
-        return Anatomy({name: KINDS[role] for name, role in parts})
+        return Structure({name: KINDS[role] for name, role in parts})
     return libraries.LAYERS[libraries.class_name(cls)]
 
 

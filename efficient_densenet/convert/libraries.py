@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules.parts import (
+    ACTIVATION,
     BOTTLENECK,
     CONV,
     DROPOUT,
     NORM,
     NORM_ACT,
-    PATCHED,
     POOL,
-    RELU,
     SEQUENTIAL,
     TRANSITION,
-    Anatomy,
+    Found,
     Kind,
+    Structure,
 )
+from efficient_densenet.modules.reading import Unsupported, check_plain
 
 
 def class_name(cls: type) -> str:
@@ -38,28 +38,27 @@ def known_class(cls: type, names: Container[str]) -> type[nn.Module] | None:
     return next((base for base in cls.__mro__ if class_name(base) in names), None)
 
 
-def _unsupported_pre_conv(module: nn.Module) -> str | None:
+def _read_pre_conv(module: nn.Module, path: str, found: Found) -> None:
     """pytorchcv's norm, activation and convolution in one module, if it uses all three."""
     if class_name(type(module)) != "pytorchcv.models.common.conv.PreConvBlock":
-        return f" is a {type(module).__name__}"
-    if lowering.is_patched(module):
-        return PATCHED
-    flags = (module.normalize, module.activate, module.return_preact)
-    return None if flags == (True, True, False) else " leaves out or returns a part of it"
+        raise Unsupported(path, f"is a {type(module).__name__}")
+    check_plain(module, path)
+    if (module.normalize, module.activate, module.return_preact) != (True, True, False):
+        raise Unsupported(path, "leaves out or returns a part of norm, activation, convolution")
 
 
-PRE_CONV = Kind("container", _unsupported_pre_conv)
+PRE_CONV = Kind(_read_pre_conv, holds_parts=True)
 
 
 @dataclass(frozen=True)
 class Library:
-    """The classes of a library by name: dense blocks, and the anatomy of all else."""
+    """The classes of a library by name: dense blocks, and the structure of all else."""
 
     name: str
-    layers: Mapping[str, Anatomy]
+    layers: Mapping[str, Structure]
     blocks: tuple[str, ...] = ()
-    transitions: Mapping[str, Anatomy] = field(default_factory=dict)
-    stems: Mapping[str, Anatomy] = field(default_factory=dict)
+    transitions: Mapping[str, Structure] = field(default_factory=dict)
+    stems: Mapping[str, Structure] = field(default_factory=dict)
 
 
 def _like_torchvision(name: str, module: str) -> Library:
@@ -72,14 +71,14 @@ def _like_torchvision(name: str, module: str) -> Library:
     )
 
 
-def _inside(container: str, anatomy: Anatomy) -> dict[str, Kind]:
-    return {f"{container}.{path}": kind for path, kind in anatomy.parts.items()}
+def _inside(container: str, structure: Structure) -> dict[str, Kind]:
+    return {f"{container}.{path}": kind for path, kind in structure.parts.items()}
 
 
 TIMM = "timm.models.densenet"
 MONAI = "monai.networks.nets.densenet"
 PYTORCHCV = "pytorchcv.models"
-PRE_CONV_PARTS = Anatomy({"bn": NORM, "activ": RELU, "conv": CONV})
+PRE_CONV_PARTS = Structure({"bn": NORM, "activ": ACTIVATION, "conv": CONV})
 
 LIBRARIES = (
     _like_torchvision("torchvision", "torchvision.models.densenet"),
@@ -89,20 +88,20 @@ LIBRARIES = (
     Library(
         "timm",
         layers={
-            f"{TIMM}.DenseLayer": Anatomy(
+            f"{TIMM}.DenseLayer": Structure(
                 {"norm1": NORM_ACT, "conv1": CONV, "norm2": NORM_ACT, "conv2": CONV},
                 drop_rate="drop_rate",
             )
         },
         blocks=(f"{TIMM}.DenseBlock",),
         transitions={
-            f"{TIMM}.DenseTransition": Anatomy({"norm": NORM_ACT, "conv": CONV, "pool": POOL})
+            f"{TIMM}.DenseTransition": Structure({"norm": NORM_ACT, "conv": CONV, "pool": POOL})
         },
     ),
     Library(
         "MONAI",
         layers={
-            f"{MONAI}._DenseLayer": Anatomy(
+            f"{MONAI}._DenseLayer": Structure(
                 {
                     "layers": SEQUENTIAL,
                     **_inside("layers", BOTTLENECK),
@@ -116,7 +115,7 @@ LIBRARIES = (
     Library(
         "pytorchcv",
         layers={
-            f"{PYTORCHCV}.densenet.DenseUnit": Anatomy(
+            f"{PYTORCHCV}.densenet.DenseUnit": Structure(
                 {
                     "conv1": PRE_CONV,
                     **_inside("conv1", PRE_CONV_PARTS),
@@ -125,18 +124,18 @@ LIBRARIES = (
                     "dropout": DROPOUT,
                 }
             ),
-            f"{PYTORCHCV}.densenet_cifar.DenseSimpleUnit": Anatomy(
+            f"{PYTORCHCV}.densenet_cifar.DenseSimpleUnit": Structure(
                 {"conv": PRE_CONV, **_inside("conv", PRE_CONV_PARTS), "dropout": DROPOUT}
             ),
         },
         transitions={
-            f"{PYTORCHCV}.densenet.TransitionBlock": Anatomy(
+            f"{PYTORCHCV}.densenet.TransitionBlock": Structure(
                 {"conv": PRE_CONV, **_inside("conv", PRE_CONV_PARTS), "pool": POOL}
             )
         },
         stems={
-            f"{PYTORCHCV}.preresnet.PreResInitBlock": Anatomy(
-                {"conv": CONV, "bn": NORM, "activ": RELU, "pool": POOL}
+            f"{PYTORCHCV}.preresnet.PreResInitBlock": Structure(
+                {"conv": CONV, "bn": NORM, "activ": ACTIVATION, "pool": POOL}
             )
         },
     ),
@@ -146,12 +145,12 @@ CALLED_BY_NAME = ("segmentation_models_pytorch.encoders.densenet.DenseNetEncoder
 """Networks that call the parts of their ``features`` one by one."""
 
 
-def _merged(field_name: str) -> dict[str, Anatomy]:
+def _merged(field_name: str) -> dict[str, Structure]:
     """One of the tables, of all libraries together."""
     return {
-        name: anatomy
+        name: structure
         for library in LIBRARIES
-        for name, anatomy in getattr(library, field_name).items()
+        for name, structure in getattr(library, field_name).items()
     }
 
 

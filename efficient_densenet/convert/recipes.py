@@ -11,9 +11,8 @@ from torch import nn
 
 from efficient_densenet.convert import libraries, wiring
 from efficient_densenet.convert.classes import LAYERS, Converted, LayerClass, converted_class
-from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules.block import RecomputingBlock
-from efficient_densenet.modules.parts import CONV, DROPOUT, NORM, PATCHED, RELU
+from efficient_densenet.modules.reading import CONVS, NORMS, Unsupported, check_plain
 from efficient_densenet.modules.sequence import RecomputingSequence, RecomputingTransition
 
 OWN_FORWARD = "{} has a forward function of its own"
@@ -121,12 +120,16 @@ def _parts_of_sequence(layer: nn.Module) -> tuple[tuple[str, str], ...] | None:
     """Names and roles of the children of a sequence that is a dense layer."""
     if not isinstance(layer, nn.Sequential):
         return None
-    types = {NORM: lowering.NORM_TYPES, RELU: (nn.ReLU,), CONV: lowering.CONV_TYPES}
+    types: dict[str, tuple[type[nn.Module], ...]] = {
+        "norm": tuple(NORMS),
+        "relu": (nn.ReLU,),
+        "conv": tuple(CONVS),
+    }
     roles = []
     for name, part in layer._modules.items():
-        role = next((kind.role for kind, known in types.items() if isinstance(part, known)), None)
+        role = next((role for role, known in types.items() if isinstance(part, known)), None)
         if role is None and isinstance(part, nn.modules.dropout._DropoutNd):
-            role = DROPOUT.role
+            role = "dropout"
         if role is None:
             return None
         roles.append((name, role))
@@ -144,22 +147,22 @@ def _grow(layers: list[Any]) -> bool:
     ends = []
     for layer in layers:
         parts = list(layer)
-        last = next(part for part in reversed(parts) if isinstance(part, lowering.CONV_TYPES))
+        last: Any = next(part for part in reversed(parts) if isinstance(part, tuple(CONVS)))
         ends.append((parts[0].num_features, last.out_channels))
     return all(reads + makes == after for (reads, makes), (after, _) in pairwise(ends))
 
 
 def _transition(module: nn.Module) -> Recipe | None:
-    return _by_anatomy(module, "transition", libraries.TRANSITIONS)
+    return _by_structure(module, "transition", libraries.TRANSITIONS)
 
 
 def _stem(module: nn.Module) -> Recipe | None:
-    return _by_anatomy(module, "stem", libraries.STEMS)
+    return _by_structure(module, "stem", libraries.STEMS)
 
 
-def _by_anatomy(module: nn.Module, role: str, anatomies: dict[str, Any]) -> Recipe | None:
+def _by_structure(module: nn.Module, role: str, structures: dict[str, Any]) -> Recipe | None:
     cls = _class_of(module)
-    known = libraries.known_class(cls, anatomies)
+    known = libraries.known_class(cls, structures)
     if known is None:
         return None
     library = libraries.OWNERS[libraries.class_name(known)]
@@ -173,13 +176,18 @@ def _examined(
 ) -> Recipe:
     """The recipe, after the new class has looked at the module as it is."""
     new_class = converted_class(_class_of(module), role, layers)
-    if "forward" in vars(module):
-        return Recipe(kind, library, reason=PATCHED.lstrip())
-    twin = copy.copy(module)
+    twin: Any = copy.copy(module)
     twin.__class__ = new_class
-    reason = new_class.unsupported(twin)
-    if reason:
-        return Recipe(kind, library, reason=reason.removeprefix(".").lstrip())
+    try:
+        check_plain(module, "it")
+        if kind == "dense block":
+            twin.read_layers(None)
+        elif kind == "transition":
+            twin.read_unit()
+        else:
+            twin.read_parts()
+    except Unsupported as reason:
+        return Recipe(kind, library, reason=str(reason))
     return Recipe(kind, library, new_class)
 
 

@@ -6,29 +6,19 @@ group (``None``) each returns what it was given.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from efficient_densenet.kernels.interface import Statistics
 
-
-def group_of(norm: Any) -> Any:
-    """The process group over which a norm takes its batch's statistics, ``None`` for this process.
-
-    As in ``nn.SyncBatchNorm``: only in training, and only where there are several processes.
-    """
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
-        return None
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = norm.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-def joined_statistics(statistics: Statistics, x: Tensor, group: Any) -> Statistics:
+def joined_statistics(statistics: Statistics, x: Tensor, group: ProcessGroup | None) -> Statistics:
     """The statistics over all processes, from those of this process's map ``x``.
 
     By Chan's formula: ``mean = Σ n_p m_p / n``, ``var = Σ n_p (v_p + (m_p - mean)²) / n``.
@@ -47,7 +37,7 @@ def joined_statistics(statistics: Statistics, x: Tensor, group: Any) -> Statisti
     return Statistics(joined.view_as(mean), spread.view_as(var))
 
 
-def joined_means(means: list[Tensor], count: int, group: Any) -> list[Tensor]:
+def joined_means(means: list[Tensor], count: int, group: ProcessGroup | None) -> list[Tensor]:
     """Means over the values of all processes, from those over this process's ``count`` values."""
     if group is None:
         return means
@@ -57,7 +47,7 @@ def joined_means(means: list[Tensor], count: int, group: Any) -> list[Tensor]:
     return [(t / total).view_as(mean) for t, mean in zip(totals, means, strict=True)]
 
 
-def joined_count(count: int, group: Any, device: torch.device) -> int | Tensor:
+def joined_count(count: int, group: ProcessGroup | None, device: torch.device) -> int | Tensor:
     """The values per channel of all processes together."""
     if group is None:
         return count

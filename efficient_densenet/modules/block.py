@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NoReturn
 
 from torch import Tensor, nn
 
-from efficient_densenet.functional.modes import Recompute, check_recompute
+from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.kernels.implementations import Kernels
-from efficient_densenet.modules import calls as stage
-from efficient_densenet.modules import reading as lowering
-from efficient_densenet.modules.calls import Exit
+from efficient_densenet.modules.calls import BlockCall
 from efficient_densenet.modules.naive import BasicLayer, BottleneckLayer, DenseBlock
-from efficient_densenet.modules.parts import (
-    BASIC,
-    BOTTLENECK,
-    Anatomy,
-    Layer,
-    read_layer,
-    unsupported_layer,
-)
+from efficient_densenet.modules.parts import BASIC, BOTTLENECK, Structure, read_layer
+from efficient_densenet.modules.reading import Layer, Unsupported
+from efficient_densenet.modules.recomputing import Recomputing
+
+Forward = Callable[..., Tensor]
 
 
-class RecomputingBlock(stage.ChoosesKernels):
+class RecomputingBlock(Recomputing):
     """What makes a dense block recompute: a base in front of the class whose forward is naive.
 
-    A call that the efficient path does not support runs on the class behind; :meth:`why_naive`
-    says why. The layers are read at every call, each by the anatomy of its class.
+    The layers are read once a call, each by the structure that belongs to its forward function.
     """
 
-    layer_classes: ClassVar[Sequence[tuple[type[nn.Module], Anatomy]]]
-    """The layers that are known, by their forward function: a subclass may not have its own."""
+    structures: ClassVar[Mapping[Forward, Structure]]
+    """What a layer is made of, by its forward function: a subclass may not have its own."""
 
-    @property
-    def recompute(self) -> Recompute:
-        """What the backward pass recomputes: ``"bottleneck"``, ``"norm"`` or ``"none"``."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, mode: Recompute) -> None:
-        check_recompute(mode)
-        self._recompute = mode
-
-    def __prepare_scriptable__(self) -> Any:
+    def __prepare_scriptable__(self) -> NoReturn:
         """Called by ``torch.jit.script`` on every module of a model."""
         raise RuntimeError(
             "TorchScript cannot script what recomputes: trace or export the model, or put a "
@@ -54,49 +38,24 @@ class RecomputingBlock(stage.ChoosesKernels):
         return ", ".join(filter(None, [super().extra_repr(), f"recompute={self.recompute!r}"]))
 
     def dense_layers(self) -> list[tuple[str, nn.Module]]:
-        """The block's layers in the order of their use, each with its path in the block."""
+        """The layers of the block in the order of their use, each with its path in the block."""
         return [(name, layer) for name, layer in self._modules.items() if layer is not None]
 
-    def anatomy_of(self, layer: nn.Module) -> Anatomy | None:
-        """Where the parts of a layer are, ``None`` if its forward function is not known."""
-        for known, anatomy in self.layer_classes:
-            if isinstance(layer, known) and type(layer).forward is known.forward:
-                return anatomy
-        return None
+    def read(self, x: Tensor) -> BlockCall:
+        layers = self.read_layers(x.shape[1])
+        return BlockCall.of(x, layers, None, self.recompute, self.kernels)
 
-    def why_naive(self, x: Tensor) -> str | None:
-        """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
-        if self.recompute == "none":
-            return 'recompute="none"'
-        reason = lowering.unsupported_call(x) or self.unsupported(x.shape[1])
-        return reason or lowering.unsupported_statistics(x, stage.all_norms(self.read_layers()))
-
-    def unsupported(self, channels: int | None = None) -> str | None:
-        """What about its layers the efficient path does not know, if ``channels`` enter."""
-        for name, layer in self.dense_layers():
-            anatomy = self.anatomy_of(layer)
-            if anatomy is None:
-                return f"{name} is a {type(layer).__name__}"
-            reason = unsupported_layer(layer, anatomy, channels)
-            if reason:
-                return f"{name}{reason}"
-            units = read_layer(layer, anatomy).units
-            channels = units[0].norm.num_features + units[-1].conv.out_channels
-        return None
-
-    def read_layers(self) -> list[Layer]:
-        """The modules of every layer, of which nothing is unsupported."""
-        pairs = ((layer, self.anatomy_of(layer)) for _, layer in self.dense_layers())
-        return [read_layer(layer, anatomy) for layer, anatomy in pairs if anatomy]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.why_naive(x):
-            return super().forward(x)
-        return self.run(x)
-
-    def run(self, x: Tensor, exit: Exit | None = None) -> Tensor:
-        """The efficient path: the features, or what ``exit`` makes of them."""
-        return stage.run_layers(self.read_layers(), x, self.recompute, exit, self.kernels)
+    def read_layers(self, channels: int | None) -> list[Layer]:
+        """Every layer; ``channels`` enter the block, ``None``: as many as it expects."""
+        layers = []
+        for path, module in self.dense_layers():
+            structure = self.structures.get(type(module).forward)
+            if structure is None:
+                raise Unsupported(path, f"is a {type(module).__name__}, whose forward is not known")
+            layer = read_layer(module, structure, path, channels)
+            channels = layer.spec.channels + layer.spec.growth
+            layers.append(layer)
+        return layers
 
 
 class EfficientDenseBlock(RecomputingBlock, DenseBlock):
@@ -114,7 +73,7 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
         bn_size: bottleneck width in units of ``growth_rate``; ``None`` makes basic layers.
         growth_rate: channels ``k`` that each layer adds.
         drop_rate: dropout probability after each layer.
-        recompute: ``"bottleneck"`` keeps the features only and computes normalised maps and the 1x1
+        recompute: ``"bottleneck"`` keeps only the features and computes normalised maps and the 1x1
             convolutions again in the backward pass; ``"norm"`` (Pleiss et al., 2017) keeps the
             bottleneck maps too and convolves nothing twice; ``"none"`` is the naive block. May be
             changed at any time.
@@ -131,7 +90,7 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
     What the efficient path does not support runs on the naive one; :meth:`why_naive` says why.
     """
 
-    layer_classes = ((BottleneckLayer, BOTTLENECK), (BasicLayer, BASIC))
+    structures = {BottleneckLayer.forward: BOTTLENECK, BasicLayer.forward: BASIC}  # noqa: RUF012
 
     def __init__(
         self,

@@ -1,137 +1,208 @@
-"""Runs modules through the recomputing functions: a stem, or dense layers and what reads them all.
-
-The callers have made sure that the modules are supported.
-"""
+"""Calls of the recomputing functions: what modules are, read for an input, and how it is run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.functional import autograd
 from efficient_densenet.functional.modes import Recompute
-from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
+from efficient_densenet.functional.spec import BlockSpec, StemSpec, Types
 from efficient_densenet.functional.synchronise import joined_count
-from efficient_densenet.kernels.implementations import Kernels, check_kernels, explain_choice
-from efficient_densenet.kernels.interface import RELU, Pool
-from efficient_densenet.modules import reading as lowering
-from efficient_densenet.modules.parts import Layer
-from efficient_densenet.modules.reading import Seen
+from efficient_densenet.kernels.interface import Statistics
+from efficient_densenet.modules.reading import (
+    Layer,
+    Unit,
+    Unsupported,
+    geometry,
+    uses_batch_statistics,
+)
+from efficient_densenet.modules.running_statistics import Seen, update_running_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-class ChoosesKernels(nn.Module):
-    """A module whose ``kernels`` says which implementation of the operations it runs on.
+def check_input(x: Tensor) -> None:
+    """Raise :class:`Unsupported` if no module at all could take the efficient path on ``x``."""
+    if not isinstance(x, Tensor):
+        raise Unsupported("the input", f"is a {type(x).__name__}")
+    if x.numel() == 0:
+        raise Unsupported("the batch", "is empty")
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.jit.is_scripting():
+        raise Unsupported("the module", "is being exported or traced")
+    if nn_module._has_any_global_hook():
+        raise Unsupported("every module", "has a global hook")
 
-    That one if it can run the input, otherwise the next slower one. ``"auto"`` leaves it to the
-    environment variable ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
+
+def types_of(x: Tensor) -> Types:
+    """Types in which a call on ``x`` computes and stores, autocast included."""
+    compute, device = x.dtype, x.device.type
+    if (
+        torch.amp.is_autocast_available(device)  # not on meta
+        and torch.is_autocast_enabled(device)
+        and x.dtype != torch.float64
+    ):
+        compute = torch.get_autocast_dtype(device)
+    return Types(compute, torch.promote_types(x.dtype, compute))
+
+
+def group_of(norm: _BatchNorm) -> ProcessGroup | None:
+    """The process group over which a norm takes its batch's statistics, ``None`` for this process.
+
+    As in ``nn.SyncBatchNorm``: only in training, and only where there are several processes.
     """
-
-    _kernels: Kernels = "auto"
-
-    @property
-    def kernels(self) -> Kernels:
-        """``"auto"``, ``"triton"`` or ``"eager"``."""
-        return self._kernels
-
-    @kernels.setter
-    def kernels(self, name: Kernels) -> None:
-        check_kernels(name)
-        self._kernels = name
-
-    def why_kernels(self, x: Tensor) -> str:
-        """Which kernels the efficient path would run ``x`` on, and why not on faster ones."""
-        types = lowering.types_of(x)
-        return explain_choice(self.kernels, x.device, (types.compute, types.features), (RELU,))
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
-class Exit(NamedTuple):
-    """Modules that read all features: a norm, then (after a ReLU) a pooling, then a convolution.
+def common_group(norms: Iterable[_BatchNorm], values: int) -> ProcessGroup | None:
+    """The process group over which all these norms take batch statistics.
 
-    One of the last two may be missing.
+    ``values`` is the number of values per channel in this process.
+
+    Raises:
+        Unsupported: if norms differ in it, or their batch statistics cannot be.
     """
-
-    norm: Any
-    pool: Pool | None
-    conv: Any = None
-
-    def spec(self) -> UnitSpec:
-        return lowering.unit_spec(self.norm, self.conv, self.pool)
-
-
-def run_layers(
-    layers: Sequence[Layer],
-    x: Tensor,
-    recompute: Recompute,
-    exit: Exit | None = None,
-    kernels: Kernels = "auto",
-) -> Tensor:
-    """What dense layers, one after the other, and then ``exit`` make of ``x``.
-
-    Returns the features, or the result of the exit. Running statistics are updated once.
-    """
-    spec = BlockSpec(
-        layers=tuple(map(_layer_spec, layers)),
-        exit=exit and exit.spec(),
-        input_channels=x.shape[1],
-        recompute=recompute,
-        types=lowering.types_of(x),
-        kernels=kernels,
-        process_group=_process_group(all_norms(layers, exit)),
-    )
-    units = [lowering.unit_tensors(*unit) for layer in layers for unit in layer.units]
-    if exit:
-        units.append(lowering.unit_tensors(exit.norm, exit.conv))
-    out, features, bottlenecks = autograd.dense_block(x, spec, units)
-    count = joined_count(x.numel() // x.shape[1], spec.process_group, x.device)
-    seen = [
-        Seen(unit.norm, statistics)
-        for layer, bottleneck in zip(layers, bottlenecks, strict=True)
-        for unit, statistics in zip(layer.units, (features, bottleneck), strict=False)
-    ]
-    if exit:
-        seen.append(Seen(exit.norm, features))
-    lowering.update_running_statistics(seen, count)
-    return out
-
-
-def run_stem(conv: Any, norm: Any, pool: Any, x: Tensor, kernels: Kernels = "auto") -> Tensor:
-    """What convolution, norm, ReLU and pooling make of an image; statistics are updated once."""
-    compute = lowering.types_of(x).compute
-    spec = StemSpec(
-        conv=lowering.geometry(conv),
-        unit=lowering.unit_spec(norm, None, lowering.pooling(pool)),
-        # A convolution's result has the type in which it computes, and so has what follows.
-        types=Types(compute, compute),
-        kernels=kernels,
-        process_group=_process_group([norm]),
-    )
-    tensors = lowering.unit_tensors(norm, None)
-    tensors = tensors._replace(conv_weight=conv.weight, conv_bias=conv.bias)
-    out, statistics, values = autograd.stem(x, spec, tensors)
-    count = joined_count(values, spec.process_group, x.device)
-    lowering.update_running_statistics([Seen(norm, statistics)], count)
-    return out
-
-
-def all_norms(layers: Iterable[Layer], exit: Exit | None = None) -> list[Any]:
-    """The norms of dense layers and of what reads them all."""
-    found = [unit.norm for layer in layers for unit in layer.units]
-    return [*found, exit.norm] if exit else found
-
-
-def _process_group(norms: Iterable[Any]) -> Any:
-    groups = lowering.process_groups(norms)
+    groups: list[ProcessGroup | None] = []
+    for norm in norms:
+        if uses_batch_statistics(norm) and (group := group_of(norm)) not in groups:
+            groups.append(group)
+    if len(groups) > 1:
+        raise Unsupported("some norms", "take the statistics of other processes than others do")
+    if groups == [None] and values <= 1:
+        raise Unsupported("the batch", "has at most one value per channel to take statistics of")
+    if any(groups) and torch.compiler.is_compiling():
+        raise Unsupported("the norms", "synchronise, which cannot be compiled")
     return groups[0] if groups else None
 
 
-def _layer_spec(layer: Layer) -> LayerSpec:
-    return LayerSpec(
-        units=tuple(lowering.unit_spec(norm, conv) for norm, conv in layer.units),
-        channels=layer.units[0].norm.num_features,
-        width=layer.units[0].conv.out_channels,
-        growth=layer.units[-1].conv.out_channels,
-        drop_rate=layer.drop_rate,
-        drops_maps=layer.drops_maps,
-    )
+@dataclass(frozen=True)
+class BlockCall:
+    """Dense layers one after the other, and then an exit that reads all features, on ``x``.
+
+    Attributes:
+        x: ``(N, channels, *spatial)``.
+        layers: may be none if there is an exit.
+        exit: what is returned instead of the features: of a transition or a head.
+        recompute: as in :class:`BlockSpec`.
+        kernels: which implementation of the operations to run on.
+    """
+
+    x: Tensor
+    layers: tuple[Layer, ...]
+    exit: Unit | None
+    recompute: Recompute
+    kernels: str
+    group: ProcessGroup | None
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        layers: Iterable[Layer],
+        exit: Unit | None,
+        recompute: Recompute,
+        kernels: str,
+    ) -> BlockCall:
+        """The call, after a look at its norms; raises :class:`Unsupported`."""
+        layers = tuple(layers)
+        norms = [unit.norm for layer in layers for unit in layer.units]
+        norms += [exit.norm] if exit else []
+        group = common_group(norms, x.numel() // x.shape[1])
+        return cls(x, layers, exit, recompute, kernels, group)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the features."""
+        return self.x.shape[1] + sum(layer.spec.growth for layer in self.layers)
+
+    def read_by(self, exit: Unit) -> BlockCall:
+        """The same call with an exit; raises :class:`Unsupported` if that cannot be."""
+        expected = exit.norm.num_features
+        if expected != self.channels:
+            raise Unsupported("the norm", f"expects {expected} channels and gets {self.channels}")
+        return BlockCall.of(self.x, self.layers, exit, self.recompute, self.kernels)
+
+    @property
+    def spec(self) -> BlockSpec:
+        """What is computed, without modules."""
+        return BlockSpec(
+            layers=tuple([layer.spec for layer in self.layers]),
+            exit=self.exit.spec if self.exit else None,
+            input_channels=self.x.shape[1],
+            recompute=self.recompute,
+            types=types_of(self.x),
+            kernels=self.kernels,
+            process_group=self.group,
+        )
+
+    def run(self) -> Tensor:
+        """The features, or the result of the exit; running statistics are updated once."""
+        tensors = [unit.tensors for layer in self.layers for unit in layer.units]
+        tensors += [self.exit.tensors] if self.exit else []
+        out, features, bottlenecks = autograd.dense_block(self.x, self.spec, tensors)
+        features = Statistics(features.mean.view(-1), features.var.view(-1))  # once, not per norm
+        seen = [
+            Seen(unit.norm, statistics)
+            for layer, bottleneck in zip(self.layers, bottlenecks, strict=True)
+            for unit, statistics in zip(layer.units, (features, bottleneck), strict=False)
+        ]
+        if self.exit:
+            seen.append(Seen(self.exit.norm, features))
+        values = self.x.numel() // self.x.shape[1]
+        update_running_statistics(seen, joined_count(values, self.group, self.x.device))
+        return out
+
+
+@dataclass(frozen=True)
+class StemCall:
+    """Convolution, norm, activation and pooling of an image, of which only the image is kept."""
+
+    x: Tensor
+    conv: nn.modules.conv._ConvNd
+    unit: Unit
+    kernels: str
+    group: ProcessGroup | None
+
+    @classmethod
+    def of(cls, x: Tensor, conv: nn.modules.conv._ConvNd, unit: Unit, kernels: str) -> StemCall:
+        """The call, after a look at its norm; raises :class:`Unsupported`."""
+        if x.dim() != conv.weight.dim():
+            raise Unsupported("the image", f"has {x.dim()} dimensions")
+        positions = geometry(conv).positions(x.shape[2:], conv.weight.shape[2:])
+        group = common_group([unit.norm], len(x) * positions)
+        return cls(x, conv, unit, kernels, group)
+
+    @property
+    def spec(self) -> StemSpec:
+        """What is computed, without modules."""
+        compute = types_of(self.x).compute
+        return StemSpec(
+            conv=geometry(self.conv),
+            unit=self.unit.spec,
+            # The result of a convolution has the type in which it computes, and so has the rest.
+            types=Types(compute, compute),
+            kernels=self.kernels,
+            process_group=self.group,
+        )
+
+    def run(self) -> Tensor:
+        """What is left after the pooling; running statistics are updated once."""
+        conv = {"conv_weight": self.conv.weight, "conv_bias": self.conv.bias}
+        tensors = self.unit.tensors._replace(**conv)
+        out, statistics, values = autograd.stem(self.x, self.spec, tensors)
+        count = joined_count(values, self.group, self.x.device)
+        update_running_statistics([Seen(self.unit.norm, statistics)], count)
+        return out

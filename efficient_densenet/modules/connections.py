@@ -11,10 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from efficient_densenet.modules import calls as stage
-from efficient_densenet.modules import reading as lowering
-from efficient_densenet.modules.calls import Exit
-from efficient_densenet.modules.parts import CONV, NORM
+from efficient_densenet.kernels.interface import RELU
+from efficient_densenet.modules.calls import BlockCall, check_input
+from efficient_densenet.modules.reading import (
+    Unit,
+    Unsupported,
+    read_activation,
+    read_conv,
+    read_norm,
+    unit_of,
+)
 
 
 def recompute_connection(
@@ -52,32 +58,31 @@ def recompute_connection(
     if not features:
         raise ValueError(f"features must be at least one map, got {features!r}")
     features = list(features)
-    if _is_known(features, norm, activation, conv):
-        return _by_the_blocks_functions(features, Exit(norm, None, conv))
-    return _checkpointed(features, norm, activation, conv)
+    try:
+        unit = _read(features, norm, activation, conv)
+    except Unsupported:
+        return _checkpointed(features, norm, activation, conv)
+    return _by_the_functions_of_blocks(features, unit)
 
 
-def _is_known(features: Sequence[Tensor], norm: Any, activation: Any, conv: Any) -> bool:
-    """Whether the functions of the dense blocks can do it."""
-    rectifies = activation in (F.relu, torch.relu) or (
-        type(activation) is nn.ReLU and not lowering.is_patched(activation)
-    )
+def _read(features: Sequence[Tensor], norm: Any, activation: Any, conv: Any) -> Unit:
+    """What the functions of the dense blocks would run."""
+    if torch.compiler.is_compiling():
+        raise Unsupported("the connection", "is being compiled")
+    if norm is None:
+        raise Unsupported("the connection", "has no norm")
+    function = RELU
+    if activation not in (F.relu, torch.relu):
+        function = read_activation(activation, "the activation")
     channels = sum(x.shape[1] for x in features)
     whole = features[0].new_empty(()).expand(len(features[0]), channels, *features[0].shape[2:])
-    return (
-        rectifies
-        and norm is not None
-        and NORM.unsupported(norm) is None
-        and CONV.unsupported(conv) is None
-        and lowering.has_plain_padding(conv)
-        and not torch.compiler.is_compiling()
-        and lowering.unsupported_call(whole) is None
-        and norm.num_features == channels
-        and lowering.unsupported_statistics(whole, [norm]) is None
-    )
+    check_input(whole)
+    unit = unit_of(read_norm(norm, "the norm"), function, read_conv(conv, "the convolution"))
+    BlockCall.of(whole, (), None, "norm", "auto").read_by(unit)
+    return unit
 
 
-def _by_the_blocks_functions(features: Sequence[Tensor], exit: Exit) -> Tensor:
+def _by_the_functions_of_blocks(features: Sequence[Tensor], unit: Unit) -> Tensor:
     """The exit of a block without layers, of which not even the input is saved."""
     x = torch.cat(list(features), 1)
     # Not the tensor itself, which would live as long as the functions below.
@@ -97,7 +102,7 @@ def _by_the_blocks_functions(features: Sequence[Tensor], exit: Exit) -> Tensor:
         return torch.cat([map.detach() for map in features], 1)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return stage.run_layers([], x, "norm", exit)
+        return BlockCall.of(x, (), unit, "norm", "auto").run()
 
 
 def _checkpointed(features: Sequence[Tensor], norm: Any, activation: Any, conv: Any) -> Tensor:

@@ -1,181 +1,186 @@
-"""Which modules a dense layer, a transition or a stem is made of, wherever its class keeps them.
-
-Modules are read at every call: what has been replaced, hooked or switched since is seen.
-"""
+"""The parts that a dense layer, a transition or a stem is made of, by their paths below it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from efficient_densenet.modules import reading as lowering
-
-PATCHED = " has hooks or a forward of its own"
-NORM_ACT_TYPES = (
-    "timm.layers.norm_act.BatchNormAct2d",
-    "timm.layers.norm_act.SyncBatchNormAct",
+from efficient_densenet.functional.spec import LayerSpec
+from efficient_densenet.kernels.interface import Activation, Pool
+from efficient_densenet.modules.reading import (
+    Dropout,
+    Layer,
+    Unit,
+    Unsupported,
+    check_plain,
+    is_plain_average,
+    is_pointwise,
+    keeps_size,
+    read_activation,
+    read_conv,
+    read_dropout,
+    read_norm,
+    read_norm_act,
+    read_pool,
+    unit_of,
 )
-"""Batch norms with an activation inside, by name: their library need not be there."""
-DROPOUT_TYPES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+NO_DROPOUT = Dropout()
+
+
+@dataclass
+class Found:
+    """The parts of one module as they are now, those of each kind in the order of their use."""
+
+    norms: list[_BatchNorm] = field(default_factory=list)
+    activations: list[Activation] = field(default_factory=list)
+    convs: list[_ConvNd] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
+    dropout: Dropout = NO_DROPOUT
 
 
 class Kind(NamedTuple):
-    """What a part does, and what about a module in its place is not known.
+    """What a part does. ``read(module, path, found)`` adds what the part is to ``found``.
 
-    ``role`` is ``"norm"``, ``"relu"``, ``"conv"``, ``"pool"``, ``"dropout"`` (which may be missing)
-    or ``"container"`` (of further parts). ``unsupported`` returns the end of a sentence about the
-    module, or ``None``.
+    It raises :class:`Unsupported` for a module that does not do this. ``holds_parts`` is true of a
+    container, whose children are parts themselves; a part that is not ``required`` may be missing.
     """
 
-    role: str
-    unsupported: Callable[[nn.Module], str | None]
+    read: Callable[[nn.Module, str, Found], object]
+    holds_parts: bool = False
+    required: bool = True
 
 
-def exactly(*types: type) -> Callable[[nn.Module], str | None]:
-    """Knows modules of these types, but not of subclasses, which may compute otherwise."""
-
-    def unsupported(module: nn.Module) -> str | None:
-        if type(module) not in types:
-            return f" is a {type(module).__name__}"
-        return PATCHED if lowering.is_patched(module) else None
-
-    return unsupported
+def _dropout(module: nn.Module, path: str, found: Found) -> None:
+    found.dropout = read_dropout(module, path)
 
 
-def _unsupported_norm_act(module: nn.Module) -> str | None:
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if name not in NORM_ACT_TYPES:
-        return f" is a {type(module).__name__}"
-    if lowering.is_patched(module):
-        return PATCHED
-    for part, unsupported in (("drop", exactly(nn.Identity)), ("act", exactly(nn.ReLU))):
-        reason = unsupported(getattr(module, part))
-        if reason:
-            return f".{part}{reason}"
-    return None
+def _norm_act(module: nn.Module, path: str, found: Found) -> None:
+    norm, activation = read_norm_act(module, path)
+    found.norms.append(norm)
+    found.activations.append(activation)
 
 
-NORM = Kind("norm", exactly(*lowering.NORM_TYPES))
-NORM_ACT = Kind("norm", _unsupported_norm_act)
-RELU = Kind("relu", exactly(nn.ReLU))
-CONV = Kind("conv", exactly(*lowering.CONV_TYPES))
-POOL = Kind("pool", exactly(*lowering.POOL_TYPES))
-DROPOUT = Kind("dropout", exactly(*DROPOUT_TYPES))
-SEQUENTIAL = Kind("container", exactly(nn.Sequential))
+def _sequential(module: nn.Module, path: str, found: Found) -> None:
+    if type(module) is not nn.Sequential:
+        raise Unsupported(path, f"is a {type(module).__name__}")
+    check_plain(module, path)
+
+
+NORM = Kind(lambda module, path, found: found.norms.append(read_norm(module, path)))
+NORM_ACT = Kind(_norm_act)
+ACTIVATION = Kind(
+    lambda module, path, found: found.activations.append(read_activation(module, path))
+)
+CONV = Kind(lambda module, path, found: found.convs.append(read_conv(module, path)))
+POOL = Kind(lambda module, path, found: found.pools.append(read_pool(module, path)))
+DROPOUT = Kind(_dropout, required=False)
+SEQUENTIAL = Kind(_sequential, holds_parts=True)
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """The parts of a module, each with its path below it, in the order of registration and use.
+class Structure:
+    """The parts of a module by path, in the order of registration and of use.
 
-    Norms, activations and convolutions alternate; a norm that rectifies has no activation beside
-    it. ``drop_rate`` is the name of the attribute of a layer that applies dropout by itself.
+    Norms and convolutions alternate, with an activation after each norm; a norm that has its
+    activation inside has none beside it. ``drop_rate`` is the attribute of a layer that drops by
+    itself.
     """
 
     parts: Mapping[str, Kind]
     drop_rate: str | None = None
 
-    def paths(self, role: str) -> list[str]:
-        """The paths of the parts with this role."""
-        return [path for path, kind in self.parts.items() if kind.role == role]
-
-    def find(self, module: nn.Module, role: str) -> list[Any]:
-        """The modules with this role, without those that are missing."""
-        found = (submodule(module, path) for path in self.paths(role))
-        return [part for part in found if part is not None]
-
-    def unsupported(self, module: nn.Module) -> str | None:
-        """What about a module's parts is not known, as the end of a sentence about it."""
-        if lowering.is_patched(module):
-            return PATCHED
-        found = self._below(module, "")
-        for path, part in found:
-            kind = self.parts.get(path)
-            reason = kind.unsupported(part) if kind else f" is a {type(part).__name__}"
-            if reason:
-                return f".{path}{reason}"
-        paths = [path for path, _ in found]
-        if paths != [p for p, kind in self.parts.items() if p in paths or kind.role != "dropout"]:
-            return f" has the children {paths}"
-        return None
-
-    def _below(self, module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-        """Every part and its path, a container before what it holds."""
-        found = []
-        for name, part in module._modules.items():
-            if part is None:
-                continue
-            path = prefix + name
-            found.append((path, part))
-            if path in self.parts and self.parts[path].role == "container":
-                found += self._below(part, f"{path}.")
+    def read(self, module: nn.Module, path: str) -> Found:
+        """The parts of ``module``, which is called ``path`` in a reason."""
+        check_plain(module, path)
+        found = Found()
+        prefix = f"{path}." if path else ""
+        expected = iter(self.parts.items())
+        for name, part in _below(module, self.parts, ""):
+            for known, kind in expected:
+                if known == name:
+                    kind.read(part, prefix + name, found)
+                    break
+                if kind.required:
+                    raise Unsupported(path, f"has {name!r} where {known!r} is expected")
+            else:
+                raise Unsupported(prefix + name, f"is a {type(part).__name__}")
+        missing = next((known for known, kind in expected if kind.required), None)
+        if missing is not None:
+            raise Unsupported(path, f"has no {missing!r}")
+        if self.drop_rate is not None and module.training:
+            found.dropout = Dropout(float(getattr(module, self.drop_rate)))
         return found
 
 
-BOTTLENECK = Anatomy(
-    {"norm1": NORM, "relu1": RELU, "conv1": CONV, "norm2": NORM, "relu2": RELU, "conv2": CONV},
+def _below(
+    module: nn.Module, parts: Mapping[str, Kind], prefix: str
+) -> Iterator[tuple[str, nn.Module]]:
+    """Every part and its path, a container before what it holds."""
+    for name, part in module._modules.items():
+        if part is None:
+            continue
+        path = prefix + name
+        yield path, part
+        kind = parts.get(path)
+        if kind is not None and kind.holds_parts:
+            yield from _below(part, parts, f"{path}.")
+
+
+BOTTLENECK = Structure(
+    {
+        "norm1": NORM,
+        "relu1": ACTIVATION,
+        "conv1": CONV,
+        "norm2": NORM,
+        "relu2": ACTIVATION,
+        "conv2": CONV,
+    },
     drop_rate="drop_rate",
 )
-BASIC = Anatomy({"norm1": NORM, "relu1": RELU, "conv1": CONV}, drop_rate="drop_rate")
-TRANSITION = Anatomy({"norm": NORM, "relu": RELU, "conv": CONV, "pool": POOL})
+BASIC = Structure({"norm1": NORM, "relu1": ACTIVATION, "conv1": CONV}, drop_rate="drop_rate")
+TRANSITION = Structure({"norm": NORM, "relu": ACTIVATION, "conv": CONV, "pool": POOL})
 
 
-class Unit(NamedTuple):
-    """Modules of BN - ReLU - convolution."""
-
-    norm: Any
-    conv: Any
-
-
-class Layer(NamedTuple):
-    """A dense layer as it is now: one unit (basic) or two (bottleneck), then dropout.
-
-    ``drops_maps`` says that dropout zeroes whole maps of a sample, not single values.
-    """
-
-    units: tuple[Unit, ...]
-    drop_rate: float
-    drops_maps: bool = False
-
-
-def read_layer(module: nn.Module, anatomy: Anatomy) -> Layer:
-    """The modules of a layer that :func:`unsupported_layer` has found nothing about."""
-    units = map(Unit, anatomy.find(module, "norm"), anatomy.find(module, "conv"))
-    drop_rate, drops_maps = 0.0, False
-    if anatomy.drop_rate and module.training:
-        drop_rate = float(getattr(module, anatomy.drop_rate))
-    for dropout in anatomy.find(module, "dropout"):
-        drop_rate = float(dropout.p) if dropout.training else 0.0
-        drops_maps = type(dropout) is not nn.Dropout
-    return Layer(tuple(units), drop_rate, drops_maps)
-
-
-def unsupported_layer(module: nn.Module, anatomy: Anatomy, channels: int | None) -> str | None:
-    """What about a layer that reads ``channels`` channels is not known, as the end of a sentence.
-
-    ``None`` channels are as many as it expects.
-    """
-    reason = anatomy.unsupported(module)
-    if reason:
-        return reason
-    for path, conv in zip(anatomy.paths("conv"), anatomy.find(module, "conv"), strict=True):
-        if not lowering.keeps_size(conv):
-            return f".{path} has a stride, padding or padding mode that changes the map's size"
-    expected = anatomy.find(module, "norm")[0].num_features
+def read_layer(module: nn.Module, structure: Structure, path: str, channels: int | None) -> Layer:
+    """A dense layer that reads ``channels`` channels, ``None``: as many as it expects."""
+    found = structure.read(module, path)
+    for conv in found.convs:
+        if not keeps_size(conv):
+            raise Unsupported(path, "has a convolution that changes the size of the map")
+    expected = found.norms[0].num_features
     if channels is not None and expected != channels:
-        path = anatomy.paths("norm")[0]
-        return f".{path} expects {expected} channels and gets {channels}"
-    return None
+        raise Unsupported(path, f"expects {expected} channels and gets {channels}")
+    units = tuple(map(unit_of, found.norms, found.activations, found.convs))
+    rate, drops_maps = found.dropout
+    width, growth = found.convs[0].out_channels, found.convs[-1].out_channels
+    specs = tuple(unit.spec for unit in units)
+    return Layer(LayerSpec(specs, expected, width, growth, rate, drops_maps), units)
 
 
-def submodule(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a dotted path, ``None`` if there is none."""
-    found: Any = module
-    for name in path.split("."):
-        found = found._modules.get(name)
-        if found is None:
-            return None
-    return found
+def stem_of(found: Found) -> tuple[_ConvNd, Unit]:
+    """The convolution of a stem, and the unit that reads its result."""
+    (conv,), (norm,), (activation,), (pool,) = (
+        found.convs,
+        found.norms,
+        found.activations,
+        found.pools,
+    )
+    return conv, unit_of(norm, activation, pool=pool)
+
+
+def read_transition(module: nn.Module, structure: Structure, path: str) -> Unit:
+    """A transition as what reads all features of a block."""
+    found = structure.read(module, path)
+    (norm,), (activation,) = found.norms, found.activations
+    (conv,), (pool,) = found.convs, found.pools
+    if not (is_pointwise(conv) and is_plain_average(pool)):
+        raise Unsupported(
+            path, "does not convolve 1x1 and average without padding: the two do not commute"
+        )
+    return unit_of(norm, activation, conv, pool)

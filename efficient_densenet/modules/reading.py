@@ -1,219 +1,239 @@
-"""Reads ``nn`` modules as specifications and tensors of the recomputing functions, or says why not.
+"""Reads ``nn`` modules as what they compute, or says why that is not supported.
 
-Modules are read at every call: what has been replaced, frozen, hooked or switched to evaluation
-since the last one is seen.
+Modules are read once a call: what has been replaced, frozen, hooked or switched to evaluation since
+the last call is seen. Whoever asks catches :class:`Unsupported` in one place
+(``recomputing.py``) and takes the naive path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from efficient_densenet.functional.spec import Types, UnitSpec, UnitTensors
-from efficient_densenet.functional.synchronise import group_of
-from efficient_densenet.kernels.interface import Geometry, Pool, Statistics
-
-NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-AVG_POOL_TYPES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-MAX_POOL_TYPES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-POOL_TYPES = (*AVG_POOL_TYPES, *MAX_POOL_TYPES)
-LACKS_VALUES = "there is at most one value per channel to take batch statistics of"
-MIXED_GROUPS = "some norms take the statistics of other processes than others do"
-COMPILED_GROUP = "norms that synchronise are being compiled"
+from efficient_densenet.functional.spec import LayerSpec, UnitSpec, UnitTensors
+from efficient_densenet.kernels.interface import Activation, Geometry, Pool
 
 
-def unsupported_call(x: Tensor) -> str | None:
-    """What about a call on ``x``, whatever its modules, the efficient path does not do."""
-    if not isinstance(x, Tensor):
-        return f"the input is a {type(x).__name__}"
-    if x.numel() == 0:
-        return "the batch is empty"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.jit.is_scripting():
-        return "the module is being exported or traced"
-    if nn_module._has_any_global_hook():
-        return "there are global module hooks"
-    return None
+class Unsupported(Exception):
+    """Why a call takes the naive path: a whole sentence, ``subject`` and ``predicate``.
+
+    The subject is the path of a module, or what else it is about. There is no constructor, since
+    ``torch.compile`` traces none of an exception.
+    """
+
+    def __str__(self) -> str:
+        subject, predicate = self.args
+        return f"{subject} {predicate}"
+
+
+Known = Mapping[type[nn.Module], Mapping[str, Callable[..., object]]]
+"""Classes whose computation is known, with the methods that make it, as they were at import."""
+
+
+def _as_imported(*classes: type[nn.Module], methods: tuple[str, ...] = ("forward",)) -> Known:
+    return {cls: {name: getattr(cls, name) for name in methods} for cls in classes}
+
+
+NORMS = _as_imported(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVS = _as_imported(nn.Conv1d, nn.Conv2d, nn.Conv3d, methods=("forward", "_conv_forward"))
+AVG_POOLS = _as_imported(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+MAX_POOLS = _as_imported(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+POOLS = {**AVG_POOLS, **MAX_POOLS}
+ACTIVATION_NAMES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.ReLU: ("relu",),
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.ELU: ("elu", "alpha"),
+    nn.SiLU: ("silu",),
+    nn.GELU: ("gelu",),
+    nn.Identity: ("identity",),
+}
+"""The name of an activation module for the operations, and the attributes it takes."""
+ACTIVATIONS = _as_imported(*ACTIVATION_NAMES)
+DROPOUTS = _as_imported(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+IDENTITY = _as_imported(nn.Identity)
+
+NORM_ACT_CLASSES = (
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+)
+"""Batch norms with an activation inside, by name: their library need not be there."""
 
 
 def is_patched(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward."""
     return bool(
-        "forward" in vars(module)
-        or module._forward_hooks
+        module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
-def keeps_size(conv: Any) -> bool:
+def check_plain(module: nn.Module, path: str) -> None:
+    """Raise :class:`Unsupported` unless calling the module runs its class's forward alone."""
+    if is_patched(module):
+        raise Unsupported(path, "has hooks or a forward of its own")
+
+
+def check_known(module: nn.Module, path: str, known: Known) -> None:
+    """Raise :class:`Unsupported` unless the module is exactly of one of the classes in ``known``.
+
+    Subclasses may compute something else, and so may methods that have been replaced.
+    """
+    methods = known.get(type(module))
+    if methods is None:
+        raise Unsupported(path, f"is a {type(module).__name__}")
+    for name, method in methods.items():
+        if getattr(type(module), name) is not method or name in module.__dict__:
+            raise Unsupported(path, f"has a {name} of its own")
+    check_plain(module, path)
+
+
+def read_norm(module: nn.Module, path: str) -> _BatchNorm:
+    """A batch norm."""
+    check_known(module, path, NORMS)
+    assert isinstance(module, _BatchNorm)
+    return module
+
+
+def read_norm_act(module: nn.Module, path: str) -> tuple[_BatchNorm, Activation]:
+    """timm's batch norm with dropout and activation inside, if it does not drop."""
+    if f"{type(module).__module__}.{type(module).__qualname__}" not in NORM_ACT_CLASSES:
+        raise Unsupported(path, f"is a {type(module).__name__}")
+    check_plain(module, path)
+    assert isinstance(module, _BatchNorm)
+    check_known(module.get_submodule("drop"), f"{path}.drop", IDENTITY)
+    return module, read_activation(module.get_submodule("act"), f"{path}.act")
+
+
+def read_activation(module: nn.Module, path: str) -> Activation:
+    """ReLU, LeakyReLU, ELU, SiLU, GELU, or none."""
+    check_known(module, path, ACTIVATIONS)
+    name, *parameters = ACTIVATION_NAMES[type(module)]
+    if getattr(module, "approximate", "none") == "tanh":
+        name += "_tanh"
+    return Activation(name, tuple(float(getattr(module, p)) for p in parameters))
+
+
+def read_conv(module: nn.Module, path: str) -> _ConvNd:
+    """A convolution that pads with zeros, as many as it says."""
+    check_known(module, path, CONVS)
+    assert isinstance(module, _ConvNd)
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise Unsupported(
+            path,
+            f"pads with {module.padding_mode!r}, {module.padding!r}: "
+            "only a stated number of zeros is supported",
+        )
+    return module
+
+
+def read_pool(module: nn.Module, path: str) -> Pool:
+    """What an average or maximum pooling does."""
+    check_known(module, path, POOLS)
+    if getattr(module, "return_indices", False):
+        raise Unsupported(path, "returns indices")
+    dims = list(POOLS).index(type(module)) % 3 + 1
+    return Pool(
+        "average" if type(module) in AVG_POOLS else "maximum",
+        _repeated(module, "kernel_size", dims),
+        _repeated(module, "stride", dims),
+        _repeated(module, "padding", dims),
+        _repeated(module, "dilation", dims),
+        bool(module.ceil_mode),
+        bool(getattr(module, "count_include_pad", True)),
+        getattr(module, "divisor_override", None),
+    )
+
+
+def _repeated(pool: nn.Module, name: str, dims: int) -> tuple[int, ...]:
+    value = getattr(pool, name, 1)
+    return tuple(value) if isinstance(value, tuple) else (value,) * dims
+
+
+class Dropout(NamedTuple):
+    """Dropout as it is now: rate 0 in evaluation; of single values or of a sample's whole maps."""
+
+    rate: float = 0.0
+    drops_maps: bool = False
+
+
+def read_dropout(module: nn.Module, path: str) -> Dropout:
+    """Dropout of single values or of whole maps."""
+    check_known(module, path, DROPOUTS)
+    rate = float(module.p) if module.training else 0.0  # type: ignore[arg-type]
+    return Dropout(rate, type(module) is not nn.Dropout)
+
+
+def keeps_size(conv: _ConvNd) -> bool:
     """Whether a convolution leaves maps as large as they were."""
-    reach = tuple(d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-    return (
-        has_plain_padding(conv)
-        and all(stride == 1 for stride in conv.stride)
-        and tuple(2 * p for p in conv.padding) == reach
-    )
+    stride, padding, dilation, _ = geometry(conv)
+    reach = tuple(d * (size - 1) for d, size in zip(dilation, conv.kernel_size, strict=True))
+    return set(stride) == {1} and tuple(2 * p for p in padding) == reach
 
 
-def has_plain_padding(conv: Any) -> bool:
-    """Whether a convolution pads with zeros, as many as it says."""
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-
-
-def is_pointwise(conv: Any) -> bool:
+def is_pointwise(conv: _ConvNd) -> bool:
     """Whether a convolution looks at one position at a time, and at all of them."""
     return keeps_size(conv) and all(size == 1 for size in conv.kernel_size)
 
 
-def is_plain_average(pool: Any) -> bool:
+def is_plain_average(pool: Pool) -> bool:
     """Whether a pooling takes the mean of whole windows: it then commutes with a pointwise map."""
     return (
-        type(pool) in AVG_POOL_TYPES
-        and pool.padding in (0, (0,), (0, 0), (0, 0, 0))
+        pool.kind == "average"
+        and not any(pool.padding)
         and not pool.ceil_mode
-        and getattr(pool, "divisor_override", None) is None
+        and pool.divisor is None
     )
 
 
-def uses_batch_statistics(norm: Any) -> bool:
+def geometry(conv: _ConvNd) -> Geometry:
+    """How a convolution moves over its input."""
+    assert not isinstance(conv.padding, str)
+    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def uses_batch_statistics(norm: _BatchNorm) -> bool:
     """Whether a batch norm would normalise with the statistics of its batch."""
     return norm.training or norm.running_mean is None
 
 
-def process_groups(norms: Iterable[Any]) -> list[Any]:
-    """The different process groups over which norms take batch statistics (``None``: of one)."""
-    groups: list[Any] = []
-    for norm in norms:
-        if uses_batch_statistics(norm) and group_of(norm) not in groups:
-            groups.append(group_of(norm))
-    return groups
+class Unit(NamedTuple):
+    """BN - activation [- pooling] [- convolution] as it is now, ready to be computed."""
+
+    norm: _BatchNorm
+    spec: UnitSpec
+    tensors: UnitTensors
 
 
-def unsupported_statistics(x: Tensor, norms: Iterable[Any]) -> str | None:
-    """What about the batch statistics that norms want of maps as large as ``x`` cannot be."""
-    groups = process_groups(norms)
-    if len(groups) > 1:
-        return MIXED_GROUPS
-    if groups == [None] and x.numel() <= x.shape[1]:
-        return LACKS_VALUES
-    if any(groups) and torch.compiler.is_compiling():
-        return COMPILED_GROUP
-    return None
+class Layer(NamedTuple):
+    """A dense layer as it is now: what it computes, and the units that it is made of."""
+
+    spec: LayerSpec
+    units: tuple[Unit, ...]
 
 
-def types_of(x: Tensor) -> Types:
-    """Types in which a call on ``x`` computes and stores, autocast included."""
-    compute, device = x.dtype, x.device.type
-    if (
-        torch.amp.is_autocast_available(device)  # not on meta
-        and torch.is_autocast_enabled(device)
-        and x.dtype != torch.float64
-    ):
-        compute = torch.get_autocast_dtype(device)
-    return Types(compute, torch.promote_types(x.dtype, compute))
-
-
-def geometry(conv: Any) -> Geometry:
-    """How a convolution module moves."""
-    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def pooling(pool: Any) -> Pool:
-    """What an average or maximum pooling module does."""
-    dims = POOL_TYPES.index(type(pool)) % 3 + 1
-    return Pool(
-        "average" if type(pool) in AVG_POOL_TYPES else "maximum",
-        _per_dimension(pool.kernel_size, dims),
-        _per_dimension(pool.stride, dims),
-        _per_dimension(pool.padding, dims),
-        _per_dimension(getattr(pool, "dilation", 1), dims),
-        pool.ceil_mode,
-        getattr(pool, "count_include_pad", True),
-        getattr(pool, "divisor_override", None),
-    )
-
-
-def _per_dimension(value: Any, dims: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, tuple) else (value,) * dims
-
-
-def unit_spec(norm: Any, conv: Any, pool: Pool | None = None) -> UnitSpec:
-    """BN, ReLU, ``pool`` if there is one, and ``conv`` if there is one, as a unit."""
-    return UnitSpec(norm.eps, uses_batch_statistics(norm), conv and geometry(conv), pool)
-
-
-def unit_tensors(norm: Any, conv: Any) -> UnitTensors:
-    """The tensors of a norm and of a convolution, if there is one."""
-    running_mean = running_var = None
-    if not uses_batch_statistics(norm):
+def unit_of(
+    norm: _BatchNorm,
+    activation: Activation,
+    conv: _ConvNd | None = None,
+    pool: Pool | None = None,
+) -> Unit:
+    """The unit of modules that have been read."""
+    running_mean = running_var = weight = bias = None
+    batch_statistics = uses_batch_statistics(norm)
+    if not batch_statistics:
+        assert norm.running_mean is not None and norm.running_var is not None
         # Copies: the buffers may be written between forward and backward (DDP broadcasts them).
         running_mean, running_var = norm.running_mean.clone(), norm.running_var.clone()
-    weight, bias = (conv.weight, conv.bias) if conv else (None, None)
-    return UnitTensors(norm.weight, norm.bias, running_mean, running_var, weight, bias)
-
-
-class Seen(NamedTuple):
-    """What a norm saw in a forward pass."""
-
-    norm: Any
-    statistics: Statistics | None
-
-    def learns(self) -> bool:
-        """Whether the norm has running statistics to update."""
-        norm = self.norm
-        return norm.training and norm.track_running_stats and norm.running_mean is not None
-
-    def own(self) -> Statistics:
-        """The statistics of the channels that the norm reads, as vectors."""
-        assert self.statistics is not None
-        mean, var = self.statistics.first(self.norm.num_features)
-        return Statistics(mean.view(-1), var.view(-1))
-
-    def share(self) -> float | Tensor:
-        """The share of this batch in the running statistics; no device is waited for."""
-        momentum, batches = self.norm.momentum, self.norm.num_batches_tracked
-        if momentum is not None:
-            return momentum
-        return 0.0 if batches is None else batches.to(self.own().mean.dtype).reciprocal()
-
-
-@torch.no_grad()
-def update_running_statistics(seen: Iterable[Seen], values: int | Tensor) -> None:
-    """What ``nn.BatchNorm`` does to its buffers in training, for all norms together.
-
-    A channel had ``values`` values. A norm that was used twice learns twice.
-    """
-    waiting = [s for s in seen if s.learns()]
-    unbiasing = values / (values - 1) if waiting else 1.0
-    while waiting:
-        now = {id(s.norm): s for s in reversed(waiting)}
-        waiting = [s for s in waiting if now[id(s.norm)] is not s]
-        trackers = [s.norm.num_batches_tracked for s in now.values()]
-        trackers = [tracker for tracker in trackers if tracker is not None]
-        if trackers:
-            torch._foreach_add_(trackers, 1)
-        alike: dict[Any, list[Seen]] = {}
-        for number, s in now.items():
-            momentum = s.norm.momentum
-            key = (number if momentum is None else momentum, s.norm.running_mean.dtype)
-            alike.setdefault(key, []).append(s)
-        for group in alike.values():
-            means, variances = zip(*(s.own() for s in group), strict=True)
-            share = group[0].share()
-            _follow([s.norm.running_mean for s in group], means, share)
-            unbiased = torch._foreach_mul(variances, unbiasing)
-            _follow([s.norm.running_var for s in group], unbiased, share)
-
-
-def _follow(running: list[Tensor], new: tuple[Tensor, ...], share: float | Tensor) -> None:
-    if running[0].dtype == new[0].dtype and not isinstance(share, Tensor):
-        torch._foreach_lerp_(running, new, share)
-    else:
-        for old, vector in zip(running, new, strict=True):
-            old.copy_(torch.lerp(old.to(vector.dtype), vector, share))
+    if conv is not None:
+        weight, bias = conv.weight, conv.bias
+    tensors = UnitTensors(norm.weight, norm.bias, running_mean, running_var, weight, bias)
+    moves = None if conv is None else geometry(conv)
+    spec = UnitSpec(norm.eps, batch_statistics, moves, pool, activation)
+    return Unit(norm, spec, tensors)

@@ -1,69 +1,63 @@
-"""What lies around dense blocks: transitions and stems that keep their inputs and nothing else."""
+"""What lies around dense blocks: transitions, stems and heads that keep only their inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet.kernels.implementations import Kernels
-from efficient_densenet.kernels.interface import Pool
+from efficient_densenet.kernels.interface import RELU, Pool
 from efficient_densenet.kernels.layout import in_format_of
-from efficient_densenet.modules import calls as stage
-from efficient_densenet.modules import reading as lowering
 from efficient_densenet.modules.block import RecomputingBlock
-from efficient_densenet.modules.calls import Exit
+from efficient_densenet.modules.calls import BlockCall, StemCall, check_input
 from efficient_densenet.modules.naive import Transition, global_average
-from efficient_densenet.modules.parts import CONV, NORM, NORM_ACT, POOL, RELU, TRANSITION, Anatomy
+from efficient_densenet.modules.parts import (
+    ACTIVATION,
+    CONV,
+    NORM,
+    NORM_ACT,
+    POOL,
+    TRANSITION,
+    Found,
+    Kind,
+    Structure,
+    read_transition,
+    stem_of,
+)
+from efficient_densenet.modules.reading import (
+    CONVS,
+    NORMS,
+    Unit,
+    Unsupported,
+    is_patched,
+    read_norm,
+    unit_of,
+)
+from efficient_densenet.modules.recomputing import ChoosesKernels, Recomputing
+
+M = TypeVar("M", bound=nn.Module)
+
+STEMS: tuple[tuple[Kind, ...], ...] = ((CONV, NORM, ACTIVATION, POOL), (CONV, NORM_ACT, POOL))
 
 
-class RecomputingTransition(stage.ChoosesKernels):
-    """What makes a transition recompute: a base in front of the class whose forward is naive.
+class RecomputingTransition(Recomputing):
+    """What makes a transition recompute: a base in front of the class whose forward is naive."""
 
-    A call that the efficient path does not support runs on the class behind; :meth:`why_naive`
-    says why. The modules are read at every call, by the anatomy of the class.
-    """
+    structure: ClassVar[Structure] = TRANSITION
 
-    anatomy: ClassVar[Anatomy] = TRANSITION
+    def read(self, x: Tensor) -> BlockCall:
+        return BlockCall.of(x, (), None, "norm", self.kernels).read_by(self.read_unit())
 
-    def why_naive(self, x: Tensor) -> str | None:
-        """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
-        reason = lowering.unsupported_call(x)
-        if reason:
-            return reason
-        reason = self.unsupported()
-        if reason:
-            return f"the transition{reason}"
-        norm = self.exit().norm
-        if norm.num_features != x.shape[1]:
-            return f"the transition expects {norm.num_features} channels and gets {x.shape[1]}"
-        return lowering.unsupported_statistics(x, [norm])
-
-    def unsupported(self) -> str | None:
-        """What about its modules the efficient path does not know, as the end of a sentence."""
-        reason = self.anatomy.unsupported(self)
-        if reason:
-            return reason
-        conv, pool = (self.anatomy.find(self, role)[0] for role in ("conv", "pool"))
-        if not (lowering.is_pointwise(conv) and lowering.is_plain_average(pool)):
-            return " does not convolve 1x1 and average without padding: the two do not commute"
-        return None
-
-    def exit(self) -> Exit:
+    def read_unit(self) -> Unit:
         """The transition as what reads all features of a block."""
-        norm, conv, pool = (self.anatomy.find(self, role)[0] for role in ("norm", "conv", "pool"))
-        return Exit(norm, lowering.pooling(pool), conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.why_naive(x):
-            return super().forward(x)
-        return stage.run_layers([], x, "norm", self.exit(), self.kernels)
+        return read_transition(self, self.structure, "the transition")
 
 
 class EfficientTransition(RecomputingTransition, Transition):
-    """Transition that keeps its input alone, and pools before it convolves.
+    """Transition that keeps only its input, and pools before it convolves.
 
     Maps ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial // 2)``, in
     its input's memory format. Parameters, state-dict keys, outputs, gradients and running
@@ -74,20 +68,27 @@ class EfficientTransition(RecomputingTransition, Transition):
     """
 
 
-class RecomputingSequence(stage.ChoosesKernels):
+class RecomputingSequence(ChoosesKernels):
     """What makes a sequence run its neighbours together: a base in front of ``nn.Sequential``.
 
     The result has the memory format of the input.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return in_format_of(input, run(list(self._modules.values()), input, self.kernels))
+        return in_format_of(
+            input,
+            run(
+                [module for module in self._modules.values() if module is not None],
+                input,
+                self.kernels,
+            ),
+        )
 
 
 class EfficientSequential(RecomputingSequence, nn.Sequential):
     """``nn.Sequential`` that runs neighbours together where that keeps less.
 
-    A stem (convolution, batch norm, ReLU, max-pooling) keeps the image alone and convolves again
+    A stem (convolution, batch norm, activation, pooling) keeps only the image and convolves again
     in the backward pass. A transition after an :class:`EfficientDenseBlock` reads the block's
     features where they lie, shares their batch statistics and adds to their gradient, so that the
     block's output never exists beside them.
@@ -97,119 +98,89 @@ class EfficientSequential(RecomputingSequence, nn.Sequential):
     """
 
 
-def run(modules: Sequence[Any], x: Tensor, kernels: Kernels = "auto") -> Tensor:
+def run(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto") -> Tensor:
     """``modules`` one after the other, as :class:`EfficientSequential` runs them.
 
     ``kernels`` are those of stems; blocks and transitions have their own.
     """
     i = 0
     while i < len(modules):
-        here = modules[i:]
-        stem = stem_at(here)
-        if stem and not stem.why_naive(x):
-            x, i = stage.run_stem(stem.conv, stem.norm, stem.pool, x, kernels), i + stem.modules
-        elif (
-            len(here) > 1
-            and reads_features(here[1])
-            and shares_features(here[0], here[1].exit().norm, x)
-        ):
-            x, i = here[0].run(x, here[1].exit()), i + 2
+        here, after = modules[i], modules[i + 1] if i + 1 < len(modules) else None
+        stem = read_stem(modules[i:], x, kernels) if type(here) in CONVS else None
+        if stem is not None:
+            call, count = stem
+            x, i = call.run(), i + count
+        elif _is_plain(here, RecomputingBlock) and _is_plain(after, RecomputingTransition):
+            x, i = _run_block(here, x, after.read_unit, after), i + 2
         else:
-            x, i = here[0](x), i + 1
+            x, i = here(x), i + 1
     return x
 
 
-def run_to_average(modules: Sequence[Any], x: Tensor, kernels: Kernels = "auto") -> Tensor:
+def run_to_average(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto") -> Tensor:
     """ReLU and global average, ``(N, channels, 1, ...)``, of what ``modules`` make of ``x``.
 
-    A norm after the last dense block reads the block's features inside, as a transition does.
+    A norm after the last dense block reads the features inside the block, as a transition does.
     """
     *before, block, norm = modules
-    if type(norm) not in lowering.NORM_TYPES or lowering.is_patched(norm):
+    if type(norm) not in NORMS or is_patched(norm):
         return global_average(F.relu(run(modules, x, kernels)))
+
+    def read_unit() -> Unit:
+        return unit_of(read_norm(norm, "the last norm"), RELU, pool=Pool("all"))
+
+    def average(features: Tensor) -> Tensor:
+        try:
+            check_input(features)
+            call = BlockCall.of(features, (), None, "norm", kernels).read_by(read_unit())
+        except Unsupported:
+            return global_average(F.relu(norm(features)))
+        return call.run()
+
     x = run(before, x, kernels)
-    if shares_features(block, norm, x):
-        return block.run(x, Exit(norm, Pool("all")))
-    x = block(x)
-    if (
-        norm.num_features != x.shape[1]
-        or lowering.unsupported_call(x)
-        or lowering.unsupported_statistics(x, [norm])
-    ):
-        return global_average(F.relu(norm(x)))
-    return stage.run_layers([], x, "norm", Exit(norm, Pool("all")), kernels)
-
-
-def shares_features(block: Any, norm: Any, x: Tensor) -> bool:
-    """Whether a module is a dense block inside which ``norm`` may read the features, for ``x``."""
-    runs_here = (
-        isinstance(block, RecomputingBlock)
-        and type(block).forward is RecomputingBlock.forward
-        and not lowering.is_patched(block)
-        and block.why_naive(x) is None
-    )
-    if not runs_here:
-        return False
-    layers = block.read_layers()
-    channels = x.shape[1] + sum(layer.units[-1].conv.out_channels for layer in layers)
-    return norm.num_features == channels and not lowering.unsupported_statistics(
-        x, [*stage.all_norms(layers), norm]
-    )
-
-
-def reads_features(transition: Any) -> bool:
-    """Whether a module is a transition that can read a block's features inside the block."""
     return (
-        isinstance(transition, RecomputingTransition)
-        and type(transition).forward is RecomputingTransition.forward
-        and not lowering.is_patched(transition)
-        and transition.unsupported() is None
+        _run_block(block, x, read_unit, average)
+        if _is_plain(block, RecomputingBlock)
+        else (average(block(x)))
     )
 
 
-class Stem(NamedTuple):
-    """The parts of a stem, and how many modules it is."""
-
-    conv: Any
-    norm: Any
-    pool: Any
-    modules: int
-
-    def why_naive(self, x: Tensor) -> str | None:
-        """Why the stem cannot keep the image ``x`` alone, or ``None`` if it can."""
-        reason = lowering.unsupported_call(x)
-        if reason:
-            return reason
-        if not lowering.has_plain_padding(self.conv):
-            return "the convolution does not pad with zeros, as many as it says"
-        if getattr(self.pool, "return_indices", False):
-            return "the pooling returns indices"
-        if x.dim() != self.conv.weight.dim():
-            return f"the image has {x.dim()} dimensions"
-        reason = lowering.unsupported_statistics(x, [self.norm])
-        if reason:
-            return reason
-        if None in lowering.process_groups([self.norm]) and _may_leave_one_value(self.conv, x):
-            return lowering.LACKS_VALUES
-        return None
+def _run_block(
+    block: RecomputingBlock,
+    x: Tensor,
+    read_unit: Callable[[], Unit],
+    after: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """A block, inside which a unit reads the features if it can; otherwise ``after`` reads them."""
+    call = block.read_or_none(x)
+    if call is None:
+        return after(block.run_naive(x))
+    assert isinstance(call, BlockCall)
+    try:
+        joined = call.read_by(read_unit())
+    except Unsupported:
+        return after(call.run())
+    return joined.run()
 
 
-STEM_KINDS = ((CONV, NORM, RELU, POOL), (CONV, NORM_ACT, POOL))
+def _is_plain(module: nn.Module | None, base: type[M]) -> TypeGuard[M]:
+    """Whether calling a module is calling the forward of ``base``, and that alone."""
+    return (
+        isinstance(module, base) and type(module).forward is base.forward and not is_patched(module)
+    )
 
 
-def stem_at(modules: Sequence[Any]) -> Stem | None:
-    """The stem with which the modules begin, if they begin with one."""
-    for kinds in STEM_KINDS:
-        here = modules[: len(kinds)]
-        if [kind.unsupported(m) for kind, m in zip(kinds, here, strict=False)] == [None] * len(
-            kinds
-        ):
-            parts = {kind.role: module for kind, module in zip(kinds, here, strict=True)}
-            return Stem(parts["conv"], parts["norm"], parts["pool"], len(kinds))
+def read_stem(
+    modules: Sequence[nn.Module], x: Tensor, kernels: Kernels
+) -> tuple[StemCall, int] | None:
+    """The stem with which the modules begin, for the image ``x``, and how many modules it is."""
+    for kinds in STEMS:
+        found = Found()
+        try:
+            check_input(x)
+            for kind, module in zip(kinds, modules[: len(kinds)], strict=True):
+                kind.read(module, type(module).__name__, found)
+            return StemCall.of(x, *stem_of(found), kernels), len(kinds)
+        except (Unsupported, ValueError):
+            continue
     return None
-
-
-def _may_leave_one_value(conv: Any, x: Tensor) -> bool:
-    """Whether a convolution of the batch ``x`` could leave a single value per channel."""
-    reach = zip(conv.kernel_size, conv.dilation, conv.stride, x.shape[2:], strict=True)
-    return len(x) < 2 and all(size <= d * (k - 1) + stride for k, d, stride, size in reach)

@@ -104,10 +104,10 @@ def test_evaluation_is_the_originals(network):
 def test_blocks_keep_what_the_ledger_says(network):
     converted, original = pair(network, torch.float32)
     for block, naive in zip(blocks(converted), same_modules(converted, original), strict=True):
-        units = [layer.units for layer in block.read_layers()]
-        channels = units[0][0].norm.num_features
-        features = channels + sum(layer[-1].conv.out_channels for layer in units)
-        dims = units[0][0].conv.weight.dim() - 2
+        layers = [layer.spec for layer in block.read_layers(None)]
+        channels = layers[0].channels
+        features = channels + sum(layer.growth for layer in layers)
+        dims = len(layers[0].units[0].conv.stride)
         size = SIDES[dims]
         transition = transition_of(block)
         if transition is not None:
@@ -302,13 +302,13 @@ def test_forward_of_an_instance_leaves_its_block_alone():
 
 def test_strict_raises_with_the_reasons_and_changes_nothing():
     model = with_block(OwnForward)
-    model.features.denseblock2.denselayer3.relu1 = nn.SiLU()
+    model.features.denseblock2.denselayer3.relu1 = nn.Hardswish()
     classes = [type(m) for m in model.modules()]
     with pytest.raises(ValueError) as caught:
         convert_(model, strict=True)
     assert str(caught.value) == (
         "2 dense block(s) cannot be converted: features.denseblock1: OwnForward has a forward "
-        "function of its own; features.denseblock2: denselayer3.relu1 is a SiLU"
+        "function of its own; features.denseblock2: denselayer3.relu1 is a Hardswish"
     )
     assert [type(m) for m in model.modules()] == classes
 

@@ -11,12 +11,9 @@ from torch import nn
 from efficient_densenet import DenseNet, EfficientDenseBlock
 from efficient_densenet.functional import operators
 from efficient_densenet.functional.encoding import decode, encode
-from efficient_densenet.functional.spec import BlockSpec
-from efficient_densenet.kernels.interface import Pool
+from efficient_densenet.kernels.interface import RELU, Pool
 from efficient_densenet.memory.step import measure
-from efficient_densenet.modules import calls as stage
-from efficient_densenet.modules import reading as lowering
-from efficient_densenet.modules.calls import Exit
+from efficient_densenet.modules.reading import unit_of
 from support.compare import (
     FORMATS,
     KINDS,
@@ -380,21 +377,12 @@ def test_seeds_are_drawn_from_the_default_generator():
     assert torch.equal(first, torch.randint(2**62, (3,)))
 
 
-def spec_of(block, x, exit=None):
-    return BlockSpec(
-        layers=tuple(map(stage._layer_spec, block.read_layers())),
-        exit=exit and exit.spec(),
-        input_channels=x.shape[1],
-        recompute="bottleneck",
-        types=lowering.types_of(x),
-    )
-
-
 @pytest.mark.parametrize("eps", [1e-5, 0.1 + 0.2, 1e-300])
 def test_specifications_come_back_from_text(eps):
     block, _ = block_pair(drop_rate=0.3)
     block["denselayer1"].norm1.eps = eps
-    spec = spec_of(block, image(), Exit(nn.BatchNorm2d(14), Pool("all")))
+    head = unit_of(nn.BatchNorm2d(14), RELU, pool=Pool("all"))
+    spec = block.read(image()).read_by(head).spec
     assert decode(encode(spec)) == spec
     assert hash(decode(encode(spec))) == hash(spec)
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from efficient_densenet.kernels import eager, slabs
-from efficient_densenet.modules import reading as lowering
+from efficient_densenet.modules import calls
 from support.compare import KINDS, MODES, assert_efficient, assert_same_training, block_pair, image
 
 
 def update_statistics_twice(monkeypatch):
-    update = lowering.update_running_statistics
+    update = calls.update_running_statistics
     monkeypatch.setattr(
-        lowering, "update_running_statistics", lambda *args: (update(*args), update(*args))
+        calls, "update_running_statistics", lambda *args: (update(*args), update(*args))
     )
 
 
@@ -47,9 +47,9 @@ def forget_the_rectifiers_mask(monkeypatch):
 
 
 def use_biased_running_variance(monkeypatch):
-    update = lowering.update_running_statistics
+    update = calls.update_running_statistics
     monkeypatch.setattr(
-        lowering, "update_running_statistics", lambda seen, values: update(seen, 10**12)
+        calls, "update_running_statistics", lambda seen, values: update(seen, 10**12)
     )
 
 

@@ -21,7 +21,7 @@ from efficient_densenet.kernels.implementations import (
 )
 from efficient_densenet.kernels.interface import RELU, Activation, Operations
 from efficient_densenet.kernels.triton import support
-from efficient_densenet.modules.calls import ChoosesKernels
+from efficient_densenet.modules.recomputing import ChoosesKernels
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 SINGLE, DOUBLE, ONLY_RELU = (torch.float32,), (torch.float64,), (RELU,)

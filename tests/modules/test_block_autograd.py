@@ -316,7 +316,7 @@ def shifted_norm(block):
 
 
 def other_activation(block):
-    block["denselayer2"].relu2 = nn.SiLU()
+    block["denselayer2"].relu2 = nn.Hardswish()
 
 
 def instance_norm(block):

@@ -48,7 +48,7 @@ CASES = {
     "batch-norm-2d": (NORMS[2], nn.ReLU(inplace=True), 2, True),
     "batch-norm-3d": (NORMS[3], nn.ReLU(), 3, True),
     "batch-norm-function": (NORMS[2], F.relu, 2, True),
-    "batch-norm-silu": (NORMS[2], nn.SiLU(), 2, False),
+    "batch-norm-silu": (NORMS[2], nn.SiLU(), 2, True),
     "batch-norm-cumulative-gelu": (lambda c: NORMS[2](c, momentum=None), F.gelu, 2, False),
     "group-norm": (lambda c: nn.GroupNorm(2, c), nn.ReLU(), 2, False),
     "instance-norm": (

@@ -12,8 +12,8 @@ from torchvision.models.densenet import _Transition
 
 from efficient_densenet import DenseNet, EfficientDenseBlock
 from efficient_densenet.functional import forward
-from efficient_densenet.modules import calls as stage
 from efficient_densenet.modules import sequence
+from efficient_densenet.modules.calls import BlockCall, StemCall
 from efficient_densenet.modules.naive import (
     AVG_POOLS,
     CONVS,
@@ -142,15 +142,15 @@ def stages(recompute, bn_size, dims=2, **options):
 @pytest.fixture
 def calls(monkeypatch):
     """Counts what runs through the recomputing functions."""
-    found = {"run_stem": 0, "run_layers": 0}
-    for name in found:
-        run = getattr(stage, name)
+    found = {StemCall: 0, BlockCall: 0}
+    for kind in found:
+        run = kind.run
 
-        def counted(*args, run=run, name=name):
-            found[name] += 1
-            return run(*args)
+        def counted(self, run=run, kind=kind):
+            found[kind] += 1
+            return run(self)
 
-        monkeypatch.setattr(stage, name, counted)
+        monkeypatch.setattr(kind, "run", counted)
     return found
 
 
@@ -192,7 +192,7 @@ def test_stem_trains_as_the_reference(calls, dims, layout, bias, change):
     efficient, reference = stems(dims, bias, change=change)
     x = big(dims).to(memory_format=layout)
     assert_same_training(efficient, reference, x, steps=2)
-    assert calls["run_stem"] == 2
+    assert calls[StemCall] == 2
 
 
 @pytest.mark.parametrize("average", [False, True], ids=["maximum", "average"])
@@ -210,14 +210,14 @@ def test_stem_of_large_samples_is_computed_by_channels(calls, monkeypatch, dims,
         x = big(dims).to(memory_format=layout)
         assert_same_training(efficient, reference, x, steps=2)
     assert len(walked) == 3 * 2 * 3
-    assert calls["run_stem"] == 3 * 2
+    assert calls[StemCall] == 3 * 2
 
 
 @all_dims
 def test_stem_with_average_pooling_trains_as_the_reference(calls, dims):
     efficient, reference = stems(dims, pool=AVG_POOLS[dims](3, 2, 1))
     assert_same_training(efficient, reference, big(dims), steps=2)
-    assert calls["run_stem"] == 2
+    assert calls[StemCall] == 2
 
 
 @any_change
@@ -226,7 +226,7 @@ def test_stem_with_average_pooling_trains_as_the_reference(calls, dims):
 def test_transition_reads_the_features_inside_the_block(calls, recompute, bn_size, change):
     efficient, reference = stages(recompute, bn_size, change=change)
     assert_same_training(efficient, reference, big(2), steps=2)
-    assert calls["run_layers"] == 2 * 2  # two blocks with their transitions, two steps
+    assert calls[BlockCall] == 2 * 2  # two blocks with their transitions, two steps
 
 
 @all_dims
@@ -403,7 +403,7 @@ def padding_by_name(module):
 def test_unknown_stem_is_called_module_by_module(calls, change):
     efficient, reference = stems(change=change)
     assert_same_training(efficient, reference, big(2))
-    assert calls["run_stem"] == 0
+    assert calls[StemCall] == 0
 
 
 def test_stem_without_its_pool_is_called_module_by_module(calls):
@@ -411,7 +411,7 @@ def test_stem_without_its_pool_is_called_module_by_module(calls):
     del modules["pool0"]
     efficient, reference = pair(EfficientSequential(modules), nn.Sequential(copy.deepcopy(modules)))
     assert_same_training(efficient, reference, big(2))
-    assert calls["run_stem"] == 0
+    assert calls[StemCall] == 0
 
 
 @all_dims
@@ -460,7 +460,7 @@ def test_model_runs_stem_and_stages_together(calls):
     model, reference = model_pair()
     x = torch.randn(3, 3, 33, 35, dtype=torch.float64)
     assert_same_training(model, reference, x, rtol=1e-9)
-    assert calls == {"run_stem": 1, "run_layers": 2}
+    assert calls == {StemCall: 1, BlockCall: 2}
 
 
 def observe(name):
@@ -561,9 +561,10 @@ def test_results_do_not_depend_on_running_together():
 def test_sequence_knows_a_stem():
     modules = list(stem_modules().values())
     x = torch.randn(2, 5, 9, 9)
-    assert sequence.stem_at(modules).why_naive(x) is None
-    assert sequence.stem_at(modules[:3]) is None
-    assert sequence.stem_at(modules[::-1]) is None
+    call, count = sequence.read_stem(modules, x, "auto")
+    assert count == 4 and call.run().shape == (2, 6, 3, 3)
+    assert sequence.read_stem(modules[:3], x, "auto") is None
+    assert sequence.read_stem(modules[::-1], x, "auto") is None
 
 
 def norms_of_exits_in_training(module):

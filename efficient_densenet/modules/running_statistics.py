@@ -1,0 +1,94 @@
+"""Running statistics of batch norms: the only place where they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from efficient_densenet.kernels.interface import Statistics
+
+
+class Seen(NamedTuple):
+    """What a norm saw in a forward pass.
+
+    ``statistics`` are those of the map that it read, of as many channels as the norm has or more;
+    ``None`` if the norm normalised with its running statistics.
+    """
+
+    norm: _BatchNorm
+    statistics: Statistics | None
+
+
+class _Update(NamedTuple):
+    """One norm's buffers, and the batch statistics ``(channels,)`` that they follow."""
+
+    norm: _BatchNorm
+    running_mean: Tensor
+    running_var: Tensor
+    batches: Tensor | None
+    mean: Tensor
+    var: Tensor
+
+    def share(self) -> float | Tensor:
+        """The share of this batch in the running statistics; no device is waited for."""
+        momentum = self.norm.momentum
+        if momentum is not None:
+            return momentum
+        return 0.0 if self.batches is None else self.batches.to(self.mean.dtype).reciprocal()
+
+
+@torch.no_grad()
+def update_running_statistics(seen: Iterable[Seen], values: int | Tensor) -> None:
+    """What ``nn.BatchNorm`` does to its buffers in training, for all norms together.
+
+    ``values`` is the number of values per channel. A norm that was used twice learns twice.
+    """
+    waiting = list(_updates(seen))
+    unbiasing = values / (values - 1) if waiting else 1.0
+    while waiting:
+        now: dict[int, _Update] = {}
+        later = [
+            update for update in waiting if now.setdefault(id(update.norm), update) is not update
+        ]
+        batches = [update.batches for update in now.values() if update.batches is not None]
+        if batches:
+            torch._foreach_add_(batches, 1)
+        groups: dict[tuple[float | int, torch.dtype], list[_Update]] = {}
+        for number, update in now.items():
+            momentum = update.norm.momentum
+            key = (number if momentum is None else momentum, update.running_mean.dtype)
+            groups.setdefault(key, []).append(update)
+        for group in groups.values():
+            share = group[0].share()
+            unbiased = torch._foreach_mul([update.var for update in group], unbiasing)
+            _follow([u.running_mean for u in group], [u.mean for u in group], share)
+            _follow([u.running_var for u in group], unbiased, share)
+        waiting = later
+
+
+def _updates(seen: Iterable[Seen]) -> Iterator[_Update]:
+    """Those of the norms that learn."""
+    for norm, statistics in seen:
+        running_mean, running_var = norm.running_mean, norm.running_var
+        if not (norm.training and norm.track_running_stats) or running_mean is None:
+            continue
+        assert running_var is not None and statistics is not None
+        mean, var = statistics.mean.view(-1), statistics.var.view(-1)
+        channels = norm.num_features
+        if len(mean) != channels:
+            mean, var = mean[:channels], var[:channels]
+        yield _Update(norm, running_mean, running_var, norm.num_batches_tracked, mean, var)
+
+
+def _follow(
+    running: list[Tensor], new: list[Tensor] | tuple[Tensor, ...], share: float | Tensor
+) -> None:
+    if running[0].dtype == new[0].dtype and not isinstance(share, Tensor):
+        torch._foreach_lerp_(running, new, share)
+    else:
+        for old, vector in zip(running, new, strict=True):
+            old.copy_(torch.lerp(old.to(vector.dtype), vector, share))
