@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.functional import inference, operators
-from efficient_densenet.functional.backward import BlockBackward, backward_stem
+from efficient_densenet.functional.backward import backward_block, backward_stem
 from efficient_densenet.functional.forward import (
     Saved,
+    draw_seeds,
     features_at_border,
     forward_block,
     forward_stem,
 )
-from efficient_densenet.functional.operators import outside_autocast
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitTensors
 from efficient_densenet.kernels.interface import Statistics
 
@@ -47,17 +47,17 @@ def dense_block(
     draws its seeds from torch's default generator; there is no other side effect.
     """
     flat = [tensor for unit in units for tensor in unit]
-    if torch.compiler.is_compiling():
-        out, saved = operators.dense_block(spec, x, flat)
-        return out, saved.statistics, saved.bottleneck_statistics
-    if inference.suits_block(spec, x, *flat):
-        with torch.no_grad(), outside_autocast(x.device):
-            out = inference.infer_block(spec, x, flat)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and inference.suits_block(spec, x, *flat):
         unseen = x.new_empty(0)  # no norm learns
+        out = inference.infer_block(spec, x, flat)
         return out, Statistics(unseen, unseen), [None] * len(spec.layers)
-    drops = any(layer.drop_rate > 0 for layer in spec.layers)
-    seeds = torch.randint(2**62, (len(spec.layers),)).tolist() if drops else [0] * len(spec.layers)
-    out, *kept = _DenseBlock.apply(spec, seeds, x, *flat)
+    if compiling:
+        seeds = operators.draw_seeds(x, len(spec.layers)) if spec.drops else None
+        out, kept = operators.dense_block(spec, seeds, x, flat)
+    else:
+        seeds = draw_seeds(len(spec.layers)) if spec.drops else None
+        out, *kept = _DenseBlock.apply(spec, seeds, x, *flat)
     saved = Saved.of(spec, features_at_border(spec, x, out), kept)
     return out, saved.statistics, saved.bottleneck_statistics
 
@@ -76,8 +76,7 @@ def stem(x: Tensor, spec: StemSpec, tensors: UnitTensors) -> tuple[Tensor, Stati
     if torch.compiler.is_compiling():
         return *operators.stem(spec, x, tensors), count
     if inference.suits_stem(spec, x, *tensors):
-        with torch.no_grad(), outside_autocast(x.device):
-            return inference.infer_stem(spec, x, tensors), None, count
+        return inference.infer_stem(spec, x, tensors), None, count
     out, *vectors = _Stem.apply(spec, x, *tensors)
     return out, Statistics(*vectors) if vectors else None, count
 
@@ -95,17 +94,16 @@ class _Recomputing(torch.autograd.Function):
 
 class _DenseBlock(_Recomputing):
     @staticmethod
-    def forward(spec: BlockSpec, seeds: list[int], x: Tensor, *flat: Tensor | None) -> Any:
-        with outside_autocast(x.device):
-            saved, out = forward_block(spec, seeds, x, flat)
+    def forward(spec: BlockSpec, seeds: Tensor | None, x: Tensor, *flat: Tensor | None) -> Any:
+        out, saved = forward_block(spec, seeds, x, flat)
         return out, *saved.flat(spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.spec, ctx.seeds, x, *flat = inputs
+        ctx.spec, seeds, x, *flat = inputs
         out, *kept = output
         ctx.kept, ctx.input_dtype = len(kept), x.dtype
-        ctx.save_for_backward(features_at_border(ctx.spec, x, out), *kept, *flat)
+        ctx.save_for_backward(seeds, features_at_border(ctx.spec, x, out), *kept, *flat)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept)
 
@@ -113,20 +111,18 @@ class _DenseBlock(_Recomputing):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        border, *rest = ctx.saved_tensors
+        seeds, border, *rest = ctx.saved_tensors
         saved, flat = Saved.of(ctx.spec, border, rest), rest[ctx.kept :]
         _, _, needs_x, *needs = ctx.needs_input_grad
-        with torch.no_grad(), outside_autocast(grad.device):
-            dx, grads = BlockBackward(ctx.spec, ctx.seeds, saved, flat, needs_x, needs).run(grad)
-            dx = None if dx is None else dx.to(ctx.input_dtype)
+        dx, grads = backward_block(ctx.spec, seeds, saved, flat, grad, needs_x, needs)
+        dx = None if dx is None else dx.to(ctx.input_dtype)
         return None, None, *_differentiable_once(grad, dx, *grads)
 
 
 class _Stem(_Recomputing):
     @staticmethod
     def forward(spec: StemSpec, x: Tensor, *flat: Tensor | None) -> Any:
-        with outside_autocast(x.device):
-            out, statistics = forward_stem(spec, x, UnitTensors(*flat))
+        out, statistics = forward_stem(spec, x, UnitTensors(*flat))
         return out, *(statistics or ())
 
     @staticmethod
@@ -146,10 +142,9 @@ class _Stem(_Recomputing):
         tensors, vectors = UnitTensors(*rest[:width]), rest[width:]
         statistics = Statistics(*vectors) if vectors else None
         _, needs_x, *needs = ctx.needs_input_grad
-        with torch.no_grad(), outside_autocast(x.device):
-            wanted = UnitTensors(*needs)
-            dx, grads = backward_stem(ctx.spec, x, tensors, statistics, grad, needs_x, wanted)
-            dx = None if dx is None else dx.to(x.dtype)
+        wanted = UnitTensors(*needs)
+        dx, grads = backward_stem(ctx.spec, x, tensors, statistics, grad, needs_x, wanted)
+        dx = None if dx is None else dx.to(x.dtype)
         return None, *_differentiable_once(grad, dx, *grads)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.functional.forward import Saved, dropout_mask, stem_groups
+from efficient_densenet.functional.forward import Saved, dropout_mask, listed_seeds, stem_groups
+from efficient_densenet.functional.precision import outside_autocast
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
 from efficient_densenet.functional.units import UnitRunner
@@ -115,6 +116,24 @@ class MapGradient:
         return self.units.ops.correct(grad, x, mean, mean_d, mean_dx, out)
 
 
+def backward_block(
+    spec: BlockSpec,
+    seeds: Tensor | None,
+    saved: Saved,
+    flat: Sequence[Tensor | None],
+    grad: Tensor,
+    needs_x: bool,
+    needs_flat: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of the input of a block and of ``flat``, as far as they are needed.
+
+    ``grad`` is that of the result; the rest is as :func:`forward.forward_block` took and left it.
+    """
+    with torch.no_grad(), outside_autocast(grad.device):
+        walk = BlockBackward(spec, listed_seeds(spec, seeds), saved, flat, needs_x, needs_flat)
+        return walk.run(grad)
+
+
 class BlockBackward:
     """The walk from the block's exit down to its first layer."""
 
@@ -217,8 +236,9 @@ def backward_stem(
     parts = []
     for channels in stem_groups(spec, x, tensors.conv_weight):
         own = statistics and Statistics(statistics.mean[channels], statistics.var[channels])
-        walk = StemBackward(spec, x, tensors.only(channels), own, grad[:, channels])
-        parts.append(walk.run(needs_x, needs))
+        with torch.no_grad(), outside_autocast(x.device):
+            walk = StemBackward(spec, x, tensors.only(channels), own, grad[:, channels])
+            parts.append(walk.run(needs_x, needs))
         del walk
     dxs, gradients = zip(*parts, strict=True)
     if len(parts) == 1:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, Types, UnitSpec
+from efficient_densenet.functional.precision import Types
+from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec
 from efficient_densenet.kernels.interface import Activation, Geometry, Pool
 
 KINDS: dict[str, type] = {

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from efficient_densenet.functional.precision import outside_autocast
 from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_statistics
 from efficient_densenet.functional.units import UnitRunner
@@ -105,9 +106,29 @@ class FeatureBuffer:
 
 
 def forward_block(
+    spec: BlockSpec, seeds: Tensor | None, x: Tensor, flat: Sequence[Tensor | None]
+) -> tuple[Tensor, Saved]:
+    """Run the block layer by layer; returns the result, and what to save.
+
+    ``seeds`` are those of :func:`draw_seeds`.
+    """
+    with outside_autocast(x.device):
+        return _forward_block(spec, listed_seeds(spec, seeds), x, flat)
+
+
+def draw_seeds(layers: int) -> Tensor:
+    """A seed ``(layers,)`` for the dropout mask of each layer, from torch's default generator."""
+    return torch.randint(2**62, (layers,))
+
+
+def listed_seeds(spec: BlockSpec, seeds: Tensor | None) -> list[int]:
+    """The seed of each layer; any number where nothing drops."""
+    return [0] * len(spec.layers) if seeds is None else seeds.tolist()
+
+
+def _forward_block(
     spec: BlockSpec, seeds: Sequence[int], x: Tensor, flat: Sequence[Tensor | None]
-) -> tuple[Saved, Tensor]:
-    """Run the block layer by layer; returns what to save, and the result."""
+) -> tuple[Tensor, Saved]:
     layers, exit_tensors = spec.nested(flat)
     buffer = FeatureBuffer(spec, x)
     bottlenecks: list[Tensor | None] = []
@@ -133,7 +154,7 @@ def forward_block(
         out, _ = buffer.read(spec.exit, exit_tensors)
     else:
         features = out = features.contiguous(memory_format=outer_format(x))
-    return Saved(features, buffer.statistics, bottlenecks, bottleneck_statistics), out
+    return out, Saved(features, buffer.statistics, bottlenecks, bottleneck_statistics)
 
 
 def stem_groups(spec: StemSpec, x: Tensor, weight: Tensor) -> list[slice]:
@@ -157,7 +178,8 @@ def forward_stem(
 ) -> tuple[Tensor, Statistics | None]:
     """Convolve the image, normalise, activate and pool: the result, and the batch statistics."""
     groups = stem_groups(spec, x, tensors.conv_weight)
-    parts = [_stem_channels(spec, x, tensors.only(channels)) for channels in groups]
+    with outside_autocast(x.device):
+        parts = [_stem_channels(spec, x, tensors.only(channels)) for channels in groups]
     if len(parts) == 1:
         return parts[0]
     outs, statistics = zip(*parts, strict=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.functional.forward import FeatureBuffer
-from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.precision import outside_autocast
+from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.kernels.activations import activate_
 from efficient_densenet.kernels.aten import convolve, pooled
 from efficient_densenet.kernels.interface import Conv
@@ -39,30 +40,35 @@ def suits_stem(spec: StemSpec, *tensors: Tensor | None) -> bool:
 def infer_block(spec: BlockSpec, x: Tensor, flat: Sequence[Tensor | None]) -> Tensor:
     """The result of a block, as ``forward.forward_block`` returns it."""
     layers, exit_tensors = spec.nested(flat)
-    buffer = FeatureBuffer(spec, x)
-    for layer, tensors in zip(spec.layers, layers, strict=True):
-        first, *second = layer.units
-        if second:
-            y, _ = buffer.read(first, folded(tensors[0], second[0], tensors[1]))
-            activate_(y, second[0].activation)
-            assert second[0].conv is not None
-            y = convolve(y, Conv(tensors[1].conv_weight, tensors[1].conv_bias, second[0].conv))
-        else:
-            y, _ = buffer.read(first, tensors[0])
-        buffer.append(y)
-        del y
-    if spec.exit:
-        return buffer.read(spec.exit, exit_tensors)[0]
-    return buffer.maps.contiguous(memory_format=outer_format(x))
+    with torch.no_grad(), outside_autocast(x.device):
+        buffer = FeatureBuffer(spec, x)
+        for layer, tensors in zip(spec.layers, layers, strict=True):
+            _infer_layer(buffer, layer, tensors)
+        if spec.exit:
+            return buffer.read(spec.exit, exit_tensors)[0]
+        return buffer.maps.contiguous(memory_format=outer_format(x))
+
+
+def _infer_layer(buffer: FeatureBuffer, layer: LayerSpec, tensors: Sequence[UnitTensors]) -> None:
+    first, *second = layer.units
+    if second:
+        y, _ = buffer.read(first, folded(tensors[0], second[0], tensors[1]))
+        activate_(y, second[0].activation)
+        assert second[0].conv is not None
+        y = convolve(y, Conv(tensors[1].conv_weight, tensors[1].conv_bias, second[0].conv))
+    else:
+        y, _ = buffer.read(first, tensors[0])
+    buffer.append(y)
 
 
 def infer_stem(spec: StemSpec, x: Tensor, tensors: UnitTensors) -> Tensor:
     """The result of a stem, as ``forward.forward_stem`` returns it."""
     assert spec.unit.pool is not None
-    unit = folded(tensors, spec.unit, tensors)
-    image = x.to(spec.types.compute, memory_format=inner_format(x))
-    y = convolve(image, Conv(unit.conv_weight, unit.conv_bias, spec.conv))
-    return pooled(activate_(y, spec.unit.activation), spec.unit.pool)
+    with torch.no_grad(), outside_autocast(x.device):
+        unit = folded(tensors, spec.unit, tensors)
+        image = x.to(spec.types.compute, memory_format=inner_format(x))
+        y = convolve(image, Conv(unit.conv_weight, unit.conv_bias, spec.conv))
+        return pooled(activate_(y, spec.unit.activation), spec.unit.pool)
 
 
 def folded(conv: UnitTensors, unit: UnitSpec, norm: UnitTensors) -> UnitTensors:

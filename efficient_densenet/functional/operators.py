@@ -9,40 +9,28 @@ tensors, numbers and strings. So a specification goes in as text, and a list has
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efficient_densenet.functional.backward import BlockBackward, backward_stem
+from efficient_densenet.functional import forward
+from efficient_densenet.functional.backward import backward_block, backward_stem
 from efficient_densenet.functional.encoding import decode, encode
-from efficient_densenet.functional.forward import (
-    Saved,
-    features_at_border,
-    forward_block,
-    forward_stem,
-)
-from efficient_densenet.functional.spec import BlockSpec, StemSpec, Types, UnitSpec, UnitTensors
+from efficient_densenet.functional.forward import Saved, features_at_border
+from efficient_densenet.functional.precision import Types
+from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.kernels.aten import convolve, pooled
 from efficient_densenet.kernels.interface import Conv, Statistics
 from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
 
 
-def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which operations compute in the types that they are given."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def dense_block(spec: BlockSpec, x: Tensor, flat: Sequence[Tensor | None]) -> tuple[Tensor, Saved]:
-    """The block's result, and what is kept of it."""
-    drops = any(layer.drop_rate > 0 for layer in spec.layers)
-    seeds = draw_seeds(x, len(spec.layers)) if drops else None
-    returned = block_forward(x, seeds, encode(spec), *_dense(flat))
-    out, kept = returned[0], returned[1:]
-    return out, Saved.of(spec, features_at_border(spec, x, out), kept)
+def dense_block(
+    spec: BlockSpec, seeds: Tensor | None, x: Tensor, flat: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor]]:
+    """The result of a block, and ``Saved.flat``."""
+    out, *kept = block_forward(x, seeds, encode(spec), *_dense(flat))
+    return out, kept
 
 
 def stem(
@@ -61,7 +49,7 @@ def draw_seeds(x: Tensor, layers: int) -> Tensor:
 
     Not before ``x`` is there: a compiler may not draw for a later block first.
     """
-    return torch.randint(2**62, (layers,))
+    return forward.draw_seeds(layers)
 
 
 @draw_seeds.register_fake
@@ -75,8 +63,7 @@ def block_forward(
 ) -> list[Tensor]:
     """The result, and ``Saved.flat``."""
     block = decode(spec)
-    with outside_autocast(x.device):
-        saved, out = forward_block(block, _listed(block, seeds), x, _spread(tensors, present))
+    out, saved = forward.forward_block(block, seeds, x, _spread(tensors, present))
     inner, outer = _formats(block, x)
     out = out.contiguous(memory_format=inner if block.exit else outer)
     kept = saved.flat(block)
@@ -121,9 +108,7 @@ def block_backward(
     block = decode(spec)
     saved = Saved.of(block, border, kept)
     flat, needs_flat = _spread(tensors, present), _spread(needs, present, False)
-    with outside_autocast(grad.device):
-        walk = BlockBackward(block, _listed(block, seeds), saved, flat, needs_x, needs_flat)
-        dx, grads = walk.run(grad)
+    dx, grads = backward_block(block, seeds, saved, flat, grad, needs_x, needs_flat)
     inner, _ = _formats(block, saved.features)
     found = [dx.contiguous(memory_format=inner)] if dx is not None else []
     return found + _laid_out_like(tensors, grads, needs)
@@ -154,8 +139,7 @@ def stem_forward(
 ) -> list[Tensor]:
     """The result, and the batch statistics of the convolution if the norm uses them."""
     unit, _ = _stem_tensors(decode(spec), tensors, present)
-    with outside_autocast(x.device):
-        out, statistics = forward_stem(decode(spec), x, unit)
+    out, statistics = forward.forward_stem(decode(spec), x, unit)
     return [out.contiguous(memory_format=inner_format(x)), *(statistics or ())]
 
 
@@ -184,8 +168,7 @@ def stem_backward(
     unit, _ = _stem_tensors(decode(spec), tensors, present)
     statistics = Statistics(*vectors) if vectors else None
     wanted = UnitTensors(*_spread(needs, present, False))
-    with outside_autocast(x.device):
-        dx, grads = backward_stem(decode(spec), x, unit, statistics, grad, needs_x, wanted)
+    dx, grads = backward_stem(decode(spec), x, unit, statistics, grad, needs_x, wanted)
     found = [dx.contiguous(memory_format=inner_format(x))] if dx is not None else []
     return found + _laid_out_like(tensors, grads, needs)
 
@@ -279,10 +262,6 @@ def _unit_result(
 
 def _vector(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((channels, *(1,) * (x.dim() - 2)), dtype=dtype)
-
-
-def _listed(spec: BlockSpec, seeds: Tensor | None) -> list[int]:
-    return [0] * len(spec.layers) if seeds is None else seeds.tolist()
 
 
 def _dense(flat: Sequence[Tensor | None]) -> tuple[list[bool], list[Tensor]]:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from efficient_densenet.functional.modes import MODES, Recompute
+from efficient_densenet.functional.precision import Types
 from efficient_densenet.kernels.interface import RELU, Activation, Geometry, Pool
 
 
@@ -62,19 +61,6 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class Types:
-    """Convolutions compute in ``compute``; features are stored in ``features``."""
-
-    compute: torch.dtype
-    features: torch.dtype
-
-    @property
-    def statistics(self) -> torch.dtype:
-        """Type of means, variances and of all that is summed over a batch."""
-        return torch.promote_types(self.features, torch.float32)
-
-
-@dataclass(frozen=True)
 class BlockSpec:
     """A dense block, what is recomputed, and in which types.
 
@@ -93,6 +79,11 @@ class BlockSpec:
     types: Types
     kernels: str = "auto"
     process_group: Any = None
+
+    @property
+    def drops(self) -> bool:
+        """Whether any layer applies dropout."""
+        return any(layer.drop_rate > 0 for layer in self.layers)
 
     @property
     def keeps_bottlenecks(self) -> bool:

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.functional import autograd
 from efficient_densenet.functional.modes import Recompute
-from efficient_densenet.functional.spec import BlockSpec, StemSpec, Types
+from efficient_densenet.functional.precision import Types, types_of
+from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.functional.synchronise import joined_count
 from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.modules.reading import (
@@ -40,18 +41,6 @@ def check_input(x: Tensor) -> None:
         raise Unsupported("the module", "is being exported or traced")
     if nn_module._has_any_global_hook():
         raise Unsupported("every module", "has a global hook")
-
-
-def types_of(x: Tensor) -> Types:
-    """Types in which a call on ``x`` computes and stores, autocast included."""
-    compute, device = x.dtype, x.device.type
-    if (
-        torch.amp.is_autocast_available(device)  # not on meta
-        and torch.is_autocast_enabled(device)
-        and x.dtype != torch.float64
-    ):
-        compute = torch.get_autocast_dtype(device)
-    return Types(compute, torch.promote_types(x.dtype, compute))
 
 
 def group_of(norm: _BatchNorm) -> ProcessGroup | None:

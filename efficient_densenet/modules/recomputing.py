@@ -7,10 +7,11 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from efficient_densenet.functional.modes import Recompute, check_recompute
+from efficient_densenet.functional.precision import types_of
 from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.kernels.implementations import Kernels, check_kernels, explain_choice
 from efficient_densenet.kernels.interface import RELU
-from efficient_densenet.modules.calls import check_input, types_of
+from efficient_densenet.modules.calls import check_input
 from efficient_densenet.modules.reading import Unsupported
 
 

@@ -7,11 +7,11 @@ from torch.testing import assert_close
 
 from efficient_densenet.functional import autograd, operators
 from efficient_densenet.functional.encoding import decode, encode
+from efficient_densenet.functional.precision import Types
 from efficient_densenet.functional.spec import (
     BlockSpec,
     LayerSpec,
     StemSpec,
-    Types,
     UnitSpec,
     UnitTensors,
 )
@@ -230,7 +230,7 @@ def test_operators_carry_the_activations(recompute):
     assert decode(encode(spec)) == spec
 
     def by_operators(x, units):
-        return operators.dense_block(spec, x, [t for unit in units for t in unit])[0]
+        return operators.dense_block(spec, None, x, [t for unit in units for t in unit])[0]
 
     assert_alike(
         by_operators,

@@ -1,0 +1,41 @@
+"""In which types a call computes and stores, autocast included."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Types:
+    """Convolutions compute in ``compute``; features are stored in ``features``."""
+
+    compute: torch.dtype
+    features: torch.dtype
+
+    @property
+    def statistics(self) -> torch.dtype:
+        """Type of means, variances and of all that is summed over a batch."""
+        return torch.promote_types(self.features, torch.float32)
+
+
+def types_of(x: Tensor) -> Types:
+    """The types of a call on ``x`` at this moment."""
+    compute, device = x.dtype, x.device.type
+    if (
+        torch.amp.is_autocast_available(device)  # not on meta
+        and torch.is_autocast_enabled(device)
+        and x.dtype != torch.float64
+    ):
+        compute = torch.get_autocast_dtype(device)
+    return Types(compute, torch.promote_types(x.dtype, compute))
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which operations compute in the types that they are given."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
