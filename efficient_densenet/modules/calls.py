@@ -19,6 +19,7 @@ from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.functional.synchronise import joined_count
 from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.modules.reading import (
+    Declined,
     Layer,
     Unit,
     Unsupported,
@@ -36,9 +37,9 @@ def check_input(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise Unsupported("the input", f"is a {type(x).__name__}")
     if x.numel() == 0:
-        raise Unsupported("the batch", "is empty")
+        raise Declined("the batch", "is empty")
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.jit.is_scripting():
-        raise Unsupported("the module", "is being exported or traced")
+        raise Declined("the module", "is being exported or traced")
     if nn_module._has_any_global_hook():
         raise Unsupported("every module", "has a global hook")
 

@@ -30,6 +30,10 @@ class Unsupported(Exception):
         return f"{subject} {predicate}"
 
 
+class Declined(Unsupported):
+    """The same where the caller has decided it, and not what the modules are."""
+
+
 Known = Mapping[type[nn.Module], Mapping[str, Callable[..., object]]]
 """Classes whose computation is known, with the methods that make it, as they were at import."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import warnings
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from efficient_densenet.functional.modes import Recompute, check_recompute
@@ -12,7 +15,9 @@ from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.kernels.implementations import Kernels, check_kernels, explain_choice
 from efficient_densenet.kernels.interface import RELU
 from efficient_densenet.modules.calls import check_input
-from efficient_densenet.modules.reading import Unsupported
+from efficient_densenet.modules.reading import Declined, Unsupported
+
+T = TypeVar("T")
 
 
 class Call(Protocol):
@@ -71,9 +76,24 @@ class Recomputing(ChoosesKernels):
     def read_call(self, x: Tensor) -> Call:
         """:meth:`read`, unless the mode or the call itself decides already."""
         if self._recompute == "none":
-            raise Unsupported("the module", 'has recompute="none"')
+            raise Declined("the module", 'has recompute="none"')
         check_input(x)
         return self.read(x)
+
+    def read_or_none(self, x: Tensor) -> Call | None:
+        """What a call on ``x`` would run; ``None``, and a warning, if that is the naive path.
+
+        Nobody is warned of what the caller has asked for.
+        """
+        try:
+            return self.read_call(x)
+        except Declined:
+            return None
+        except Unsupported as reason:
+            if not torch.compiler.is_compiling():
+                # Python shows a warning once for each text.
+                warnings.warn(f"{type(self).__name__} is naive, since {reason}", stacklevel=3)
+            return None
 
     def why_naive(self, x: Tensor) -> str | None:
         """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
@@ -85,16 +105,9 @@ class Recomputing(ChoosesKernels):
 
     def why_kernels(self, x: Tensor) -> str:
         """Which kernels the efficient path would run ``x`` on, and why not on faster ones."""
-        call = self.read_or_none(x)
+        call = supported(self.read_call, x)
         types, activations = types_of(x), (RELU,) if call is None else call.spec.activations
         return explain_choice(self.kernels, x.device, (types.compute, types.features), activations)
-
-    def read_or_none(self, x: Tensor) -> Call | None:
-        """What a call on ``x`` would run, ``None`` if that is the naive path."""
-        try:
-            return self.read_call(x)
-        except Unsupported:
-            return None
 
     def run_naive(self, x: Tensor) -> Tensor:
         """The forward function of the class behind."""
@@ -103,3 +116,11 @@ class Recomputing(ChoosesKernels):
     def forward(self, x: Tensor) -> Tensor:
         call = self.read_or_none(x)
         return self.run_naive(x) if call is None else call.run()
+
+
+def supported(read: Callable[[Tensor], T], x: Tensor) -> T | None:
+    """What ``read(x)`` returns, ``None`` if it is not supported."""
+    try:
+        return read(x)
+    except Unsupported:
+        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, TypeGuard, TypeVar
 
 from torch import Tensor, nn
@@ -29,14 +29,13 @@ from efficient_densenet.modules.parts import (
 )
 from efficient_densenet.modules.reading import (
     CONVS,
-    NORMS,
     Unit,
     Unsupported,
     is_patched,
     read_norm,
     unit_of,
 )
-from efficient_densenet.modules.recomputing import ChoosesKernels, Recomputing
+from efficient_densenet.modules.recomputing import ChoosesKernels, Recomputing, supported
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,14 +74,8 @@ class RecomputingSequence(ChoosesKernels):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return in_format_of(
-            input,
-            run(
-                [module for module in self._modules.values() if module is not None],
-                input,
-                self.kernels,
-            ),
-        )
+        modules = [module for module in self._modules.values() if module is not None]
+        return in_format_of(input, run(modules, input, self.kernels))
 
 
 class EfficientSequential(RecomputingSequence, nn.Sequential):
@@ -98,6 +91,26 @@ class EfficientSequential(RecomputingSequence, nn.Sequential):
     """
 
 
+class Head:
+    """The norm after the last dense block, ReLU and global average: ``(N, channels, 1, ...)``."""
+
+    def __init__(self, norm: nn.Module, kernels: Kernels) -> None:
+        self.norm, self.kernels = norm, kernels
+
+    def read_unit(self) -> Unit:
+        """The head as what reads all features of a block."""
+        return unit_of(read_norm(self.norm, "the last norm"), RELU, pool=Pool("all"))
+
+    def read(self, x: Tensor) -> BlockCall:
+        """What a call on ``x`` would run; raises :class:`Unsupported`."""
+        check_input(x)
+        return BlockCall.of(x, (), None, "norm", self.kernels).read_by(self.read_unit())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        call = supported(self.read, x)
+        return global_average(F.relu(self.norm(x))) if call is None else call.run()
+
+
 def run(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto") -> Tensor:
     """``modules`` one after the other, as :class:`EfficientSequential` runs them.
 
@@ -106,12 +119,11 @@ def run(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto") -> T
     i = 0
     while i < len(modules):
         here, after = modules[i], modules[i + 1] if i + 1 < len(modules) else None
-        stem = read_stem(modules[i:], x, kernels) if type(here) in CONVS else None
+        stem = read_stem(modules[i:], x, kernels)
         if stem is not None:
-            call, count = stem
-            x, i = call.run(), i + count
+            x, i = stem[0].run(), i + stem[1]
         elif _is_plain(here, RecomputingBlock) and _is_plain(after, RecomputingTransition):
-            x, i = _run_block(here, x, after.read_unit, after), i + 2
+            x, i = _run_block(here, x, after), i + 2
         else:
             x, i = here(x), i + 1
     return x
@@ -123,44 +135,25 @@ def run_to_average(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "
     A norm after the last dense block reads the features inside the block, as a transition does.
     """
     *before, block, norm = modules
-    if type(norm) not in NORMS or is_patched(norm):
+    if is_patched(norm):
         return global_average(F.relu(run(modules, x, kernels)))
-
-    def read_unit() -> Unit:
-        return unit_of(read_norm(norm, "the last norm"), RELU, pool=Pool("all"))
-
-    def average(features: Tensor) -> Tensor:
-        try:
-            check_input(features)
-            call = BlockCall.of(features, (), None, "norm", kernels).read_by(read_unit())
-        except Unsupported:
-            return global_average(F.relu(norm(features)))
-        return call.run()
-
-    x = run(before, x, kernels)
-    return (
-        _run_block(block, x, read_unit, average)
-        if _is_plain(block, RecomputingBlock)
-        else (average(block(x)))
-    )
+    head = Head(norm, kernels)
+    if _is_plain(block, RecomputingBlock):
+        return _run_block(block, run(before, x, kernels), head)
+    return head(run([*before, block], x, kernels))
 
 
-def _run_block(
-    block: RecomputingBlock,
-    x: Tensor,
-    read_unit: Callable[[], Unit],
-    after: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """A block, inside which a unit reads the features if it can; otherwise ``after`` reads them."""
+def _run_block(block: RecomputingBlock, x: Tensor, reader: RecomputingTransition | Head) -> Tensor:
+    """A block and what reads its features: inside the block if that can be, otherwise after it."""
     call = block.read_or_none(x)
     if call is None:
-        return after(block.run_naive(x))
+        return reader(block.run_naive(x))
     assert isinstance(call, BlockCall)
     try:
-        joined = call.read_by(read_unit())
+        call = call.read_by(reader.read_unit())
     except Unsupported:
-        return after(call.run())
-    return joined.run()
+        return reader(call.run())
+    return call.run()
 
 
 def _is_plain(module: nn.Module | None, base: type[M]) -> TypeGuard[M]:
@@ -174,13 +167,17 @@ def read_stem(
     modules: Sequence[nn.Module], x: Tensor, kernels: Kernels
 ) -> tuple[StemCall, int] | None:
     """The stem with which the modules begin, for the image ``x``, and how many modules it is."""
+    if type(modules[0]) not in CONVS:
+        return None
     for kinds in STEMS:
+        if len(modules) < len(kinds):
+            continue
         found = Found()
         try:
             check_input(x)
-            for kind, module in zip(kinds, modules[: len(kinds)], strict=True):
+            for kind, module in zip(kinds, modules, strict=False):
                 kind.read(module, type(module).__name__, found)
             return StemCall.of(x, *stem_of(found), kernels), len(kinds)
-        except (Unsupported, ValueError):
+        except Unsupported:
             continue
     return None

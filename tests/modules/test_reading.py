@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
-from efficient_densenet import densenet121
+from efficient_densenet import EfficientDenseBlock, densenet121
 from efficient_densenet.modules.parts import Structure
 from efficient_densenet.modules.reading import (
     Unsupported,
@@ -79,3 +80,27 @@ def test_convolution_whose_class_was_changed_is_refused(method, monkeypatch):
     monkeypatch.setattr(nn.Conv2d, method, lambda self, *args: original(self, *args) / 2)
     with pytest.raises(Unsupported, match=f"part has a {method} of its own"):
         read_conv(nn.Conv2d(4, 4, 1), "part")
+
+
+def other_norm(block):
+    block["denselayer2"].norm2 = nn.GroupNorm(1, block["denselayer2"].norm2.num_features)
+
+
+def test_naive_path_is_warned_of_with_reason():
+    block, x = EfficientDenseBlock(3, 4, 2, 4), torch.randn(2, 4, 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block(x)  # efficient: nothing to say
+        other_norm(block)
+        with pytest.raises(UserWarning, match=r"naive, since denselayer2.norm2 is a GroupNorm"):
+            block(x)
+
+
+def test_nobody_is_warned_of_what_was_asked_for():
+    block, x = EfficientDenseBlock(3, 4, 2, 4, recompute="none"), torch.randn(2, 4, 5, 5)
+    other_norm(block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block(x)
+        block.recompute = "norm"
+        block.eval()(x[:0])
