@@ -76,6 +76,7 @@ class Build:
     spilled: bool
     shared: int
     instructions: frozenset[str]
+    ptx: str
 
 
 def launches(dtype: torch.dtype, last: bool = True, every_tile: bool = False) -> list[Launch]:
@@ -177,8 +178,9 @@ def build(launch: Launch, capability: int) -> Build:
         for field in ("REG", "STACK", "SHARED", "LOCAL")
     )
     instructions = frozenset(re.findall(r"^\s+/\*\w+\*/\s+(?:@\S+ )?([A-Z0-9]+)", code, re.M))
+    ptx = compiled.asm["ptx"]
     spilled = stack + local > 0 or bool(instructions & {"STL", "LDL"})
-    return Build(registers, spilled, static + compiled.metadata.shared, instructions)
+    return Build(registers, spilled, static + compiled.metadata.shared, instructions, ptx)
 
 
 def _type(value: Any, parameter: Any) -> str:

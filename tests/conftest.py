@@ -10,8 +10,9 @@ import torch
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
-# Tests in Triton's interpreter, which is there from the start of a process or not at all.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/interpreter"]
+# Triton runs on a GPU, or in its interpreter, which is there from the start of a process or not.
+runs_triton = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if runs_triton else ["kernels/triton"]
 
 
 @pytest.fixture(autouse=True)

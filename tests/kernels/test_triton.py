@@ -5,6 +5,7 @@ own: each file of ``tests/kernels/interpreter`` is run in one.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from efficient_densenet.kernels.triton import launch
 from scripts import kernel_builds
 from scripts.kernel_builds import TARGETS, TENSOR_CORES
 
-INTERPRETED = sorted((Path(__file__).parent / "interpreter").glob("test_*.py"))
+INTERPRETED = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
 PRODUCTS = ("product", "weight_gradient", "input_gradient")
 MOST_REGISTERS = 134
 
@@ -47,6 +48,19 @@ def test_kernels_are_built_without_spilling(launches, capability):
         if one.name in PRODUCTS:
             assert TENSOR_CORES[capability] in built.instructions, one.name
             assert built.registers <= MOST_REGISTERS or dtype != torch.bfloat16, one.name
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_built_kernels_keep_nan_and_denormal_numbers(launches, capability):
+    """In the code that they are built to, ``max.f32`` would drop the one, ``.ftz`` the others."""
+    rectifies = []
+    for one in launches[1]:
+        ptx = kernel_builds.build(one, capability).ptx
+        maxima = re.findall(r"\bmax\.\S*[fb]\d+\S*", ptx)
+        assert all(maximum.startswith("max.NaN.") for maximum in maxima), (one.name, maxima)
+        assert ".ftz" not in ptx, one.name
+        rectifies += [one.name] if maxima else []
+    assert set(rectifies) == {*PRODUCTS, "rectify", "rectify_backward"}
 
 
 @pytest.mark.parametrize("capability", TARGETS)

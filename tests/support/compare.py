@@ -143,8 +143,9 @@ def training_results(
 
 def upstream_for(out: Tensor) -> Tensor:
     """The random upstream gradient of an output: the same for every output of that shape."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)
+    generator = torch.Generator("cpu").manual_seed(1)
+    values = torch.randn(out.shape, dtype=torch.float64, generator=generator, device="cpu")
+    return values.to(out)
 
 
 def assert_same_training(

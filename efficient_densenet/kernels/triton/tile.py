@@ -38,9 +38,12 @@ def norm_vectors(mean, scale, bias, columns, inside):
 
 @triton.jit
 def rectified(x, mean, scale, bias, DTYPE: tl.constexpr):
-    """``relu((x - mean) * scale + bias)``, computed in float32 and rounded to ``DTYPE``."""
+    """``relu((x - mean) * scale + bias)``, computed in float32 and rounded to ``DTYPE``.
+
+    NaN stays NaN: by itself ``tl.maximum`` would return the zero.
+    """
     y = (x.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :]
-    return tl.maximum(y, 0.0).to(DTYPE)
+    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
 
 
 @triton.jit
@@ -101,8 +104,8 @@ def store_through_rectifier(
         x + tile_of(offsets, columns, x_channel, INDEX), mask=inside_tile, other=0.0
     ).to(tl.float32)
     mean, scale, bias = norm_vectors(norm_mean, norm_scale, norm_bias, columns, inside)
-    passes = inside_tile & (rectified(x_tile, mean, scale, bias, DTYPE) > 0)
-    d = tl.where(passes, d, 0.0)
+    stops = rectified(x_tile, mean, scale, bias, DTYPE) <= 0  # not so NaN: it passes, as in PyTorch
+    d = tl.where(inside_tile & ~stops, d, 0.0)
     if SUMS:
         centered = d * (x_tile - mean[None, :])
         store_pair(pair, row, count, columns, channels, inside, tl.sum(d, 0), tl.sum(centered, 0))

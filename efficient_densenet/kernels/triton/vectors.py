@@ -32,7 +32,8 @@ def make_norm(
     """``vectors = (invstd, weight * invstd, bias)`` with ``invstd = (var + eps)^(-1/2)``."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < channels
-    invstd = 1.0 / tl.sqrt(tl.load(var + columns, mask=inside, other=1.0) + eps)
+    deviation = tl.sqrt_rn(tl.load(var + columns, mask=inside, other=1.0) + eps)
+    invstd = tl.div_rn(1.0, deviation)
     scale, shift = invstd, tl.zeros_like(invstd)
     if WEIGHT:
         scale *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)

@@ -35,14 +35,14 @@ class Launches(TorchDispatchMode):
         return out
 
 
-def launches(layers, recompute, monkeypatch, autocast):
+def launches(layers, recompute, monkeypatch, autocast, device):
     """The names of all that a block's forward and backward pass launch; nothing is computed."""
     block = EfficientDenseBlock(layers, 8, 2, 4, recompute=recompute)
     block = block.to(memory_format=torch.channels_last)
     x = torch.randn(4, 8, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
     with Launches() as counter, monkeypatch.context() as patch:
         patch.setattr(launch, "run", lambda kernel, *_, **__: counter.names.append(kernel.__name__))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
             out = block(x)
         forward = list(counter.names)
         out.backward(torch.ones_like(out))
@@ -52,9 +52,9 @@ def launches(layers, recompute, monkeypatch, autocast):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("recompute", MODES)
-def test_bottleneck_layer_launches_few_kernels(recompute, autocast, monkeypatch):
+def test_bottleneck_layer_launches_few_kernels(recompute, autocast, monkeypatch, device):
     torch.use_deterministic_algorithms(False)  # it would fill memory, which is a launch
-    deep, shallow = (launches(n, recompute, monkeypatch, autocast) for n in (4, 3))
+    deep, shallow = (launches(n, recompute, monkeypatch, autocast, device) for n in (4, 3))
     forward, backward = (len(a) - len(b) for a, b in zip(deep, shallow, strict=True))
     assert 0 < forward < MOST_FORWARD, deep[0]
     assert 0 < backward < MOST_BACKWARD, deep[1]

@@ -1,4 +1,4 @@
-"""Whole blocks and networks through the Triton kernels, in Triton's interpreter."""
+"""Whole blocks and networks through the Triton kernels."""
 
 import copy
 
@@ -17,6 +17,7 @@ from support.compare import (
     assert_efficient,
     assert_same_training,
     block_pair,
+    gradients,
     image,
     randomise_,
     training_results,
@@ -39,7 +40,7 @@ def with_triton(monkeypatch):
 
 @pytest.fixture(params=["planes", "channels_last"])
 def layout(request, monkeypatch):
-    """The layout inside, which on a CPU would always be channels_last."""
+    """The layout inside, which in the interpreter would always be channels_last."""
     if request.param == "planes":
         for module in (forward, backward):
             monkeypatch.setattr(module, "inner_format", outer_format)
@@ -79,12 +80,12 @@ def test_frozen_norms_and_weights_match_the_naive_block():
     assert_same_training(efficient, reference, image(dtype=torch.float32), rtol=2e-4)
 
 
-def test_autocast_runs_and_keeps_the_types_of_the_naive_block():
+def test_autocast_runs_and_keeps_the_types_of_the_naive_block(device):
     efficient, reference = block_pair(dtype=torch.float32)
     x = image(dtype=torch.float32)
     found = []
     for block in (efficient, reference):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             out = block(x)
         out.sum().backward()
         found.append([out, *(p.grad for p in block.parameters())])
@@ -104,6 +105,25 @@ def test_network_matches_the_naive_one(layout):
     efficient.load_state_dict(reference.state_dict())
     x = torch.randn(3, 3, 32, 32).to(memory_format=layout)
     assert_same_training(efficient, reference, x, rtol=1e-3)
+
+
+@either_mode
+def test_nan_is_not_lost(recompute, layout):
+    """A network that has seen one says so, in every place where the naive one does."""
+    network = DenseNet(3, (2, 2), 6, 2, num_classes=5, recompute=recompute)
+    naive = DenseNet(3, (2, 2), 6, 2, num_classes=5, recompute="none")
+    naive.load_state_dict(network.state_dict())
+    x = torch.randn(3, 3, 32, 32).to(memory_format=layout)
+    x[1, 1, 9, 9] = torch.nan
+    found = []
+    for model in (network, naive):
+        leaf = x.clone().requires_grad_()
+        out = model(leaf)
+        out.sum().backward()
+        found.append({"output": out, **gradients(model, leaf)})
+    assert found[1]["output"].isnan().all()
+    for name, expected in found[1].items():
+        assert torch.equal(found[0][name].isnan(), expected.isnan()), name
 
 
 def test_compiled_block_matches_the_naive_one():

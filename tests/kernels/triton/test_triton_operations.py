@@ -1,36 +1,17 @@
-"""Each operation in Triton against its eager twin and float64, in Triton's interpreter."""
+"""Each operation in Triton against its eager twin and float64."""
 
 import pytest
 import torch
 
 from efficient_densenet.kernels import eager, workspace
-from efficient_densenet.kernels.interface import (
-    RELU,
-    Conv,
-    Geometry,
-    Pool,
-    Statistics,
-    Tail,
-    Unit,
-)
+from efficient_densenet.kernels.interface import RELU, Statistics, Unit
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton import operations as triton
 from efficient_densenet.kernels.workspace import Workspace
-from support.compare import FORMATS
+from support.operations import LAYOUTS, SHAPES, a_map, doubled, layout, noted, tails, vectors
 from support.precision import relative_error
 
-# Samples, channels read, channels left, spatial size: odd, single, several tiles.
-SHAPES = {
-    "odd": (3, 5, 3, (7, 5)),
-    "one-channel": (2, 1, 1, (3, 3)),
-    "one-position": (5, 7, 4, (1, 1)),
-    "many-channels": (2, 131, 130, (5, 3)),
-    "many-rows": (3, 6, 20, (13, 13)),
-    "line": (2, 9, 5, (11,)),
-    "volume": (2, 6, 5, (3, 2, 5)),
-}
 HALVES = [torch.bfloat16, torch.float16]
-LAYOUTS = {"planes": False, "channels_last": True}
 # Of the first shape every type in every layout; of the others two that have all of it between them.
 CASES = {
     f"{name}-{dtype}-{layout}": (shape, dtype, last)
@@ -41,71 +22,6 @@ CASES = {
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_case = pytest.mark.parametrize(("shape", "dtype", "last"), CASES.values(), ids=CASES)
-
-
-def layout(dims, last):
-    return FORMATS[dims] if last and dims in FORMATS else torch.contiguous_format
-
-
-def a_map(shape, channels, dtype, last, room=3):
-    """A prefix of a wider buffer, so that its rows are not dense."""
-    samples, spatial = shape[0], shape[-1]
-    buffer = torch.randn(samples, channels + room, *spatial) + 0.5
-    buffer = buffer.to(dtype, memory_format=layout(len(spatial), last))
-    return buffer[:, :channels]
-
-
-def vectors(count, channels, dims):
-    return [torch.randn(channels, *(1,) * dims) for _ in range(count)]
-
-
-def geometry(dims, padding):
-    return Geometry((1,) * dims, (padding,) * dims, (1,) * dims, 1)
-
-
-def tails(shape, dtype):
-    """Everything that can read a rectified map, by name."""
-    _, reads, leaves, spatial = shape
-    dims = len(spatial)
-    bias = torch.randn(leaves)
-    one = Conv(torch.randn(leaves, reads, *(1,) * dims), bias, geometry(dims, 0))
-    three = Conv(torch.randn(leaves, reads, *(3,) * dims), bias, geometry(dims, 1))
-    found = {
-        "1x1": Tail(None, one, dtype),
-        "1x1-without-bias": Tail(None, one._replace(bias=None), dtype),
-        "3x3": Tail(None, three, dtype),
-        "mean": Tail(Pool("all"), None, dtype),
-    }
-    if min(spatial) > 1:
-        window = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
-        if dims < 3 or dtype == torch.float32:  # CPUs have no other average over volumes
-            found["average-1x1"] = Tail(Pool("average", *window), one, dtype)
-        found["maximum"] = Tail(Pool("maximum", *window), None, dtype)
-    return found
-
-
-def doubled(value):
-    """The same in float64."""
-    if isinstance(value, torch.Tensor):
-        return value.double()
-    if isinstance(value, tuple):
-        fields = [doubled(field) for field in value]
-        return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
-    return torch.float64 if isinstance(value, torch.dtype) else value
-
-
-class noted:
-    """Names the case in what is raised."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if error is not None and hasattr(error, "add_note"):
-            error.add_note(self.name)
 
 
 def assert_precise(compute, dtype, *inputs):
@@ -249,7 +165,8 @@ def test_corrected_gradient_is_rounded_to_the_type_of_its_readers(dtype):
 
 
 def test_slabs_add_up(monkeypatch):
-    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
+    for size in ("WORKSPACE_BYTES", "GPU_WORKSPACE_BYTES"):
+        monkeypatch.setattr(workspace, size, 1)
     check_backward(SHAPES["many-rows"], torch.float32, True, accumulate=True)
 
 
@@ -283,8 +200,8 @@ def test_measuring_tiles_changes_no_result(name, monkeypatch):
         return tiles[-1]
 
     monkeypatch.setattr(launch, "fastest", every)
-    test_units_forward(SHAPES["odd"], torch.float32, True)
-    check_backward(SHAPES["odd"], torch.float32, True, accumulate=True)
+    test_units_forward(SHAPES["odd"], torch.bfloat16, True)
+    check_backward(SHAPES["odd"], torch.bfloat16, True, accumulate=True)
     assert len(set(measured)) > 1
 
 

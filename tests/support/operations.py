@@ -1,0 +1,116 @@
+"""Cases of the operations: maps in odd shapes, and everything that reads an activated map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efficient_densenet.kernels.interface import Conv, Geometry, Pool, Tail
+from support.compare import FORMATS
+
+# Samples, channels read, channels left, spatial size: odd, single, several tiles.
+Shape = tuple[int, int, int, tuple[int, ...]]
+SHAPES: dict[str, Shape] = {
+    "odd": (3, 5, 3, (7, 5)),
+    "one-channel": (2, 1, 1, (3, 3)),
+    "one-position": (5, 7, 4, (1, 1)),
+    "many-channels": (2, 131, 130, (5, 3)),
+    "many-rows": (3, 6, 20, (13, 13)),
+    "line": (2, 9, 5, (11,)),
+    "volume": (2, 6, 5, (3, 2, 5)),
+}
+LAYOUTS = {"planes": False, "channels_last": True}
+POOLS = {
+    "average": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    "maximum": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
+}
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def layout(dims: int, last: bool) -> torch.memory_format:
+    return FORMATS[dims] if last and dims in FORMATS else torch.contiguous_format
+
+
+def a_map(shape: Shape, channels: int, dtype: torch.dtype, last: bool, room: int = 3) -> Tensor:
+    """A prefix of a wider buffer, so that its rows are not dense."""
+    samples, spatial = shape[0], shape[-1]
+    buffer = torch.randn(samples, channels + room, *spatial) + 0.5
+    buffer = buffer.to(dtype, memory_format=layout(len(spatial), last))
+    return buffer[:, :channels]
+
+
+def vectors(count: int, channels: int, dims: int) -> list[Tensor]:
+    return [torch.randn(channels, *(1,) * dims) for _ in range(count)]
+
+
+def tails(shape: Shape, dtype: torch.dtype) -> dict[str, Tail]:
+    """Everything that can read an activated map, by name."""
+    _, reads, leaves, spatial = shape
+    dims, wide = len(spatial), torch.promote_types(dtype, torch.float32)
+    bias = torch.randn(leaves, dtype=wide)
+    one, three = (torch.randn(leaves, reads, *(size,) * dims, dtype=wide) for size in (1, 3))
+    one, three = Conv(one, bias, _geometry(dims, 0)), Conv(three, bias, _geometry(dims, 1))
+    found = {
+        "1x1": Tail(None, one, dtype),
+        "1x1-without-bias": Tail(None, one._replace(bias=None), dtype),
+        "3x3": Tail(None, three, dtype),
+        "mean": Tail(Pool("all"), None, dtype),
+    }
+    if min(spatial) > 1:
+        window = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
+        if dims < 3 or dtype.itemsize > 2:  # CPUs have no other average over volumes
+            found["average-1x1"] = Tail(Pool("average", *window), one, dtype)
+        found["maximum"] = Tail(Pool("maximum", *window), None, dtype)
+    return found
+
+
+def _geometry(dims: int, padding: int) -> Geometry:
+    return Geometry((1,) * dims, (padding,) * dims, (1,) * dims, 1)
+
+
+def naive_unit(
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    function: Callable[[Tensor], Tensor],
+    tail: Tail,
+) -> Tensor:
+    """``tail(function((x - mean) * scale + bias))`` by PyTorch's own functions."""
+    y, dims = function((x - mean) * scale + bias), x.dim() - 2
+    if tail.pool and tail.pool.kind == "all":
+        y = y.mean(tuple(range(2, x.dim())), keepdim=True)
+    elif tail.pool:
+        y = POOLS[tail.pool.kind][dims - 1](y, tail.pool.kernel)
+    if tail.conv:
+        conv = tail.conv
+        y = CONVOLUTIONS[dims - 1](y, conv.weight, conv.bias, padding=conv.geometry.padding)
+    return y
+
+
+def doubled(value: Any) -> Any:
+    """The same in float64: a tensor, a type, or a tuple of any of them."""
+    if isinstance(value, Tensor):
+        return value.double()
+    if isinstance(value, tuple):
+        fields = [doubled(field) for field in value]
+        return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
+    return torch.float64 if isinstance(value, torch.dtype) else value
+
+
+class noted:
+    """Names the case in what is raised."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> noted:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and hasattr(error, "add_note"):
+            error.add_note(self.name)
