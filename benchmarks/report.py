@@ -21,7 +21,8 @@ from benchmarks.cases import (
 )
 from benchmarks.goals import table as table_of_goals
 from benchmarks.instruments import Row
-from efficient_densenet.memory.step import StepReport, measure
+from efficient_densenet.memory.report import StepReport
+from efficient_densenet.memory.step import measure
 
 MIB = 2**20
 HEADER = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,8 +33,6 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (``sys.argv`` if ``None``); returns the exit status."""
-    # torch's profiler would tell stderr of every start and stop, and of the GPU that is not there.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     args = _parser().parse_args(argv)
     try:
         args.run(args)

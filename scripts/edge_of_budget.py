@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from benchmarks.provenance import provenance
 from efficient_densenet import plan
 from efficient_densenet.memory.budget import enforce
+from efficient_densenet.memory.optimizers import create_state
 from efficient_densenet.memory.sizes import format_size, parse_size
-from efficient_densenet.memory.step import create_state
 from efficient_densenet.training.config import AUTOCAST, make_optimizer
 from efficient_densenet.training.plan import COMPETITORS, Work
 from scripts import marked

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.provenance import provenance
-from efficient_densenet.memory.step import StepReport, measure
+from efficient_densenet.memory.report import StepReport
+from efficient_densenet.memory.step import measure
 from efficient_densenet.training.config import make_optimizer
 from efficient_densenet.training.plan import COMPETITORS, Work
 from scripts import marked

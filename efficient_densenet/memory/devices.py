@@ -39,3 +39,17 @@ DEVICES = {
 def present_device() -> str:
     """Which of :data:`DEVICES` this machine has."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: torch.device | str | None) -> str:
+    """Which of :data:`DEVICES` is meant; this machine's unless given.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if device is None:
+        return present_device()
+    kind = str(device).partition(":")[0]
+    if kind not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {str(device)!r}")
+    return kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -30,6 +31,8 @@ class AllocatorRecord:
     """
 
     def __init__(self, run: Callable[[], None], device: torch.device) -> None:
+        # Else the profiler tells stderr of every start and stop, and of a GPU that is not there.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)

@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from efficient_densenet.memory.events import live_bytes
+from efficient_densenet.memory.report import StepReport
 from efficient_densenet.memory.sizes import format_size
-from efficient_densenet.memory.step import StepReport
 from efficient_densenet.training.plan import COMPETITORS, Plan, Work
 
 GRID_COLOUR = "#e5e7eb"
@@ -135,38 +134,13 @@ def timeline(reports: dict[str, StepReport], title: str, path: Path) -> None:
     figure.suptitle(f"{title}\ndotted: kept for the backward pass", fontsize="medium")
     columns = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
     for axes, (mode, report) in zip(columns, reports.items(), strict=True):
-        _draw_timeline(axes, mode, report)
+        report.plot(axes, colour=COMPETITORS[mode].colour)
+        axes.set_title(f"{mode}: {axes.get_title(loc='left')}", loc="left", fontsize="medium")
+        axes.label_outer()
+        _finish(axes)
     highest = max(report.peak.step for report in reports.values())
     columns[0].set_ylim(0, 1.15 * highest / MIB)  # room for the names of the phases
-    columns[0].set_ylabel("live above parameters and batch, MiB")
     figure.savefig(path, dpi=120)
-
-
-def _draw_timeline(axes: Any, mode: str, report: StepReport) -> None:
-    live = [size / MIB for size in live_bytes(report.events)]
-    axes.fill_between(
-        range(len(live)), live, step="post", color=COMPETITORS[mode].colour, linewidth=0
-    )
-    axes.axhline(report.kept / MIB, color="black", linewidth=0.8, linestyle=":")
-    phases = [event.phase for event in report.events]
-    for name in ("forward", "backward"):
-        start, end = phases.index(name), len(phases) - phases[::-1].index(name)
-        axes.axvline(end, color="black", linewidth=1)
-        axes.annotate(
-            name,
-            ((start + end) / 2, 0.99),
-            xycoords=("data", "axes fraction"),
-            va="top",
-            ha="center",
-        )
-    axes.set_title(
-        f"{mode}: kept {report.kept / MIB:,.0f}, peak {report.peak.step / MIB:,.0f} MiB",
-        loc="left",
-        fontsize="medium",
-    )
-    axes.set(xlabel="births and deaths of tensors", xlim=(0, len(live)))
-    axes.locator_params(axis="x", nbins=4)
-    _finish(axes)
 
 
 def _finish(axes: Any) -> None:

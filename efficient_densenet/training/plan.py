@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from efficient_densenet.functional.modes import MODES, Mode, Recompute
-from efficient_densenet.memory.devices import DEVICES, Device, present_device
+from efficient_densenet.memory.devices import DEVICES, present_device
 from efficient_densenet.memory.plan import Fit, find_largest
+from efficient_densenet.memory.report import StepReport
 from efficient_densenet.memory.sizes import format_size
-from efficient_densenet.memory.step import StepReport, estimate
+from efficient_densenet.memory.step import estimate
 from efficient_densenet.modules.checkpointed import CHECKPOINTED, checkpointed_
 from efficient_densenet.training.config import (
     AUTOCAST,
@@ -102,9 +103,9 @@ class Work:
             ConfigError: if the network does not exist, or has more bytes than torch can count.
         """
         with _countable(self.model):
-            return self._estimate(mode, DEVICES[device])
+            return self._estimate(mode, device)
 
-    def _estimate(self, mode: str, counts: Device) -> StepReport:
+    def _estimate(self, mode: str, device: str) -> StepReport:
         with torch.device("meta"):
             network = self.build(mode)
         if self.precision == "64-true":
@@ -115,8 +116,7 @@ class Work:
             target=(self.batch_size,),
             make_optimizer=partial(make_optimizer, lr=0.1),
             autocast_dtype=AUTOCAST.get(self.precision),
-            granularity=counts.granularity,
-            scratch=counts.scratch,
+            device=device,
         )
 
 

@@ -23,7 +23,6 @@ from efficient_densenet.modules.naive import DenseBlock
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 aten = torch.ops.aten
-GRANULARITY = DEVICES["cuda"].granularity
 STATIC = {"parameters": 0, "buffers": 0, "inputs": 0, "optimizer": 0}
 
 
@@ -126,8 +125,8 @@ def test_meter_agrees_with_the_allocator(model: nn.Module, x: torch.Tensor) -> N
     # each checkpoint also keeps a state of the random generator, which no operator makes
     checkpoints = 6 if isinstance(model, _DenseBlock) else 0
     slack = checkpoints * torch.get_rng_state().numel()
-    if "convolution" in truth.peak.operator:  # where the allocator sees more, by oneDNN's buffers
-        assert metered.peak.step <= truth.peak.step
+    if "convolution" in truth.peak.operator:  # which holds oneDNN's buffers
+        assert 0.99 * truth.peak.step <= metered.peak.step <= 1.03 * truth.peak.step
     else:
         assert metered.peak.step + slack == pytest.approx(truth.peak.step, rel=0.005)
     assert metered.kept == pytest.approx(truth.kept, rel=0.005, abs=slack + 1)
@@ -188,9 +187,13 @@ def test_metered_training_computes_the_same_gradients() -> None:
         torch.testing.assert_close(metered.grad, plain.grad)
 
 
+@pytest.mark.parametrize("counts", DEVICES)
 @pytest.mark.parametrize(("model", "x"), blocks())
-def test_estimate_is_the_meter_to_the_byte(model: nn.Module, x: torch.Tensor) -> None:
-    estimated, metered = estimate(model, x), meter(model, x, granularity=GRANULARITY)
+def test_estimate_is_the_meter_to_the_byte(
+    model: nn.Module, x: torch.Tensor, counts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DEVICES, "cpu", DEVICES[counts])
+    estimated, metered = estimate(model, x, device="cpu"), meter(model, x)
     assert (estimated.kept, estimated.peak) == (metered.kept, metered.peak)
 
 
@@ -202,7 +205,7 @@ def test_estimate_is_the_meter_to_the_byte_in_many_slabs(
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", samples_per_slab * 52 * 8 * 8 * 4)
     model = densenet_cifar(16, 10, recompute=recompute)  # up to 50 channels, at 8x8 pixels
     x = torch.randn(11, 3, 8, 8)
-    estimated, metered = estimate(model, x), meter(model, x, granularity=GRANULARITY)
+    estimated, metered = estimate(model, x, device="cpu"), meter(model, x)
     assert (estimated.kept, estimated.peak) == (metered.kept, metered.peak)
 
 
@@ -210,8 +213,8 @@ def test_estimate_is_the_meter_to_the_byte_in_many_slabs(
 def test_estimate_covers_networks_and_optimizers(optimizer) -> None:
     model = densenet_cifar(22, 8)
     x, target = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
-    metered = meter(model, x, target=target, make_optimizer=optimizer, granularity=GRANULARITY)
-    estimated = estimate(model, (4, 3, 32, 32), target=(4,), make_optimizer=optimizer)
+    metered = meter(model, x, target=target, make_optimizer=optimizer)
+    estimated = estimate(model, (4, 3, 32, 32), target=(4,), make_optimizer=optimizer, device="cpu")
     assert (estimated.kept, estimated.peak) == (metered.kept, metered.peak)
     assert metered.peak.optimizer >= metered.peak.parameters
 
@@ -248,30 +251,10 @@ def test_report_does_not_change_after_the_step() -> None:
 
 def test_only_measure_is_timed_and_all_say_their_source() -> None:
     model, x = Double(8), torch.randn(8)
-    reports = [instrument(model, x) for instrument in (measure, meter, estimate)]
+    reports = [measure(model, x), meter(model, x), estimate(model, x, device="cuda")]
     assert [report.seconds is not None for report in reports] == [True, False, False]
     assert "allocator" in reports[0].source
-    assert [report.device for report in reports] == ["cpu", "cpu", "meta"]
-
-
-def test_device_mismatch_is_refused_with_both_devices() -> None:
-    with pytest.raises(ValueError, match="got cpu, meta"):
-        measure(Double(8), torch.empty(8, device="meta"))
-
-
-@pytest.mark.parametrize("instrument", [measure, meter, estimate], ids=lambda f: f.__name__)
-def test_model_without_input_is_refused(instrument) -> None:
-    with pytest.raises(ValueError, match="at least one input"):
-        instrument(Double(8))
-
-
-def test_output_that_is_no_tensor_needs_a_loss() -> None:
-    class Pair(nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return x, x
-
-    with pytest.raises(TypeError, match="tuple"):
-        estimate(Pair(), (2,))
+    assert [report.device for report in reports] == ["cpu", "cpu", "cuda"]
 
 
 def test_estimate_of_a_network_that_does_not_fit_anywhere() -> None:

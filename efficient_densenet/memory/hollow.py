@@ -1,0 +1,32 @@
+"""Models and tensors of the same shapes without their values."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def copy_hollow(model: nn.Module, device: torch.device) -> nn.Module:
+    """Deep copy of ``model`` whose tensors are empty ones on ``device``."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = hollow_parameter(parameter, device)
+    plain = (value for module in model.modules() for value in vars(module).values())
+    for value in (*model.buffers(), *plain):
+        if isinstance(value, Tensor):
+            memo.setdefault(id(value), empty_like(value, device))
+    return copy.deepcopy(model, memo)
+
+
+def hollow_parameter(parameter: nn.Parameter, device: torch.device | str) -> nn.Parameter:
+    """An empty parameter as ``parameter``, on ``device``."""
+    return nn.Parameter(empty_like(parameter, device), requires_grad=parameter.requires_grad)
+
+
+def empty_like(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """An empty tensor on ``device`` with the strides of ``tensor``."""
+    # Not torch.empty_like: inside FakeTensorMode it would refuse a real tensor.
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

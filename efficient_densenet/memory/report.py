@@ -1,0 +1,139 @@
+"""What is known of the memory of one training step, and how it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from efficient_densenet.memory.events import Event, Peak, live_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, repr=False)
+class StepReport:
+    """Memory of one training step. ``print`` shows it as a table.
+
+    Attributes:
+        source: what counted: an allocator, or the live-storage meter.
+        device: where the step ran, or whose way of counting was used.
+        kept: bytes alive when the forward pass ended, above parameters, buffers, inputs and
+            optimizer state: what is kept for the backward pass, the output included.
+        peak: the largest moment, split.
+        events: every birth and death of a storage, in order.
+        seconds: of one step, unwatched; ``None`` if it was not timed.
+        allocated: bytes, CUDA only: peak of the allocator, all that lives on the device included.
+        requested: bytes, CUDA only: the same before the allocator's rounding.
+    """
+
+    source: str
+    device: str
+    kept: int
+    peak: Peak
+    events: Sequence[Event]
+    seconds: float | None = None
+    allocated: int | None = None
+    requested: int | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<StepReport: peak {self.peak.total / MIB:,.1f} MiB, kept {self.kept / MIB:,.1f} MiB, "
+            f"{self.source}, {self.device}>"
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{name:<22}{value:>12}  {note}".rstrip() for name, value, note in self._rows()]
+        return "\n".join([f"Training step, MiB ({self._origin()})", *lines])
+
+    def _repr_html_(self) -> str:
+        cells = (
+            "".join(
+                f"<td style='text-align:{side}'>{escape(cell)}</td>"
+                for side, cell in zip(("left", "right", "left"), row, strict=True)
+            )
+            for row in self._rows()
+        )
+        rows = "".join(f"<tr>{row}</tr>" for row in cells)
+        caption = f"<caption>Training step, MiB ({escape(self._origin())})</caption>"
+        return f"<table>{caption}{rows}</table>"
+
+    def to_dict(self) -> dict[str, object]:
+        """All but the events, in bytes and seconds, fit for JSON."""
+        return {
+            "source": self.source,
+            "device": self.device,
+            "kept": self.kept,
+            "peak": asdict(self.peak) | {"step": self.peak.step, "total": self.peak.total},
+            "seconds": self.seconds,
+            "allocated": self.allocated,
+            "requested": self.requested,
+        }
+
+    def plot(self, axes: Axes | None = None, *, colour: str = "#2563eb") -> Axes:
+        """Draw the live bytes after every birth and death; the dotted line is what is kept.
+
+        Needs matplotlib.
+
+        Args:
+            axes: where to draw; new ones unless given.
+            colour: of the area.
+        """
+        if axes is None:
+            from matplotlib.figure import Figure
+
+            axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+        live = [size / MIB for size in live_bytes(self.events)]
+        axes.fill_between(range(len(live)), live, step="post", color=colour, linewidth=0)
+        axes.axhline(self.kept / MIB, color="black", linewidth=0.8, linestyle=":")
+        phases = [event.phase for event in self.events]
+        for name in ("forward", "backward"):
+            start, end = phases.index(name), len(phases) - phases[::-1].index(name)
+            axes.axvline(end, color="black", linewidth=1)
+            axes.annotate(
+                name,
+                ((start + end) / 2, 0.99),
+                xycoords=("data", "axes fraction"),
+                va="top",
+                ha="center",
+            )
+        axes.set_title(
+            f"kept {self.kept / MIB:,.0f}, peak {self.peak.step / MIB:,.0f} MiB",
+            loc="left",
+            fontsize="medium",
+        )
+        axes.set(
+            xlabel="births and deaths of tensors",
+            ylabel="live above parameters and batch, MiB",
+            xlim=(0, len(live)),
+            ylim=(0, 1.15 * max(live)),  # room for the names of the phases
+        )
+        axes.locator_params(axis="x", nbins=4)
+        return axes
+
+    def _origin(self) -> str:
+        return f"{self.source}, {self.device}"
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        peak = self.peak
+        parts = [
+            ("parameters", peak.parameters, ""),
+            ("buffers", peak.buffers, ""),
+            ("inputs and target", peak.inputs, ""),
+            ("optimizer state", peak.optimizer, ""),
+            ("gradients", peak.gradients, ""),
+            ("kept for backward", peak.activations, ""),
+            ("transient", peak.transient, ""),
+            ("peak", peak.total, f"in {peak.phase}, at {peak.operator}"),
+            ("kept after forward", self.kept, ""),
+        ]
+        if self.allocated is not None:
+            parts.append(("allocator's peak", self.allocated, ""))
+        rows = [(name, f"{size / MIB:,.1f}", note) for name, size, note in parts]
+        if self.seconds is not None:
+            rows.append(("seconds", f"{self.seconds:,.3f}", ""))
+        return rows

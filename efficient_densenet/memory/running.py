@@ -1,0 +1,154 @@
+"""One training step as it runs, whoever watches it and whether or not tensors have values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from efficient_densenet.memory.batch import Batch, Tree, tensors_in
+from efficient_densenet.memory.events import find_peak, live_after_forward
+from efficient_densenet.memory.meter import LiveMeter
+from efficient_densenet.memory.optimizers import state_of
+from efficient_densenet.memory.profiler import AllocatorRecord
+from efficient_densenet.memory.report import StepReport
+
+Loss = Callable[..., Tensor]
+Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+class RunningStep:
+    """A training step of a model that it may change, and what lives around it.
+
+    Args:
+        model: the step's own.
+        batch: what it reads.
+        loss_fn: ``cross_entropy`` unless given, where there is a target.
+        autocast_dtype: of mixed precision, ``None`` for none.
+
+    Attributes:
+        optimizer: whose step ends this one, ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        loss_fn: Loss | None,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        self.model = model
+        self.optimizer: Optimizer | None = None
+        self._batch, self._autocast_dtype = batch, autocast_dtype
+        self._target: Tree = None
+        self._loss_fn = loss_fn
+        if loss_fn is None and batch.indices is not None:
+            self._loss_fn = _cross_entropy
+        self._inputs = tensors_in(batch.inputs)
+        if not self._inputs:
+            raise ValueError(f"inputs must hold at least one tensor or shape, got {batch.inputs}")
+        self.device = self._inputs[0].device
+
+    def run(self, phase: Phase = lambda name: nullcontext()) -> None:
+        """Run the step, gradients set to ``None`` first, each part inside ``phase(its name)``."""
+        self.clear()
+        with phase("forward"):
+            results = self._forward()
+        with phase("backward"):
+            seeds = None if self._loss_fn else [torch.randn_like(result) for result in results]
+            torch.autograd.backward(results, seeds)
+        if self.optimizer is not None:
+            with phase("optimizer"):
+                self.optimizer.step()
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        for tensor in self._leaves():
+            tensor.grad = None
+
+    def report(
+        self,
+        source: str,
+        record: AllocatorRecord | LiveMeter,
+        device: str,
+        *,
+        granularity: int = 1,
+        seconds: float | None = None,
+        allocated: int | None = None,
+        requested: int | None = None,
+    ) -> StepReport:
+        """What ``record`` has seen of this step."""
+        events = tuple(record.events)  # a meter logs deaths after the step, too
+        grads = [leaf.grad for leaf in self._leaves() if leaf.grad is not None]
+        static = self._static(device, granularity)
+        return StepReport(
+            source=source,
+            device=device,
+            kept=live_after_forward(events).total(),
+            peak=find_peak(events, record.storages_of(grads), static),
+            events=events,
+            seconds=seconds,
+            allocated=allocated,
+            requested=requested,
+        )
+
+    def _leaves(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self._inputs]
+
+    def _forward(self) -> list[Tensor]:
+        """What the backward pass starts from: the loss, or the output's tensors."""
+        dtype = self._autocast_dtype
+        with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
+            output = self.model(*self._batch.inputs)
+            if self._loss_fn is not None:
+                return [self._loss(self._loss_fn, output)]
+        results = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        if not results:
+            raise TypeError(
+                "loss_fn must be given where no tensor of the output requires a gradient, "
+                f"got {_described(output)}"
+            )
+        return results
+
+    def _loss(self, loss_fn: Loss, output: Tree) -> Tensor:
+        self._target = self._batch.target_for(output)
+        loss = loss_fn(output) if self._target is None else loss_fn(output, self._target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"loss_fn must return a scalar, got {_described(loss)}")
+        return loss
+
+    def _static(self, device: str, granularity: int) -> dict[str, int]:
+        groups: dict[str, Iterable[Tensor]] = {
+            "parameters": self.model.parameters(),
+            "buffers": self.model.buffers(),
+            "inputs": (*self._inputs, *tensors_in(self._target)),
+            "optimizer": state_of(self.optimizer, device) if self.optimizer else (),
+        }
+        return {name: _storage_bytes(tensors, granularity) for name, tensors in groups.items()}
+
+
+def _cross_entropy(output: Tree, target: Tree) -> Tensor:
+    for name, value in (("output", output), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"loss_fn must be given where the {name} is no tensor, got {_described(value)}"
+            )
+    return F.cross_entropy(output, target)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"an instance of {type(value).__name__}"
+
+
+def _storage_bytes(tensors: Iterable[Tensor], granularity: int) -> int:
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors
+    }
+    return sum(-(-size // granularity) * granularity for size in storages.values())
