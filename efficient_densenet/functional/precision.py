@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efficient_densenet.kernels.interface import Pool
+
 
 @dataclass(frozen=True)
 class Types:
@@ -22,16 +24,28 @@ class Types:
         return torch.promote_types(self.features, torch.float32)
 
 
-def types_of(x: Tensor) -> Types:
-    """The types of a call on ``x`` at this moment."""
-    compute, device = x.dtype, x.device.type
-    if (
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses the types of a call on ``x`` at this moment."""
+    device = x.device.type
+    return (
         torch.amp.is_autocast_available(device)  # not on meta
         and torch.is_autocast_enabled(device)
         and x.dtype != torch.float64
-    ):
-        compute = torch.get_autocast_dtype(device)
+    )
+
+
+def types_of(x: Tensor) -> Types:
+    """The types of a call on ``x`` at this moment."""
+    compute = torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
     return Types(compute, torch.promote_types(x.dtype, compute))
+
+
+def pools_to_float32(x: Tensor, pool: Pool | None) -> bool:
+    """Whether autocast leaves the result of this pooling in float32: on a CPU in three dimensions.
+
+    Source: the list of operators of CPU autocast in PyTorch's ``autocast_mode.cpp``.
+    """
+    return pool is not None and len(pool.kernel) == 3 and x.device.type == "cpu" and is_autocast(x)
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[object]:

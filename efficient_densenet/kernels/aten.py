@@ -58,6 +58,8 @@ def pooled(x: Tensor, pool: Pool) -> Tensor:
         return x.mean(tuple(range(2, x.dim())), keepdim=True)
     if x.dim() == 3:
         return pooled(x.unsqueeze(2), _of_rows(pool)).squeeze(2)
+    if _must_widen(x):
+        return pooled(x.float(), pool).to(x.dtype)
     if pool.kind == "average":
         return AVERAGES[x.dim()](x, *_average(pool))
     return MAXIMA[x.dim()](x, *_maximum(pool))[0]
@@ -70,10 +72,17 @@ def pooled_backward(grad: Tensor, x: Tensor, pool: Pool) -> Tensor:
     if x.dim() == 3:
         grad, x = grad.unsqueeze(2), x.unsqueeze(2)
         return pooled_backward(grad, x, _of_rows(pool)).squeeze(2)
+    if _must_widen(x):
+        return pooled_backward(grad.float(), x.float(), pool).to(x.dtype)
     if pool.kind == "average":
         return AVERAGES_BACKWARD[x.dim()](grad, x, *_average(pool))
     _, indices = MAXIMA[x.dim()](x, *_maximum(pool))
     return MAXIMA_BACKWARD[x.dim()](grad, x, *_maximum(pool), indices)
+
+
+def _must_widen(x: Tensor) -> bool:
+    """Whether PyTorch has no pooling for maps of this kind in their type."""
+    return x.dim() == 5 and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _average(pool: Pool) -> tuple[Any, ...]:

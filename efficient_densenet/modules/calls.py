@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from efficient_densenet.functional import autograd
 from efficient_densenet.functional.modes import Recompute
-from efficient_densenet.functional.precision import Types, types_of
+from efficient_densenet.functional.precision import Types, is_autocast, pools_to_float32, types_of
 from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.functional.synchronise import joined_count
 from efficient_densenet.kernels.interface import Statistics
@@ -42,6 +43,41 @@ def check_input(x: Tensor) -> None:
         raise Declined("the module", "is being exported or traced")
     if nn_module._has_any_global_hook():
         raise Unsupported("every module", "has a global hook")
+
+
+def on_plain_tensor(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``run(x)``, as PyTorch calls its own functions on a subclass of ``Tensor``.
+
+    ``run`` gets the plain tensor; what class its result has, and which metadata, is up to the
+    ``__torch_function__`` of the subclass.
+    """
+    if not has_torch_function_unary(x):
+        return run(x)
+    return handle_torch_function(_run_on_plain_tensor, (x,), run, x)
+
+
+def _run_on_plain_tensor(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return run(x.as_subclass(Tensor))
+
+
+def check_dtypes(x: Tensor, units: Iterable[Unit]) -> None:
+    """Raise :class:`Unsupported` if the naive network would refuse weights of their types.
+
+    Without autocast a convolution wants its input's type, and batch norm that or float32.
+    """
+    if is_autocast(x):
+        return
+    for unit in units:
+        weight, norm = unit.tensors.conv_weight, unit.tensors.weight
+        if weight is not None and weight.dtype != x.dtype:
+            raise Unsupported("the input", f"is {x.dtype}, and a convolution is {weight.dtype}")
+        if (
+            norm is not None
+            and norm.dtype != x.dtype
+            and (norm.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16))
+        ):
+            raise Unsupported("the input", f"is {x.dtype}, and a norm is {norm.dtype}")
 
 
 def group_of(norm: _BatchNorm) -> ProcessGroup | None:
@@ -108,9 +144,10 @@ class BlockCall:
     ) -> BlockCall:
         """The call, after a look at its norms; raises :class:`Unsupported`."""
         layers = tuple(layers)
-        norms = [unit.norm for layer in layers for unit in layer.units]
-        norms += [exit.norm] if exit else []
-        group = common_group(norms, x.numel() // x.shape[1])
+        units = [unit for layer in layers for unit in layer.units]
+        units += [exit] if exit else []
+        check_dtypes(x, units)
+        group = common_group([unit.norm for unit in units], x.numel() // x.shape[1])
         return cls(x, layers, exit, recompute, kernels, group)
 
     @property
@@ -140,9 +177,12 @@ class BlockCall:
 
     def run(self) -> Tensor:
         """The features, or the result of the exit; running statistics are updated once."""
+        return on_plain_tensor(self._run, self.x)
+
+    def _run(self, x: Tensor) -> Tensor:
         tensors = [unit.tensors for layer in self.layers for unit in layer.units]
         tensors += [self.exit.tensors] if self.exit else []
-        out, features, bottlenecks = autograd.dense_block(self.x, self.spec, tensors)
+        out, features, bottlenecks = autograd.dense_block(x, self.spec, tensors)
         features = Statistics(features.mean.view(-1), features.var.view(-1))  # once, not per norm
         seen = [
             Seen(unit.norm, statistics)
@@ -151,9 +191,10 @@ class BlockCall:
         ]
         if self.exit:
             seen.append(Seen(self.exit.norm, features))
-        values = self.x.numel() // self.x.shape[1]
-        update_running_statistics(seen, joined_count(values, self.group, self.x.device))
-        return out
+        values = x.numel() // x.shape[1]
+        update_running_statistics(seen, joined_count(values, self.group, x.device))
+        pool = self.exit.spec.pool if self.exit else None
+        return out.float() if pools_to_float32(x, pool) else out
 
 
 @dataclass(frozen=True)
@@ -171,6 +212,7 @@ class StemCall:
         """The call, after a look at its norm; raises :class:`Unsupported`."""
         if x.dim() != conv.weight.dim():
             raise Unsupported("the image", f"has {x.dim()} dimensions")
+        check_dtypes(x, [unit._replace(tensors=unit.tensors._replace(conv_weight=conv.weight))])
         positions = geometry(conv).positions(x.shape[2:], conv.weight.shape[2:])
         group = common_group([unit.norm], len(x) * positions)
         return cls(x, conv, unit, kernels, group)
@@ -190,9 +232,12 @@ class StemCall:
 
     def run(self) -> Tensor:
         """What is left after the pooling; running statistics are updated once."""
+        return on_plain_tensor(self._run, self.x)
+
+    def _run(self, x: Tensor) -> Tensor:
         conv = {"conv_weight": self.conv.weight, "conv_bias": self.conv.bias}
         tensors = self.unit.tensors._replace(**conv)
-        out, statistics, values = autograd.stem(self.x, self.spec, tensors)
-        count = joined_count(values, self.group, self.x.device)
+        out, statistics, values = autograd.stem(x, self.spec, tensors)
+        count = joined_count(values, self.group, x.device)
         update_running_statistics([Seen(self.unit.norm, statistics)], count)
-        return out
+        return out.float() if pools_to_float32(x, self.unit.spec.pool) else out

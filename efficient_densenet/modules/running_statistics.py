@@ -87,8 +87,20 @@ def _updates(seen: Iterable[Seen]) -> Iterator[_Update]:
 def _follow(
     running: list[Tensor], new: list[Tensor] | tuple[Tensor, ...], share: float | Tensor
 ) -> None:
+    """``running = (1 - share) * running + share * new``.
+
+    As in batch norm the version of the buffers stays: in training no backward pass reads them.
+    """
+    with torch.autograd._unsafe_preserve_version_counter(tuple(running)):
+        _blend(running, new, share)
+
+
+def _blend(
+    running: list[Tensor], new: list[Tensor] | tuple[Tensor, ...], share: float | Tensor
+) -> None:
     if running[0].dtype == new[0].dtype and not isinstance(share, Tensor):
-        torch._foreach_lerp_(running, new, share)
+        torch._foreach_mul_(running, 1.0 - share)
+        torch._foreach_add_(running, new, alpha=share)
     else:
         for old, vector in zip(running, new, strict=True):
-            old.copy_(torch.lerp(old.to(vector.dtype), vector, share))
+            old.copy_(old.to(vector.dtype) * (1.0 - share) + vector * share)
