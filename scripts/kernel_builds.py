@@ -70,11 +70,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Build:
-    """What the machine code of a launch needs, per thread and per block of threads."""
+    """What the machine code of a launch needs, per thread and per block of threads.
+
+    ``scalar`` counts the instructions that move a single 16-bit value from or to memory.
+    """
 
     registers: int
     spilled: bool
     shared: int
+    scalar: int
     instructions: frozenset[str]
     ptx: str
 
@@ -179,8 +183,9 @@ def build(launch: Launch, capability: int) -> Build:
     )
     instructions = frozenset(re.findall(r"^\s+/\*\w+\*/\s+(?:@\S+ )?([A-Z0-9]+)", code, re.M))
     ptx = compiled.asm["ptx"]
+    scalar = len(re.findall(r"\b(?:LDG|STG)\.E\S*\.U16\b", code))
     spilled = stack + local > 0 or bool(instructions & {"STL", "LDL"})
-    return Build(registers, spilled, static + compiled.metadata.shared, instructions, ptx)
+    return Build(registers, spilled, static + compiled.metadata.shared, scalar, instructions, ptx)
 
 
 def _type(value: Any, parameter: Any) -> str:

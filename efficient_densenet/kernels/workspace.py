@@ -20,14 +20,21 @@ GPU_WORKSPACE_BYTES = 64 << 20
 
 
 class Workspace:
-    """One scratch slab, allocated once a pass, overwritten by every layer."""
+    """One scratch slab, allocated once a pass, overwritten by every layer.
+
+    Args:
+        like: a map of the samples and the size of all that will be read.
+        widest: channels of the widest of them.
+        dtype: the widest type that will be stored.
+        memory_format: the layout of slabs, and of results made of them.
+    """
 
     def __init__(
         self, like: Tensor, widest: int, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> None:
         samples, _, *spatial = like.shape
         self.memory_format, self.dtype = memory_format, dtype
-        self._threads = torch.get_num_threads()
+        self._threads = 1 if like.is_cuda else torch.get_num_threads()
         self._positions = math.prod(spatial)
         self._spatial_strides = [math.prod(spatial[i + 1 :]) for i in range(len(spatial))]
         most = GPU_WORKSPACE_BYTES if like.is_cuda else WORKSPACE_BYTES
@@ -40,16 +47,16 @@ class Workspace:
         return min(self._samples * sample, max(self._capacity, sample))
 
     def narrow(self, widest: int) -> None:
-        """From here on no map is wider than this: a large sample gives back what it needs not."""
+        """Free the surplus: from here on no map has more channels than ``widest``."""
         size, device = self._size(widest), self._storage.device
         if size < len(self._storage):
             self._storage = self._storage.new_empty(0)  # the old one dies before the new one lives
             self._storage = torch.empty(size, dtype=self.dtype, device=device)
 
     def slabs(self, x: Tensor) -> Iterator[slice]:
-        """The rows of ``x`` that make up each slab: as few as fit, of equal size.
+        """The rows of ``x`` that make up each slab: as few slabs as fit, of equal size.
 
-        A multiple of the threads, or some would wait.
+        On a CPU they are a multiple of the threads, or some threads would wait.
         """
         samples, channels = x.shape[:2]
         most = max(1, self._capacity // (channels * self._positions))
@@ -62,8 +69,8 @@ class Workspace:
     def distinct_slabs(self, x: Tensor) -> Iterable[slice]:
         """The rows of each slab; of a map without values, of the slabs that differ in memory.
 
-        From the third on all slabs but a shorter last one make and drop the same, and some hundred
-        layers have tens of thousands of them: an estimate would take a minute.
+        From the third on all slabs but a shorter last one allocate and free the same, and some
+        hundred layers have tens of thousands of them: an estimate would take a minute.
         """
         slabs = list(self.slabs(x))
         if not is_hollow(x) or len(slabs) <= 3:

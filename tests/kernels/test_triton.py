@@ -63,6 +63,20 @@ def test_built_kernels_keep_nan_and_denormal_numbers(launches, capability):
     assert set(rectifies) == {*PRODUCTS, "rectify", "rectify_backward"}
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
+def test_maps_are_read_and_written_many_values_at_once(last):
+    """Where strides allow it: each of the layer's is a multiple of 16 values."""
+    for one in kernel_builds.launches(torch.bfloat16, last):
+        assert kernel_builds.build(one, 90).scalar == 0, one.name
+
+
+def test_values_that_lie_apart_are_read_one_by_one(monkeypatch):
+    """So that the test above can fail."""
+    monkeypatch.setattr(kernel_builds, "LAYER", (64, 14, 224, 128, 32))
+    rectify = next(k for k in kernel_builds.launches(torch.bfloat16, False) if k.name == "rectify")
+    assert kernel_builds.build(rectify, 90).scalar > 0
+
+
 @pytest.mark.parametrize("capability", TARGETS)
 def test_float32_without_tf32_is_built_without_spilling(capability, monkeypatch):
     monkeypatch.setattr(launch, "_tf32", lambda: False)

@@ -29,7 +29,7 @@ def _place(channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return row, rows, (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["values"])
+@triton.jit
 def append(
     y,
     into,
@@ -66,7 +66,7 @@ def append(
         store_moments(pair, row, tiles, seen, inside_rows, count, columns, channels, inside)
 
 
-@triton.jit(do_not_specialize=["values"])
+@triton.jit
 def rectify(
     x,
     out,
@@ -99,7 +99,7 @@ def rectify(
     tl.store(out + tile_of(offsets, columns, out_channel, INDEX), tile, mask=mask)
 
 
-@triton.jit(do_not_specialize=["values"])
+@triton.jit
 def rectify_backward(
     d,
     x,
@@ -167,7 +167,7 @@ def rectify_backward(
     )
 
 
-@triton.jit(do_not_specialize=["values"])
+@triton.jit
 def correct(
     grad,
     x,
@@ -281,7 +281,6 @@ def launch_rectify_backward(
         *arriving.strides,
         *source.strides,
         *place.strides,
-        warps=8,
         SUMS=True,
         TARGET=target is not None,
         ACCUMULATE=accumulate,

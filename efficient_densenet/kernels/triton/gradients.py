@@ -37,12 +37,12 @@ INPUT_TILES = (
     Tile(128, 32, 64, 8, 2),
     Tile(128, 64, 64, 8, 2),
 )
-# Programs that a weight's gradient is spread over, by dividing its sum: two for each of the 132
-# multiprocessors of an H100. The same on every GPU, so that sums are too.
-PROGRAMS = 264
+# Programs of a weight's gradient that a multiprocessor runs at a time: each takes up to 120
+# registers in 256 threads, and 73 KiB.
+RESIDENT = 2
 
 
-@triton.jit(do_not_specialize=["values"])
+@triton.jit
 def weight_gradient(
     grad,
     x,
@@ -100,7 +100,7 @@ def weight_gradient(
     tl.store(place, total, mask=inside_j[:, None] & inside_k[None, :])
 
 
-@triton.jit(do_not_specialize=["values"])
+@triton.jit
 def input_gradient(
     grad,
     weight,
@@ -196,11 +196,13 @@ def launch_weight_gradient(grad: Tensor, x: Tensor, norm: Norm, tail: Tail) -> T
     source, arriving = matrix(x), matrix(grad)
     inner, outer, values = x.shape[1], grad.shape[1], source.values
     constants = product_constants(tail.dtype) | shared(source, arriving)
+    together = RESIDENT * launch.multiprocessors(x.device)
 
     def attempt(tile: Tile) -> Tensor:
+        # The sum is divided among as many programs as run at a time: one more would run alone.
         tiles = quotient(outer, tile.rows) * quotient(inner, tile.columns)
         steps = quotient(values, tile.depth)
-        share = quotient(steps, min(steps, quotient(PROGRAMS, tiles))) * tile.depth
+        share = quotient(steps, min(steps, max(1, together // tiles))) * tile.depth
         parts = norm.mean.new_empty((quotient(values, share), outer, inner))
         launch.run(
             weight_gradient,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,10 +38,13 @@ class Tile(NamedTuple):
         return {**sizes, "warps": warps, "stages": stages}
 
 
-# Values in the tile of an element-wise kernel, and its widest row of channels.
-TILE_VALUES, TILE_COLUMNS = 4096, 64
+# Values in the tile of an element-wise kernel, its widest row of channels, and its warps: a thread
+# has 16 values, two accesses of 16 bytes in bfloat16, and so few registers that many fit a device.
+TILE_VALUES, TILE_COLUMNS, TILE_WARPS = 4096, 64, 8
 # For float32 that may not be rounded to TF32: no tensor core does it, and large tiles would spill.
 EXACT = Tile(64, 64, 16, 8, 2)
+# Multiprocessors to assume where there is no device: those of an H100.
+MULTIPROCESSORS = 132
 # What a 32-bit offset reaches.
 FAR = 2**31
 
@@ -124,6 +127,14 @@ def run(
         kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs at a time, if each fills one of its multiprocessors."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 _fastest: dict[Any, Tile] = {}
 
 
@@ -187,7 +198,7 @@ def plane(x: Matrix) -> tuple[tuple[int], dict[str, int]]:
     columns = min(TILE_COLUMNS, power_of_two(x.channels))
     rows = TILE_VALUES // columns
     grid = (quotient(x.values, rows) * quotient(x.channels, columns),)
-    return grid, {"ROWS": rows, "COLUMNS": columns}
+    return grid, {"ROWS": rows, "COLUMNS": columns, "warps": TILE_WARPS}
 
 
 def pair_of(x: Matrix, rows: int) -> Tensor:

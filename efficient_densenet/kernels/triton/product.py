@@ -37,7 +37,7 @@ TILES = (
 )
 
 
-@triton.jit(do_not_specialize=["values"])
+@triton.jit
 def product(
     x,
     mean,

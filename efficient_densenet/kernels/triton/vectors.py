@@ -44,7 +44,7 @@ def make_norm(
     tl.store(vectors + 2 * channels + columns, shift, mask=inside)
 
 
-@triton.jit(do_not_specialize=["values", "tiles"])
+@triton.jit
 def fold_moments(
     pair,
     mean,
@@ -84,7 +84,7 @@ def fold_moments(
     tl.store(var + columns, tl.sum(sums, 0) / values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
 def collect(
     d,
     dx,

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from efficient_densenet.kernels import eager, workspace
-from efficient_densenet.kernels.interface import RELU, Statistics, Unit
+from efficient_densenet.kernels.interface import RELU, Conv, Geometry, Norm, Statistics, Tail, Unit
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton import operations as triton
+from efficient_densenet.kernels.triton.gradients import RESIDENT, launch_weight_gradient
 from efficient_densenet.kernels.workspace import Workspace
 from support.operations import LAYOUTS, SHAPES, a_map, doubled, layout, noted, tails, vectors
 from support.precision import relative_error
 
+POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
 HALVES = [torch.bfloat16, torch.float16]
 # Of the first shape every type in every layout; of the others two that have all of it between them.
 CASES = {
@@ -221,3 +223,30 @@ def test_where_all_must_be_deterministic_it_is_the_first_tile(monkeypatch):
     assert launch.fastest((first, faster), x, ("product",), print) == first
     torch.use_deterministic_algorithms(False)
     assert launch.fastest((first, faster), x, ("product",), print) == faster
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 16, 108, 128, 132])
+@pytest.mark.parametrize("sizes", [(64, 64), (252, 128), (1024, 128), (1664, 832)], ids=str)
+def test_weight_gradient_fills_a_device_once(sizes, multiprocessors, monkeypatch):
+    """Its programs, of each tile, all run at a time, unless there are more tiles than that."""
+    grids = []
+
+    def every(tiles, x, key, run):
+        for tile in tiles:
+            run(tile)
+        return tiles[0]
+
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, *_, **__: grids.append(grid))
+    monkeypatch.setattr(launch, "fastest", every)
+    reads, leaves = sizes
+    weight = torch.empty(leaves, reads, 1, 1, device="meta")
+    tail = Tail(None, Conv(weight, None, POINTWISE), torch.bfloat16)
+    norm = Norm(*torch.empty(4, reads, 1, 1, device="meta"))
+    x, grad = (torch.empty(32, c, 28, 28, device="meta", dtype=torch.bfloat16) for c in sizes)
+    launch_weight_gradient(grad, x, norm, tail)
+    assert len(grids) == 3
+    for tiles, parts in grids:
+        together = RESIDENT * multiprocessors
+        assert tiles * parts <= max(together, tiles)
+        assert 2 * tiles * parts > together or tiles > together

@@ -1,0 +1,45 @@
+"""The slabs that a workspace cuts a batch into, on a CPU and on a GPU that is not there."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from efficient_densenet.kernels import eager, workspace
+from efficient_densenet.kernels.workspace import Workspace
+
+SAMPLES, CHANNELS, SIDE = 50, 16, 8
+SAMPLE = CHANNELS * SIDE * SIDE
+
+
+def rows(device, dtype, most, monkeypatch):
+    """How many samples each slab has, if ``most`` of that type fit."""
+    for size in ("WORKSPACE_BYTES", "GPU_WORKSPACE_BYTES"):
+        monkeypatch.setattr(workspace, size, most * SAMPLE * dtype.itemsize)
+    with FakeTensorMode():
+        x = torch.empty(SAMPLES, CHANNELS, SIDE, SIDE, device=device)
+        scratch = Workspace(x, CHANNELS, dtype, torch.channels_last)
+        return [slab.stop - slab.start for slab in scratch.slabs(x)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_slabs_are_as_few_as_fit(device, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert rows(device, dtype, 50, monkeypatch) == [50]
+    assert rows(device, dtype, 49, monkeypatch) == [25, 25]
+    assert rows(device, dtype, 17, monkeypatch) == [17, 17, 16]
+    assert rows(device, dtype, 1, monkeypatch) == [1] * 50
+
+
+def test_only_a_cpu_has_threads_to_keep_busy(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert rows("cpu", torch.float32, 20, monkeypatch) == [16, 16, 16, 2]
+    assert rows("cuda", torch.float32, 20, monkeypatch) == [17, 17, 16]
+
+
+def test_scratch_holds_what_is_stored_in_it():
+    """Triton's kernels store maps; the eager operations sum them in the statistics' type, too."""
+    triton = pytest.importorskip("efficient_densenet.kernels.triton.operations")
+    for stored in (torch.bfloat16, torch.float32):
+        assert triton.scratch_dtype(stored, torch.float32) == stored
+        assert eager.scratch_dtype(stored, torch.float32) == torch.float32
