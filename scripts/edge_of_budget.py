@@ -12,19 +12,17 @@ The last of these takes the better part of an hour on a CPU.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.provenance import provenance
 from efficient_densenet import plan
-from efficient_densenet.memory.budget import enforce
-from efficient_densenet.memory.optimizers import create_state
+from efficient_densenet.memory.batch import Batch
+from efficient_densenet.memory.running import RunningStep
 from efficient_densenet.memory.sizes import format_size, parse_size
 from efficient_densenet.training.config import AUTOCAST, make_optimizer
 from efficient_densenet.training.plan import COMPETITORS, Work
@@ -91,38 +89,16 @@ def edge(mode: str, budget: int, sizes: dict[str, int]) -> tuple[str, bool]:
 
 
 def step_within(work: Work, mode: str, budget: int, device: torch.device) -> int | None:
-    """Peak bytes of a training step held to ``budget``, ``None`` if it runs out of it.
-
-    On CUDA all that the process has reserved counts: call it where nothing else lives there.
-    """
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        return _peak(work, mode, budget, device)
-    except torch.OutOfMemoryError:
-        return None
-
-
-def _peak(work: Work, mode: str, budget: int, device: torch.device) -> int:
+    """Peak bytes of a training step held to ``budget``, ``None`` if it runs out of it."""
     # cuDNN would copy contiguous maps, and the plan knows nothing of that.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     with device:
         network = work.build(mode).to(memory_format=layout)
         images = torch.randn(work.batch_size, work.in_channels, work.image_size, work.image_size)
         labels = torch.arange(work.batch_size) % work.num_classes
-    images = images.to(memory_format=layout)
-    optimizer = make_optimizer(network.parameters(), lr=0.1)
-    dtype = AUTOCAST.get(work.precision)
-    resident = [*network.parameters(), *network.buffers(), images, labels]
-    with enforce(budget, device, resident) as meter:
-        create_state(optimizer)
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            loss = F.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
-    return torch.cuda.max_memory_allocated() if meter is None else meter.peak
+    batch = Batch((images.to(memory_format=layout),), labels, labels)
+    step = RunningStep(network, batch, None, AUTOCAST.get(work.precision))
+    return step.run_within(budget, partial(make_optimizer, lr=0.1))
 
 
 if __name__ == "__main__":

@@ -39,12 +39,20 @@ class MeteredBudget(LiveMeter):
         self, limit: int, resident: Iterable[Tensor] = (), scratch: Scratch | None = onednn_scratch
     ) -> None:
         super().__init__(scratch=scratch)
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in resident}
         self.limit = limit
-        self.resident = sum(storages.values())
-        self.live = self.resident
-        self.peak = self.resident
+        self.resident = self.live = self.peak = 0
+        self._held: set[int] = set()
         self._makers: dict[int, tuple[str, int]] = {}
+        self.hold(resident)
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count ``tensors``, which are older than the meter, from now on."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage._cdata not in self._held:
+                self._held.add(storage._cdata)
+                self.resident += storage.nbytes()
+                self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
 
     def _log(self, storage: int, size: int) -> None:
         # No events are kept, as there is no end to a training run.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from efficient_densenet.memory.meter import Scratch, onednn_scratch
+from efficient_densenet.memory.sizes import parse_size
 
 
 class Device(NamedTuple):
@@ -53,3 +54,16 @@ def check_device(device: torch.device | str | None) -> str:
     if kind not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {str(device)!r}")
     return kind
+
+
+def available_bytes(budget: int | str | None) -> int:
+    """The bytes of a budget; of none, what the present GPU has free.
+
+    Raises:
+        ValueError: if it is no size, or there is no GPU; the message goes on after a name.
+    """
+    if budget is not None:
+        return parse_size(budget)
+    if not torch.cuda.is_available():
+        raise ValueError("must be given, such as 8GiB: there is no GPU whose free memory to ask")
+    return torch.cuda.mem_get_info()[0]

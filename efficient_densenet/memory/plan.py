@@ -4,51 +4,166 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-SECANT_STEPS = 8
-"""Peaks after which a search goes on by halves."""
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from efficient_densenet.kernels.layout import outer_format
+from efficient_densenet.memory.batch import Tree
+from efficient_densenet.memory.devices import DEVICES, available_bytes, check_device
+from efficient_densenet.memory.optimizers import MakeOptimizer
+from efficient_densenet.memory.running import Loss
+from efficient_densenet.memory.sizes import format_size
+from efficient_densenet.memory.step import estimate, run_within
+
+BOLDNESS = 16
+"""How many times the largest size that fits is the next one to look at, at most."""
+
+PATIENCE = 2
+"""Looks in which what is left to search must halve, or else is halved."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits a budget.
+    """What fits a budget. ``print`` shows it in a sentence.
 
     Attributes:
+        room: bytes of the budget that a step may use.
         largest: the largest size that fits; 0 if not even the smallest does.
         peak: bytes at its largest moment; 0 with ``largest``.
         next: one size up, which does not fit; ``None`` if the search ended before.
         next_peak: bytes of that.
         peaks: every size that was looked at, and its bytes.
+        tried: sizes whose step was run within ``room``, and its bytes, ``None`` if it ran out.
     """
 
+    room: int
     largest: int
     peak: int
     next: int | None
     next_peak: int | None
     peaks: dict[int, int]
+    tried: dict[int, int | None] = field(default_factory=dict)
+
+    @property
+    def verified(self) -> bool:
+        """Whether the largest size ran within ``room``, and the next ran out of it."""
+        ran = not self.largest or self.tried.get(self.largest) is not None
+        ran_out = self.next is None or (self.next in self.tried and self.tried[self.next] is None)
+        return bool(self.tried) and ran and ran_out
+
+    def __str__(self) -> str:
+        told = [f"{format_size(self.room)} hold {self.largest or 'none'}"]
+        if self.largest:
+            told.append(f"whose peak is {format_size(self.peak)}")
+        if self.next is not None:
+            told.append(f"and not {self.next}, which needs {format_size(self.next_peak or 0)}")
+        if self.tried:
+            told.append("and so it was when run" if self.verified else "BUT NOT when run")
+        return ", ".join(told)
 
 
-def find_largest(peak: Callable[[int], int], budget: int, sizes: range) -> Fit:
-    """The largest of ``sizes`` whose ``peak`` is within ``budget`` bytes.
+def largest_batch(
+    model: nn.Module,
+    inputs: Tree,
+    budget: int | str | None = None,
+    *,
+    target: Tree = None,
+    loss_fn: Loss | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    sizes: range = range(2, 2**20 + 1),
+    verify: bool = False,
+) -> Fit:
+    """The largest batch whose training step fits ``budget``, from a handful of estimates.
 
-    The peak must rise with the size. Sizes are guessed along the straight line through the two
-    peaks nearest to the budget, which is right at once where the peak is affine, as it is between
-    two kinks in the batch.
+    The peak is that of :func:`~efficient_densenet.estimate`; a step fits if it and the reserve of
+    the device are within the budget. ::
+
+        largest_batch(model, (None, 3, 224, 224), "8GiB", target=(None,))
+        largest_batch(model, (16, 3, None, None), "8GiB", target=(16,), sizes=range(32, 1025, 32))
+
+    Args:
+        model: left untouched; its parameters may be on any device, ``meta`` too.
+        inputs: the model's argument, or a tuple of its arguments, as for
+            :func:`~efficient_densenet.measure`. What is searched stands as ``None`` in shapes; if
+            no shape has it, it is dimension 0 of all tensors and shapes.
+        budget: bytes, or a size such as ``"8GiB"``; unless given, what the present GPU has free.
+        target: as for :func:`~efficient_densenet.measure`, with ``None`` as in ``inputs``.
+        loss_fn: as for :func:`~efficient_densenet.measure`.
+        make_optimizer: as for :func:`~efficient_densenet.measure`.
+        autocast_dtype: as for :func:`~efficient_densenet.estimate`.
+        device: as for :func:`~efficient_densenet.estimate`.
+        sizes: what is searched: where it begins and ends, and its steps. The default begins with 2,
+            as one sample may have no batch statistics.
+        verify: whether to run a real step of the largest size, and of the next, on a copy of the
+            model, held to the budget.
+
+    Raises:
+        ValueError: if the budget is no size, or what verifies is not there; else as
+            :func:`~efficient_densenet.estimate`.
+    """
+    kind = check_device(device)
+    try:
+        room = available_bytes(budget) - DEVICES[kind].reserve
+    except ValueError as error:
+        raise ValueError(f"budget {error}") from error
+    arguments = inputs if isinstance(inputs, tuple) and not _is_shape(inputs) else (inputs,)
+    marked = any(_is_shape(leaf) and None in leaf for leaf in _leaves((arguments, target)))
+    options: dict[str, Any] = {
+        "loss_fn": loss_fn,
+        "make_optimizer": make_optimizer,
+        "autocast_dtype": autocast_dtype,
+    }
+
+    def at(size: int, resize: Callable[[Tensor, int], Tensor]) -> tuple[tuple[Tree, ...], Tree]:
+        return _resize_all((arguments, target), size, resize, marked)
+
+    def peak(size: int) -> int:
+        sized, labels = at(size, _resize_hollow)
+        return estimate(model, *sized, target=labels, device=kind, **options).peak.total
+
+    fit = find_largest(peak, room, sizes)
+    if not verify:
+        return fit
+    tried = {}
+    for size in (fit.largest, fit.next):
+        if size:
+            sized, labels = at(size, _repeat)
+            tried[size] = run_within(room, kind, model, sized, labels, **options)
+    return replace(fit, tried=tried)
+
+
+def find_largest(peak: Callable[[int], int], room: int, sizes: range) -> Fit:
+    """The largest of ``sizes`` whose ``peak`` is within ``room`` bytes.
+
+    The peak must not fall with the size. Sizes are guessed along the straight line through the two
+    peaks nearest to ``room``, which is right at once where the peak is affine, as it is between two
+    kinks in the batch.
     """
     known: dict[int, int] = {}  # by position in sizes, from 1
     low, high, guess = 0, len(sizes) + 1, 1
+    widths: list[int] = []
     while high - low > 1:
         known[guess] = peak(sizes[guess - 1])
-        if known[guess] <= budget:
+        if known[guess] <= room:
             low = guess
         else:
             high = guess
-        guess = _extrapolate(known, budget)
-        if len(known) > SECANT_STEPS and high in known:
-            guess = (low + high) // 2
-        guess = max(low + 1, min(guess, 4 * max(low, 1), high - 1))
+        line = _extrapolate(known, room)
+        if high in known:
+            widths.append(high - low)
+            slow = len(widths) > PATIENCE and 2 * widths[-1] > widths[-1 - PATIENCE]
+            if line is None or slow:
+                line, widths = (low + high) // 2, []
+        farthest = min(BOLDNESS * max(low, 1), high - 1)
+        guess = max(low + 1, farthest if line is None else min(line, farthest))
     return Fit(
+        room=room,
         largest=sizes[low - 1] if low else 0,
         peak=known.get(low, 0),
         next=sizes[high - 1] if high in known else None,
@@ -57,10 +172,51 @@ def find_largest(peak: Callable[[int], int], budget: int, sizes: range) -> Fit:
     )
 
 
-def _extrapolate(known: dict[int, int], budget: int) -> int:
-    nearest = sorted(known, key=lambda n: abs(known[n] - budget))[:2]
+def _extrapolate(known: dict[int, int], room: int) -> int | None:
+    """Where the line through the two peaks nearest to ``room`` reaches it, if it rises."""
+    nearest = sorted(known, key=lambda n: (abs(known[n] - room), -n))[:2]
     first, second = min(nearest), max(nearest)
     rise = known[second] - known[first]
     if rise <= 0:
-        return 4 * second
-    return math.floor(first + (budget - known[first]) * (second - first) / rise)
+        return None
+    return math.floor(first + (room - known[first]) * (second - first) / rise)
+
+
+def _is_shape(value: object) -> bool:
+    """Whether ``value`` is a shape, perhaps with ``None`` for what is searched."""
+    return (
+        isinstance(value, (tuple, list))
+        and bool(value)
+        and all(size is None or type(size) is int for size in value)
+    )
+
+
+def _leaves(tree: Tree) -> list[Any]:
+    return tree_leaves(tree, is_leaf=_is_shape)
+
+
+def _resize_all(
+    tree: Tree, size: int, resize: Callable[[Tensor, int], Tensor], marked: bool
+) -> Tree:
+    def leaf(value: Any) -> Any:
+        if _is_shape(value):
+            return tuple(
+                size if n is None else n for n in (value if marked else (None, *value[1:]))
+            )
+        if isinstance(value, Tensor) and value.dim() and not marked:
+            return resize(value, size)
+        return value
+
+    return tree_map(leaf, tree, is_leaf=_is_shape)
+
+
+def _resize_hollow(tensor: Tensor, size: int) -> Tensor:
+    shape, form = (size, *tensor.shape[1:]), outer_format(tensor)
+    made = torch.empty(shape, dtype=tensor.dtype, device="meta", memory_format=form)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def _repeat(tensor: Tensor, size: int) -> Tensor:
+    samples = torch.arange(size, device=tensor.device) % len(tensor)
+    made = tensor.detach()[samples].contiguous(memory_format=outer_format(tensor))
+    return made.requires_grad_(tensor.requires_grad)

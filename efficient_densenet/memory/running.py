@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from efficient_densenet.memory.batch import Batch, Tree, tensors_in
+from efficient_densenet.memory.budget import MeteredBudget, enforce
 from efficient_densenet.memory.events import find_peak, live_after_forward
 from efficient_densenet.memory.meter import LiveMeter
-from efficient_densenet.memory.optimizers import state_of
+from efficient_densenet.memory.optimizers import (
+    MakeOptimizer,
+    build_optimizer,
+    create_state,
+    state_of,
+)
 from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.memory.report import StepReport
 
@@ -46,6 +53,7 @@ class RunningStep:
         self.optimizer: Optimizer | None = None
         self._batch, self._autocast_dtype = batch, autocast_dtype
         self._target: Tree = None
+        self._budget: MeteredBudget | None = None
         self._loss_fn = loss_fn
         if loss_fn is None and batch.indices is not None:
             self._loss_fn = _cross_entropy
@@ -65,6 +73,32 @@ class RunningStep:
         if self.optimizer is not None:
             with phase("optimizer"):
                 self.optimizer.step()
+
+    def run_within(self, limit: int, make_optimizer: MakeOptimizer | None) -> int | None:
+        """Run the step held to ``limit`` bytes, state of an optimizer included.
+
+        Returns the bytes at its peak, or ``None`` if it ran out of memory. On a GPU that is where
+        the caching allocator would have to reserve more; what else lives there does not count.
+        """
+        resident = [*self.model.parameters(), *self.model.buffers(), *self._inputs]
+        others = 0
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            others = torch.cuda.memory_allocated(self.device) - count_bytes(resident)
+        try:
+            with enforce(limit + others, self.device, resident) as budget:
+                self._budget = budget
+                if make_optimizer is not None:
+                    self.optimizer = build_optimizer(make_optimizer, self.model.parameters())
+                    create_state(self.optimizer)
+                self.run()
+        except torch.OutOfMemoryError:
+            return None
+        if budget is not None:
+            return budget.peak
+        return torch.cuda.max_memory_allocated(self.device) - others
 
     def clear(self) -> None:
         """Drop all gradients."""
@@ -117,6 +151,8 @@ class RunningStep:
 
     def _loss(self, loss_fn: Loss, output: Tree) -> Tensor:
         self._target = self._batch.target_for(output)
+        if self._budget is not None:
+            self._budget.hold(tensors_in(self._target))
         loss = loss_fn(output) if self._target is None else loss_fn(output, self._target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"loss_fn must return a scalar, got {_described(loss)}")
@@ -129,7 +165,7 @@ class RunningStep:
             "inputs": (*self._inputs, *tensors_in(self._target)),
             "optimizer": state_of(self.optimizer, device) if self.optimizer else (),
         }
-        return {name: _storage_bytes(tensors, granularity) for name, tensors in groups.items()}
+        return {name: count_bytes(tensors, granularity) for name, tensors in groups.items()}
 
 
 def _cross_entropy(output: Tree, target: Tree) -> Tensor:
@@ -147,7 +183,8 @@ def _described(value: object) -> str:
     return f"an instance of {type(value).__name__}"
 
 
-def _storage_bytes(tensors: Iterable[Tensor], granularity: int) -> int:
+def count_bytes(tensors: Iterable[Tensor], granularity: int = 1) -> int:
+    """Bytes of the storages of ``tensors``, each counted once and rounded up."""
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors
     }

@@ -28,6 +28,15 @@ _ELEMENTWISE = {
 }
 
 
+_LOSSES_IN_FULL = {
+    torch.ops.aten.binary_cross_entropy.default,
+    torch.ops.aten.mse_loss.default,
+    torch.ops.aten.smooth_l1_loss.default,
+    torch.ops.aten.soft_margin_loss.default,
+}
+"""Losses whose result, a scalar, stays in the storage of the values that were reduced."""
+
+
 class Operators:
     """Runs operators; of those on ``meta`` tensors of shapes seen before it makes up the result.
 
@@ -133,6 +142,10 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is _BATCH_NORM_BACKWARD and is_hollow(args[0]):
         return _batch_norm_gradients(*args)
     result = func(*args, **kwargs)
+    if func in _LOSSES_IN_FULL and is_hollow(result) and result.dim() == 0:
+        # On meta the storage is a scalar's.
+        shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+        return result.new_empty(shape).as_strided((), ())
     if func is _CONVOLUTION and is_hollow(result) and is_channels_last(args[0]):
         # On meta it is contiguous.
         return torch.empty_like(result, memory_format=outer_format(args[0]))

@@ -134,6 +134,28 @@ def estimate(
         return _metered(step, kind, world, make_optimizer, update)
 
 
+def run_within(
+    limit: int,
+    device: str,
+    model: nn.Module,
+    inputs: tuple[Tree, ...],
+    target: Tree = None,
+    loss_fn: Loss | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+    autocast_dtype: torch.dtype | None = None,
+) -> int | None:
+    """Peak bytes of a real step of a copy of ``model``, held to ``limit``; ``None`` if it ran out.
+
+    Raises:
+        ValueError: if the model is not on that kind of ``device``; else as :func:`measure`.
+    """
+    step = _real_step(model, inputs, target, loss_fn, autocast_dtype)
+    if step.device.type != device:
+        raise ValueError(f"verify needs the model on {device!r}, got it on {step.device.type!r}")
+    with _forked_rng(step.device):
+        return step.run_within(limit, make_optimizer)
+
+
 def _metered(
     step: RunningStep,
     kind: str,

@@ -12,7 +12,7 @@ import torch
 
 from efficient_densenet import models
 from efficient_densenet.functional.modes import MODES, Recompute
-from efficient_densenet.memory.sizes import parse_size
+from efficient_densenet.memory.devices import available_bytes
 
 
 class ConfigError(ValueError):
@@ -175,13 +175,13 @@ def check_at_least(name: str, value: int | None, least: int) -> None:
         raise ConfigError(name, f"must be at least {least}, got {value!r}")
 
 
-def check_size(name: str, value: int | str) -> int:
-    """Bytes of a size such as ``8GiB``.
+def check_budget(budget: int | str | None) -> int:
+    """Bytes of a budget such as ``8GiB``; of none, what the present GPU has free.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if it is no size, or there is no GPU.
     """
     try:
-        return parse_size(value)
+        return available_bytes(budget)
     except ValueError as error:
-        raise ConfigError(name, str(error)) from error
+        raise ConfigError("budget", str(error)) from error

@@ -17,7 +17,7 @@ from torch import nn
 
 from efficient_densenet.functional.modes import MODES, Mode, Recompute
 from efficient_densenet.memory.devices import DEVICES, present_device
-from efficient_densenet.memory.plan import Fit, find_largest
+from efficient_densenet.memory.plan import Fit, find_largest, largest_batch
 from efficient_densenet.memory.report import StepReport
 from efficient_densenet.memory.sizes import format_size
 from efficient_densenet.memory.step import estimate
@@ -31,9 +31,9 @@ from efficient_densenet.training.config import (
     TrainConfig,
     build_network,
     check_at_least,
+    check_budget,
     check_choice,
     check_network,
-    check_size,
     make_optimizer,
 )
 
@@ -44,10 +44,7 @@ COMPETITORS: dict[str, Mode] = {
 }
 """What is planned for, by what tables call it."""
 
-SIZES: dict[Varies, range] = {
-    "batch": range(SMALLEST_BATCH, 2**20 + 1),
-    "depth": range(10, 3004 + 1, 6),
-}
+BATCHES, DEPTHS = range(SMALLEST_BATCH, 2**20 + 1), range(10, 3004 + 1, 6)
 """Where a search begins, and where it ends whatever would still fit."""
 
 TRAIN_IMAGES = 60_000  # of Fashion-MNIST
@@ -79,6 +76,14 @@ class Work:
     drop_rate: float = 0.0
     precision: str = "32-true"
 
+    @property
+    def step(self) -> dict[str, Any]:
+        """What a step is, beside network and batch: arguments of :func:`estimate`."""
+        return {
+            "make_optimizer": partial(make_optimizer, lr=0.1),
+            "autocast_dtype": AUTOCAST.get(self.precision),
+        }
+
     def build(self, mode: str) -> nn.Module:
         """The network, with the parameters on torch's default device.
 
@@ -94,7 +99,9 @@ class Work:
             drop_rate=self.drop_rate,
             recompute=COMPETITORS[mode].name,
         )
-        return checkpointed_(network) if mode == CHECKPOINTED.label else network
+        if mode == CHECKPOINTED.label:
+            checkpointed_(network)
+        return network.double() if self.precision == "64-true" else network
 
     def estimate(self, mode: str, device: str) -> StepReport:
         """Memory of a training step on a kind of device, with training's optimizer.
@@ -102,22 +109,29 @@ class Work:
         Raises:
             ConfigError: if the network does not exist, or has more bytes than torch can count.
         """
+        images = (self.batch_size, self.in_channels, self.image_size, self.image_size)
         with _countable(self.model):
-            return self._estimate(mode, device)
+            network = self._build_hollow(mode)
+            return estimate(network, images, target=(self.batch_size,), device=device, **self.step)
 
-    def _estimate(self, mode: str, device: str) -> StepReport:
+    def largest_batch(self, mode: str, budget: int, device: str) -> Fit:
+        """The largest batch whose step fits, whatever ``batch_size`` says. Errors as above."""
+        images = (None, self.in_channels, self.image_size, self.image_size)
+        options = {"target": (None,), "device": device, "sizes": BATCHES, **self.step}
+        with _countable(self.model):
+            return largest_batch(self._build_hollow(mode), images, budget, **options)
+
+    def greatest_depth(self, mode: str, budget: int, device: str) -> Fit:
+        """The deepest network whose step fits, whatever ``depth`` says. Errors as above."""
+
+        def peak(depth: int) -> int:
+            return replace(self, depth=depth).estimate(mode, device).peak.total
+
+        return find_largest(peak, budget - DEVICES[device].reserve, DEPTHS)
+
+    def _build_hollow(self, mode: str) -> nn.Module:
         with torch.device("meta"):
-            network = self.build(mode)
-        if self.precision == "64-true":
-            network.double()
-        return estimate(
-            network,
-            (self.batch_size, self.in_channels, self.image_size, self.image_size),
-            target=(self.batch_size,),
-            make_optimizer=partial(make_optimizer, lr=0.1),
-            autocast_dtype=AUTOCAST.get(self.precision),
-            device=device,
-        )
+            return self.build(mode)
 
 
 @contextmanager
@@ -228,8 +242,10 @@ def plan(
         drop_rate,
         precision,
     )
-    available = _free_bytes() if budget is None else check_size("budget", budget)
-    return plan_work(work, "depth" if batch_size else "batch", available, device, modes)
+    with torch.device("meta"), _countable(model):
+        work.build("naive")  # a depth that no network has is refused before any search
+    varies: Varies = "depth" if batch_size else "batch"
+    return plan_work(work, varies, check_budget(budget), device, modes)
 
 
 def plan_work(
@@ -241,16 +257,8 @@ def plan_work(
 ) -> Plan:
     """As :func:`plan`, of a ``work`` that was checked."""
     counts = DEVICES[device]
-    with torch.device("meta"), _countable(work.model):
-        work.build("naive")  # a depth that no network has is refused before any search
-
-    def peak(size: int, mode: str) -> int:
-        by_batch = varies == "batch"
-        sized = replace(work, batch_size=size) if by_batch else replace(work, depth=size)
-        return sized.estimate(mode, device).peak.total
-
-    room = budget - counts.reserve
-    fits = {mode: find_largest(partial(peak, mode=mode), room, SIZES[varies]) for mode in modes}
+    find = work.largest_batch if varies == "batch" else work.greatest_depth
+    fits = {mode: find(mode, budget, device) for mode in modes}
     return Plan(budget, device, counts.reserve, counts.reserve_reason, varies, work, fits)
 
 
@@ -268,7 +276,7 @@ def config_within(budget: str, options: dict[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: if nothing fits, or as :meth:`TrainConfig.of`.
     """
-    size = check_size("budget", budget)
+    size = check_budget(budget)
     config = TrainConfig.of(**{**options, "budget": size})
     if options.get("recompute") and options.get("batch_size"):
         return config
@@ -321,12 +329,3 @@ def work_of(config: TrainConfig) -> Work:
         drop_rate=config.drop_rate,
         precision=config.precision,
     )
-
-
-def _free_bytes() -> int:
-    """What the present GPU has free."""
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "budget", "is needed, such as 8GiB: there is no GPU whose free memory could be asked"
-        )
-    return torch.cuda.mem_get_info()[0]

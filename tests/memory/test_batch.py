@@ -65,6 +65,20 @@ def test_target_may_be_all_that_a_loss_takes(instrument) -> None:
     assert instrument(nn.Linear(7, 5), (6, 7), target=0.5, loss_fn=loss_fn).peak.inputs == 6 * 7 * 4
 
 
+LOSSES = (
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.soft_margin_loss),
+    *(F.binary_cross_entropy, F.binary_cross_entropy_with_logits),
+)
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES, ids=lambda function: function.__name__)
+def test_estimate_is_the_meter_to_the_byte_whatever_the_loss(loss_fn) -> None:
+    model, options = nn.Sequential(nn.Linear(7, 500), nn.Sigmoid()), {"loss_fn": loss_fn}
+    metered = meter(model, (60, 7), target=(60, 500), **options)
+    estimated = estimate(model, (60, 7), target=(60, 500), device="cpu", **options)
+    assert (estimated.kept, estimated.peak) == (metered.kept, metered.peak)
+
+
 @every_instrument
 def test_output_that_needs_no_gradient_is_no_start(instrument) -> None:
     with pytest.raises(TypeError, match=r"loss_fn must be given .* a tensor of shape \(2, 3\)"):

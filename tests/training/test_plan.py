@@ -12,7 +12,6 @@ from efficient_densenet.cli import main
 from efficient_densenet.training.config import ConfigError, TrainConfig
 from efficient_densenet.training.plan import (
     COMPETITORS,
-    SIZES,
     Work,
     config_within,
 )
@@ -128,7 +127,7 @@ def test_precision_changes_the_plan() -> None:
 
 
 def test_a_search_ends_at_the_most_it_looks_at(monkeypatch) -> None:
-    monkeypatch.setitem(SIZES, "batch", range(2, 5))
+    monkeypatch.setattr("efficient_densenet.training.plan.BATCHES", range(2, 5))
     (fit,) = plan("1GiB", depth=10, device="cpu", modes=["norm"]).fits.values()
     assert (fit.largest, fit.next, fit.next_peak) == (4, None, None)
 
@@ -208,7 +207,7 @@ def test_bad_budgets_of_a_run_get_one_line_that_quotes_them(capsys, options, sai
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask")
 def test_without_a_gpu_a_budget_is_needed(capsys) -> None:
-    assert "--budget is needed" in error_of(capsys, "plan")
+    assert "--budget must be given" in error_of(capsys, "plan")
 
 
 def test_plan_prints_a_table_and_draws_a_chart(capsys, tmp_path) -> None:
