@@ -17,13 +17,12 @@ from efficient_densenet.modules.naive import (
     CONVS,
     MAX_POOLS,
     NORMS,
-    Transition,
     check_dims,
     compressed,
     global_average,
 )
 from efficient_densenet.modules.reading import is_patched
-from efficient_densenet.modules.recomputing import ChoosesKernels
+from efficient_densenet.modules.recomputing import set_
 from efficient_densenet.modules.sequence import EfficientSequential, EfficientTransition
 
 STEMS = ("imagenet", "cifar")
@@ -74,34 +73,23 @@ class DenseNet(nn.Module):
     ) -> None:
         super().__init__()
         check_dims(dims)
-        efficient = recompute != "none"
-        sequential = EfficientSequential if efficient else nn.Sequential
-        transitions = EfficientTransition if efficient else Transition
-        self.features = sequential(_stem(stem, in_channels, num_init_features, dims, bias))
+        self.dims = dims
+        self.features = EfficientSequential(_stem(stem, in_channels, num_init_features, dims, bias))
         channels = num_init_features
         for i, num_layers in enumerate(block_config, start=1):
+            if i > 1:
+                kept = compressed(channels, compression)
+                transition = EfficientTransition(channels, kept, dims=dims, bias=bias)
+                self.features.add_module(f"transition{i - 1}", transition)
+                channels = kept
             block = EfficientDenseBlock(
-                num_layers,
-                channels,
-                bn_size,
-                growth_rate,
-                drop_rate,
-                dims=dims,
-                bias=bias,
-                recompute=recompute,
+                num_layers, channels, bn_size, growth_rate, drop_rate, dims=dims, bias=bias
             )
             self.features.add_module(f"denseblock{i}", block)
             channels += num_layers * growth_rate
-            if i < len(block_config):
-                kept = compressed(channels, compression)
-                transition = transitions(channels, kept, dims=dims, bias=bias)
-                self.features.add_module(f"transition{i}", transition)
-                channels = kept
         self.features.add_module("norm5", NORMS[dims](channels))
         self.classifier = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, ChoosesKernels):
-                module.kernels = kernels
+        set_(self, recompute, kernels)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -120,9 +108,11 @@ class DenseNet(nn.Module):
 
     def _pooled(self, x: Tensor) -> Tensor:
         """ReLU and global average of the features."""
-        if type(self.features) is EfficientSequential and not is_patched(self.features):
-            return sequence.run_to_average(list(self.features), x, self.features.kernels)
-        return global_average(F.relu(self.features(x)))
+        features = self.features
+        plain = type(features) is EfficientSequential and not is_patched(features)
+        if plain and features.recompute != "none" and isinstance(x, Tensor):
+            return sequence.run_to_average(list(features), x, self.dims, features.kernels)
+        return global_average(F.relu(features(x)), self.dims)
 
 
 def _stem(
@@ -143,29 +133,50 @@ def _stem(
     raise ValueError(f"stem must be one of {STEMS}, got {name!r}")
 
 
+def _named(
+    name: str,
+    growth_rate: int,
+    block_config: Sequence[int],
+    num_init_features: int,
+    options: dict[str, Any],
+) -> DenseNet:
+    """A network of torchvision's; its builder's other arguments are refused with what to do."""
+    if options.pop("weights", None) is not None:
+        raise TypeError(
+            f"{name} downloads no weights: build it without, then "
+            f"model.load_state_dict(torchvision.models.{name}(weights=...).state_dict())"
+        )
+    if "memory_efficient" in options:
+        raise TypeError(
+            f'memory_efficient={options["memory_efficient"]!r}: say recompute="norm" or '
+            '"bottleneck", which keep less, or "none"'
+        )
+    return DenseNet(growth_rate, block_config, num_init_features, **options)
+
+
 def densenet121(**options: Any) -> DenseNet:
     """DenseNet-121 (k=32, blocks of 6, 12, 24, 16 layers); options as for :class:`DenseNet`."""
-    return DenseNet(32, (6, 12, 24, 16), 64, **options)
+    return _named("densenet121", 32, (6, 12, 24, 16), 64, options)
 
 
 def densenet161(**options: Any) -> DenseNet:
     """DenseNet-161 (k=48, blocks of 6, 12, 36, 24 layers); options as for :class:`DenseNet`."""
-    return DenseNet(48, (6, 12, 36, 24), 96, **options)
+    return _named("densenet161", 48, (6, 12, 36, 24), 96, options)
 
 
 def densenet169(**options: Any) -> DenseNet:
     """DenseNet-169 (k=32, blocks of 6, 12, 32, 32 layers); options as for :class:`DenseNet`."""
-    return DenseNet(32, (6, 12, 32, 32), 64, **options)
+    return _named("densenet169", 32, (6, 12, 32, 32), 64, options)
 
 
 def densenet201(**options: Any) -> DenseNet:
     """DenseNet-201 (k=32, blocks of 6, 12, 48, 32 layers); options as for :class:`DenseNet`."""
-    return DenseNet(32, (6, 12, 48, 32), 64, **options)
+    return _named("densenet201", 32, (6, 12, 48, 32), 64, options)
 
 
 def densenet264(**options: Any) -> DenseNet:
     """DenseNet-264 (k=32, blocks of 6, 12, 64, 48 layers); options as for :class:`DenseNet`."""
-    return DenseNet(32, (6, 12, 64, 48), 64, **options)
+    return _named("densenet264", 32, (6, 12, 64, 48), 64, options)
 
 
 def densenet_cifar(

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.ao.quantization.quantize_fx import prepare_fx
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from efficient_densenet import (
     DenseNet,
@@ -18,6 +20,7 @@ from efficient_densenet import (
 from support.compare import (
     MODES,
     assert_all_close,
+    assert_close,
     assert_same_training,
     randomise_,
     training_results,
@@ -178,3 +181,32 @@ def test_impossible_depth_is_refused_with_the_nearest(depth, bottleneck, step, n
 def test_wrong_option_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DenseNet(4, (2, 2), 8, **options)
+
+
+def test_pretrained_weights_are_refused_with_line_that_loads_them():
+    with pytest.raises(TypeError, match=r"torchvision\.models\.densenet169\(weights="):
+        densenet169(weights="DEFAULT")
+    assert densenet169(weights=None, num_classes=2).classifier.out_features == 2
+
+
+def test_flag_of_torchvision_is_refused_with_argument_to_use():
+    with pytest.raises(TypeError, match='memory_efficient=True: say recompute="norm"'):
+        densenet121(memory_efficient=True)
+
+
+@pytest.mark.parametrize("recompute", ["none", "norm"])
+def test_fx_traces_naive_path(recompute):
+    model = DenseNet(4, (2, 2), 8, 2, num_classes=3, recompute=recompute).double().eval()
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    traced = torch.fx.symbolic_trace(model)
+    assert "efficient_densenet" not in traced.code
+    assert_close("output", traced(x), model(x), 1e-10)
+    extracted = create_feature_extractor(model, {"features.denseblock1.cat": "features"})
+    assert extracted(x)["features"].shape == (2, 16, 10, 10)
+
+
+def test_graph_mode_quantisation_prepares_network():
+    model = DenseNet(4, (2, 2), 8, 2, num_classes=3).eval()
+    mapping = torch.ao.quantization.get_default_qconfig_mapping()
+    prepared = prepare_fx(model, mapping, (torch.randn(1, 3, 40, 40),))
+    assert prepared(torch.randn(2, 3, 40, 40)).shape == (2, 3)

@@ -111,7 +111,7 @@ class _DenseBlock(_Recomputing):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        seeds, border, *rest = ctx.saved_tensors
+        seeds, border, *rest = _saved(ctx)
         saved, flat = Saved.of(ctx.spec, border, rest), rest[ctx.kept :]
         _, _, needs_x, *needs = ctx.needs_input_grad
         dx, grads = backward_block(ctx.spec, seeds, saved, flat, grad, needs_x, needs)
@@ -150,6 +150,19 @@ class _Stem(_Recomputing):
 
 def _differentiable_once(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return _NoSecondDerivative.apply(grad, *grads) if torch.is_grad_enabled() else grads
+
+
+def _saved(ctx: Any) -> Sequence[Tensor]:
+    """What a block kept; its output is among it."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}\nA dense block keeps its own output for the backward pass: write "
+            "x = x * y instead of x *= y, or change a copy, x.clone()"
+        ) from error
 
 
 class _NoSecondDerivative(_Recomputing):

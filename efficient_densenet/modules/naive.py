@@ -53,7 +53,7 @@ class BottleneckLayer(nn.Module):
         self.drop_rate = float(drop_rate)
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
-        x = input if isinstance(input, Tensor) else torch.cat(input, 1)
+        x = torch.cat(input, 1) if isinstance(input, list) else input
         bottleneck = self.conv1(self.relu1(self.norm1(x)))
         new_features = self.conv2(self.relu2(self.norm2(bottleneck)))
         return F.dropout(new_features, self.drop_rate, self.training)
@@ -83,7 +83,7 @@ class BasicLayer(nn.Module):
         self.drop_rate = float(drop_rate)
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
-        x = input if isinstance(input, Tensor) else torch.cat(input, 1)
+        x = torch.cat(input, 1) if isinstance(input, list) else input
         new_features = self.conv1(self.relu1(self.norm1(x)))
         return F.dropout(new_features, self.drop_rate, self.training)
 
@@ -165,6 +165,6 @@ def compressed(channels: int, compression: float) -> int:
     return math.floor(channels * compression)
 
 
-def global_average(x: Tensor) -> Tensor:
+def global_average(x: Tensor, dims: int) -> Tensor:
     """Mean over all positions: ``(N, channels, *spatial)`` to ``(N, channels, 1...)``."""
-    return x.mean(tuple(range(2, x.dim())), keepdim=True)
+    return x.mean(tuple(range(2, 2 + dims)), keepdim=True)

@@ -31,14 +31,27 @@ class Call(Protocol):
         """The result; running statistics are updated once."""
 
 
-class ChoosesKernels(nn.Module):
-    """A module whose ``kernels`` says which implementation of the operations it runs on.
+class Settings(nn.Module):
+    """What can be chosen of a module that recomputes, at any time.
 
-    That one if it can run the input, otherwise the next slower one. ``"auto"`` leaves it to the
-    environment variable ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
+    ``recompute`` says what the backward pass recomputes: ``"bottleneck"``, ``"norm"`` or
+    ``"none"``. ``kernels`` says which implementation of the operations to run on: that one if it
+    can run the input, otherwise the next slower one. ``"auto"`` leaves it to the environment
+    variable ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
     """
 
+    _recompute: Recompute = "bottleneck"
     _kernels: Kernels = "auto"
+
+    @property
+    def recompute(self) -> Recompute:
+        """``"bottleneck"``, ``"norm"`` or ``"none"``."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, name: Recompute) -> None:
+        check_recompute(name)
+        self._recompute = name
 
     @property
     def kernels(self) -> Kernels:
@@ -51,23 +64,18 @@ class ChoosesKernels(nn.Module):
         self._kernels = name
 
 
-class Recomputing(ChoosesKernels):
+def set_(model: nn.Module, recompute: Recompute, kernels: Kernels) -> None:
+    """Choose for every module below ``model`` that has :class:`Settings`, in place."""
+    for module in model.modules():
+        if isinstance(module, Settings):
+            module.recompute, module.kernels = recompute, kernels
+
+
+class Recomputing(Settings):
     """Base in front of a class whose forward is naive: takes the efficient path where it can.
 
     A subclass says in :meth:`read` what it is; the modules are read once a call.
     """
-
-    _recompute: Recompute = "bottleneck"
-
-    @property
-    def recompute(self) -> Recompute:
-        """What the backward pass recomputes: ``"bottleneck"``, ``"norm"`` or ``"none"``."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, name: Recompute) -> None:
-        check_recompute(name)
-        self._recompute = name
 
     def read(self, x: Tensor) -> Call:
         """What a call on ``x`` would run; raises :class:`Unsupported` where it would be naive."""

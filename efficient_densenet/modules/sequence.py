@@ -35,7 +35,7 @@ from efficient_densenet.modules.reading import (
     read_norm,
     unit_of,
 )
-from efficient_densenet.modules.recomputing import ChoosesKernels, Recomputing, supported
+from efficient_densenet.modules.recomputing import Recomputing, Settings, supported
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,15 +67,21 @@ class EfficientTransition(RecomputingTransition, Transition):
     """
 
 
-class RecomputingSequence(ChoosesKernels):
+class RecomputingSequence(Settings):
     """What makes a sequence run its neighbours together: a base in front of ``nn.Sequential``.
 
-    The result has the memory format of the input.
+    ``recompute`` is that of a stem among them. The result has the memory format of the input.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.recompute == "none" or not isinstance(input, Tensor):
+            return super().forward(input)
         modules = [module for module in self._modules.values() if module is not None]
-        return in_format_of(input, run(modules, input, self.kernels))
+        *before, last = modules
+        if not is_patched(last):
+            return in_format_of(input, run(modules, input, self.kernels))
+        # A hook on the last module holds what the caller gets, and may change in place.
+        return last(in_format_of(input, run(before, input, self.kernels)))
 
 
 class EfficientSequential(RecomputingSequence, nn.Sequential):
@@ -94,8 +100,8 @@ class EfficientSequential(RecomputingSequence, nn.Sequential):
 class Head:
     """The norm after the last dense block, ReLU and global average: ``(N, channels, 1, ...)``."""
 
-    def __init__(self, norm: nn.Module, kernels: Kernels) -> None:
-        self.norm, self.kernels = norm, kernels
+    def __init__(self, norm: nn.Module, dims: int, kernels: Kernels) -> None:
+        self.norm, self.dims, self.kernels = norm, dims, kernels
 
     def read_unit(self) -> Unit:
         """The head as what reads all features of a block."""
@@ -108,7 +114,9 @@ class Head:
 
     def __call__(self, x: Tensor) -> Tensor:
         call = supported(self.read, x)
-        return global_average(F.relu(self.norm(x))) if call is None else call.run()
+        if call is not None:
+            return call.run()
+        return global_average(F.relu(self.norm(x)), self.dims)
 
 
 def run(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto") -> Tensor:
@@ -129,15 +137,18 @@ def run(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto") -> T
     return x
 
 
-def run_to_average(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto") -> Tensor:
+def run_to_average(
+    modules: Sequence[nn.Module], x: Tensor, dims: int, kernels: Kernels = "auto"
+) -> Tensor:
     """ReLU and global average, ``(N, channels, 1, ...)``, of what ``modules`` make of ``x``.
 
+    ``dims`` is the number of spatial dimensions.
     A norm after the last dense block reads the features inside the block, as a transition does.
     """
     *before, block, norm = modules
     if is_patched(norm):
-        return global_average(F.relu(run(modules, x, kernels)))
-    head = Head(norm, kernels)
+        return global_average(F.relu(run(modules, x, kernels)), dims)
+    head = Head(norm, dims, kernels)
     if _is_plain(block, RecomputingBlock):
         return _run_block(block, run(before, x, kernels), head)
     return head(run([*before, block], x, kernels))

@@ -21,7 +21,7 @@ from efficient_densenet.kernels.implementations import (
 )
 from efficient_densenet.kernels.interface import RELU, Activation, Operations
 from efficient_densenet.kernels.triton import support
-from efficient_densenet.modules.recomputing import ChoosesKernels
+from efficient_densenet.modules.recomputing import Settings
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 SINGLE, DOUBLE, ONLY_RELU = (torch.float32,), (torch.float64,), (RELU,)
@@ -171,7 +171,7 @@ def test_block_explains_its_choice_and_keeps_it_in_copies():
 
 def test_network_hands_its_choice_to_all_parts():
     network = DenseNet(2, (1, 1), 4, 2, kernels="eager")
-    parts = [m for m in network.modules() if isinstance(m, ChoosesKernels)]
+    parts = [m for m in network.modules() if isinstance(m, Settings)]
     assert len(parts) == 4  # two blocks, a transition, and the sequence with the stem
     assert {part.kernels for part in parts} == {"eager"}
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.densenet import _Transition
 
@@ -178,8 +179,8 @@ def test_wrong_number_of_channels_is_refused_as_batch_norm_does(expected):
     for model, shape in (
         (transition, (2, 5, 4, 4)),
         (EfficientSequential(OrderedDict(block=block, transition=transition)), (2, 3, 4, 4)),
-        (lambda x: sequence.run_to_average([block, transition.norm], x), (2, 3, 4, 4)),
-        (lambda x: sequence.run_to_average([nn.Identity(), transition.norm], x), (2, 5, 4, 4)),
+        (lambda x: sequence.run_to_average([block, transition.norm], x, 2), (2, 3, 4, 4)),
+        (lambda x: sequence.run_to_average([nn.Identity(), transition.norm], x, 2), (2, 5, 4, 4)),
     ):
         with pytest.raises(RuntimeError, match="running_mean should contain 5 elements"):
             model(torch.randn(shape))
@@ -586,3 +587,19 @@ def test_empty_batch_passes_in_evaluation_mode():
     model, reference = model_pair(nn.Module.eval)
     x = torch.randn(0, 3, 33, 35, dtype=torch.float64)
     assert_same_training(model, reference, x)
+
+
+def test_hook_on_last_norm_holds_what_caller_changes_in_place():
+    features, held = EfficientSequential(OrderedDict(norm=nn.BatchNorm2d(4))), []
+    features.norm.register_forward_hook(lambda module, args, output: held.append(output))
+    out = features(torch.randn(2, 4, 5, 5))
+    F.relu(out, inplace=True)
+    assert torch.equal(held[0], out)
+
+
+def test_change_of_features_in_place_is_refused_with_remedy():
+    block = EfficientDenseBlock(2, 4, 2, 4)
+    out = block(torch.randn(2, 4, 5, 5))
+    out *= 2
+    with pytest.raises(RuntimeError, match=r"modified by an inplace[\s\S]*x = x \* y instead"):
+        out.sum().backward()
