@@ -42,7 +42,7 @@ def test_no_command_gets_one_line(capsys):
     assert "COMMAND" in error_of(capsys)
 
 
-def test_a_file_as_out_gets_one_line(capsys, tmp_path):
+def test_file_as_out_gets_one_line(capsys, tmp_path):
     pytest.importorskip("lightning")
     file = tmp_path / "file"
     file.touch()
@@ -58,7 +58,7 @@ def test_damaged_data_get_one_line(capsys, tmp_path):
     assert "To get the data" in line
 
 
-def test_train_runs_from_the_command_line(capsys, tmp_path, monkeypatch):
+def test_train_runs_from_command_line(capsys, tmp_path, monkeypatch):
     training = pytest.importorskip("efficient_densenet.training.run")
     manifest = write_data(tmp_path / "data")
     monkeypatch.setattr(training.run, "__defaults__", (False, manifest))
@@ -71,7 +71,7 @@ def test_train_runs_from_the_command_line(capsys, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["depth"] == 10
 
 
-def test_the_module_runs_as_the_command():
+def test_module_runs_as_command():
     command = [sys.executable, "-m", "efficient_densenet", "train", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "fashion" in done.stdout

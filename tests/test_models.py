@@ -56,7 +56,7 @@ def test_densenet264_has_its_layers():
     assert model.classifier.in_features == 2688
 
 
-def test_cifar_bc_100_12_has_the_papers_parameters():
+def test_cifar_bc_100_12_has_papers_parameters():
     assert parameters(densenet_cifar(100, 12)) == 769_162
 
 
@@ -72,7 +72,7 @@ def test_cifar_bc_100_12_has_the_papers_parameters():
     ],
     ids=str,
 )
-def test_cifar_model_has_the_papers_size(arguments, millions):
+def test_cifar_model_has_papers_size(arguments, millions):
     with torch.device("meta"):
         model = densenet_cifar(*arguments)
     assert round(parameters(model) / 1e6, 1) == millions
@@ -128,18 +128,18 @@ MODELS = {
 
 @either_mode
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-def test_three_steps_match_the_reference_path(recompute, options):
+def test_three_steps_match_naive_path(recompute, options):
     size = (3, (2, 3), 5)
     model = DenseNet(*size, num_classes=4, recompute=recompute, **options).double()
-    reference = DenseNet(*size, num_classes=4, recompute="none", **options).double()
-    randomise_(reference)
-    model.load_state_dict(reference.state_dict(), strict=True)
+    naive = DenseNet(*size, num_classes=4, recompute="none", **options).double()
+    randomise_(naive)
+    model.load_state_dict(naive.state_dict(), strict=True)
     spatial = (19, 17, 18)[: options.get("dims", 2)]
     x = torch.randn(3, options.get("in_channels", 3), *spatial, dtype=torch.float64)
-    assert_same_training(model, reference, x, steps=3, rtol=1e-9)
+    assert_same_training(model, naive, x, steps=3, rtol=1e-9)
 
 
-def test_dropout_in_a_model_is_the_same_in_both_modes():
+def test_dropout_in_model_is_equal_in_both_modes():
     models = [densenet_cifar(22, 4, drop_rate=0.2, recompute=mode).double() for mode in MODES]
     models[1].load_state_dict(models[0].state_dict())
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64).requires_grad_()
@@ -161,7 +161,7 @@ def test_drop_rate_reaches_every_layer(drop_rate):
     ("depth", "bottleneck", "step", "nearest"),
     [(101, True, 6, 100), (7, True, 6, 10), (4, True, 6, 10), (41, False, 3, 40), (1, False, 3, 7)],
 )
-def test_impossible_depth_is_refused_with_the_nearest(depth, bottleneck, step, nearest):
+def test_impossible_depth_is_refused_with_nearest_possible(depth, bottleneck, step, nearest):
     message = rf"{step} \* n \+ 4 .* got {depth}; the nearest is {nearest}$"
     with pytest.raises(ValueError, match=message):
         densenet_cifar(depth, 12, bottleneck)

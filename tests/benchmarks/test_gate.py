@@ -52,7 +52,7 @@ def test_equal_figures_pass(steps: dict) -> None:
         ("seconds", 1.25, 1.3, "time / convolutions 2.6, 1.300 times the baseline's 2"),
     ],
 )
-def test_a_figure_that_grew_too_much_fails(
+def test_figure_that_grew_too_much_fails(
     steps: dict, figure: str, within: float, beyond: float, said: str
 ) -> None:
     assert gate.regressions(grown(steps, 1, figure, within), steps) == []
@@ -61,7 +61,7 @@ def test_a_figure_that_grew_too_much_fails(
     assert gate.regressions(steps, grown(steps, 1, figure, beyond)) == []  # it shrank
 
 
-def test_time_is_beside_the_convolutions_of_the_same_run(steps: dict) -> None:
+def test_time_is_beside_convolutions_of_same_run(steps: dict) -> None:
     slower_machine = grown(grown(steps, 0, "seconds", 3), 1, "seconds", 3)
     assert gate.regressions(slower_machine, steps) == []
     assert gate.regressions(grown(steps, 0, "seconds", 0.7), steps) != []
@@ -98,7 +98,7 @@ def test_without_convolutions_there_is_no_verdict(steps: dict) -> None:
         gate.regressions(found, steps)
 
 
-def test_the_command_s_exit_status_is_the_verdict(steps: dict, tmp_path: Path, capsys) -> None:
+def test_exit_status_is_verdict(steps: dict, tmp_path: Path, capsys) -> None:
     def status(found: dict) -> int:
         (tmp_path / "found.json").write_text(json.dumps(found))
         (tmp_path / "baseline.json").write_text(json.dumps(steps))
@@ -113,7 +113,7 @@ def test_the_command_s_exit_status_is_the_verdict(steps: dict, tmp_path: Path, c
     assert capsys.readouterr().err.count("\n") == 2
 
 
-def test_a_run_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_run_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small: Case = block("small", 3, 8, 4, 4, 8)
     monkeypatch.setattr(gate, "CASES", (small,))
     monkeypatch.setattr(gate, "COMPETITORS", (Competitor("norm"),))

@@ -50,7 +50,7 @@ FINE = part(runner_parts.fine)
     ],
     ids=lambda value: value.name if isinstance(value, Part) else "",
 )
-def test_what_goes_wrong_is_recorded_and_the_rest_goes_on(
+def test_what_goes_wrong_is_recorded_and_rest_goes_on(
     wrong: Part, status: str, error: str, result: str | None
 ) -> None:
     before, bad, after = run(FINE, wrong, FINE)
@@ -65,7 +65,7 @@ def test_part_is_cut_off_when_its_allowance_is_over() -> None:
     assert 2.0 <= record.seconds < 4.0
 
 
-def test_part_is_cut_off_when_the_time_of_all_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_is_cut_off_when_time_of_all_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "LEAST", 1.0)
     start = time.monotonic()
     first, second = run(part(runner_parts.hangs), FINE, seconds=2.5)
@@ -81,7 +81,7 @@ def test_part_knows_how_long_it_has() -> None:
     assert 0.0 < all_of_it.result < LEAST + 2
 
 
-def test_what_kills_the_process_is_left_out_of_another_try() -> None:
+def test_what_kills_process_is_left_out_of_another_try() -> None:
     (record,) = run(part(runner_parts.dies_of_one))
     assert record.status == OK
     assert record.result == ["first", "deadly: failed: the process died with exit code 3", "last"]
@@ -92,7 +92,7 @@ def test_process_that_dies_between_parts_is_replaced() -> None:
     assert (first.status, second.status) == (OK, OK)
 
 
-def test_children_of_a_part_end_with_it(tmp_path: Path) -> None:
+def test_children_of_part_end_with_it(tmp_path: Path) -> None:
     note = tmp_path / "child"
     run(part(partial(runner_parts.hangs_with_a_child, note=note), 4.0))
     stat = Path("/proc") / note.read_text(encoding="utf-8") / "stat"
@@ -109,7 +109,7 @@ def test_part_that_leaves_traces_is_its_process_last() -> None:
     assert first == same != other
 
 
-def test_part_beside_the_others_runs_from_the_start_and_is_read_in_its_turn(
+def test_part_beside_others_runs_from_start_and_is_read_in_its_turn(
     tmp_path: Path,
 ) -> None:
     note = tmp_path / "note"
@@ -134,7 +134,7 @@ def test_everything_told_is_written_at_once() -> None:
     assert written[-1] == [(FAILED, "half of it"), (OK, "found")]
 
 
-def test_who_would_leave_no_time_for_the_timing_is_left_out() -> None:
+def test_competitor_that_leaves_no_time_for_timing_is_left_out() -> None:
     left = iter([60.0, 0.0, 0.0])
     case = block("small", 2, 8, 4, 2, 4)
     rows = compete(case, [NAIVE], SharpJudge(case), left=lambda: next(left, 0.0), seconds=0.0)
@@ -148,7 +148,7 @@ def test_who_would_leave_no_time_for_the_timing_is_left_out() -> None:
     [(104, [100, 103, 106]), (98, [100, 97]), (0, [100, 97, 94, 91, 88])],
     ids=["above the plan", "below", "nowhere"],
 )
-def test_limit_walks_from_the_plan_to_the_edge(
+def test_limit_walks_from_plan_to_edge(
     edge: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step(work: Work, *args: object) -> int | None:
@@ -160,14 +160,14 @@ def test_limit_walks_from_the_plan_to_the_edge(
     assert list(tries) == [(size, size if size <= edge else None) for size in tried]
 
 
-def test_parts_have_names_of_their_own_and_a_rehearsal_has_all_kinds() -> None:
+def test_parts_have_names_of_their_own_and_rehearsal_has_all_kinds() -> None:
     real, rehearsal = programme(REAL), programme(REHEARSAL)
     assert len({p.name for p in real}) == len(real)
     assert {p.run.func for p in rehearsal} == {p.run.func for p in real}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_only_a_rehearsal_runs(
+def test_without_gpu_only_rehearsal_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--out", str(tmp_path)]) == 2
@@ -208,7 +208,7 @@ def test_rehearsal_times_and_weighs_every_competitor(found: dict[str, Any]) -> N
 
 
 @pytest.mark.slow
-def test_report_has_a_section_for_every_part_and_the_pictures(
+def test_report_has_section_for_every_part_and_pictures(
     rehearsed: Path, found: dict[str, Any]
 ) -> None:
     text = (rehearsed / "rehearsal.md").read_text(encoding="utf-8")
@@ -220,7 +220,7 @@ def test_report_has_a_section_for_every_part_and_the_pictures(
 
 
 @pytest.mark.slow
-def test_what_a_cpu_has_shown_does_not_pass_for_a_gpus(rehearsed: Path) -> None:
+def test_results_of_cpu_do_not_pass_for_gpus(rehearsed: Path) -> None:
     assert not list(rehearsed.glob("gpu*"))
     text = (rehearsed / "rehearsal.md").read_text(encoding="utf-8")
     assert text.startswith("# Rehearsal on ") and "no GPU" in text.splitlines()[0]
@@ -260,7 +260,7 @@ def a_bench(norm: float, peak: int) -> dict[str, Any]:
     return a_part(status=OK, result=result)
 
 
-def test_part_without_a_result_reads_not_measured() -> None:
+def test_part_without_result_reads_not_measured() -> None:
     text = report.markdown(a_run(a_part(status=FAILED, error="Traceback\nRuntimeError: no")))
     assert text.startswith("# Measured on some\n")
     assert "**failed**: RuntimeError: no\n\nnot measured" in text
@@ -296,7 +296,7 @@ def test_pictures_of_nothing_are_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md"}
 
 
-def test_operations_are_told_with_the_fastest_and_its_tiles() -> None:
+def test_operations_are_told_with_fastest_and_its_tiles() -> None:
     row = {
         "name": "1×1",
         "bytes": 2 * 10**9,

@@ -25,7 +25,7 @@ def made_up() -> list[Sample]:
     ]
 
 
-def test_exponent_of_a_power_law() -> None:
+def test_exponent_of_power_law() -> None:
     values = (12, 24, 96)
     assert exponent(values, [5 * v**1.5 for v in values]) == pytest.approx(1.5)
 
@@ -37,9 +37,7 @@ def test_exponents_of_each_measure(made_up: list[Sample]) -> None:
     assert exponents(made_up, "layers", str(FLOOR)) == pytest.approx({"seconds": 1})
 
 
-def test_report_has_every_competitor_and_the_conditions(
-    made_up: list[Sample], tmp_path: Path
-) -> None:
+def test_report_has_every_competitor_and_conditions(made_up: list[Sample], tmp_path: Path) -> None:
     write(made_up, {"device": "a made-up machine"}, tmp_path)
     text = (tmp_path / "growth.md").read_text(encoding="utf-8")
     assert text == markdown(made_up, {"device": "a made-up machine"})
@@ -48,13 +46,13 @@ def test_report_has_every_competitor_and_the_conditions(
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
-def test_a_competitor_that_is_wrong_stops_the_report() -> None:
+def test_competitor_that_is_wrong_stops_report() -> None:
     row = Row("case", Competitor("norm"), failure="wrong: output")
     with pytest.raises(RuntimeError, match="norm at layers 12: wrong: output"):
         Sample.of("layers", 12, row)
 
 
-def test_a_small_block_is_measured_on_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_block_is_measured_on_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "AXES", {"batch": (2, 4)})
     monkeypatch.setattr(growth, "COMPETITORS", (NAIVE, Competitor("norm")))
     monkeypatch.setattr(growth.Point.__new__, "__defaults__", (2, 8, 4, 2, 4))

@@ -60,7 +60,7 @@ class DoubledGradient(nn.Module):
         return self.inner.named_parameters(*args, **kwargs)
 
 
-def test_every_competitor_has_the_same_weights_and_input(small: Case) -> None:
+def test_every_competitor_has_same_weights_and_input(small: Case) -> None:
     subjects = [small.subject(competitor.uncompiled()) for competitor in COMPETITORS]
     reference = subjects[0].model.state_dict()
     for subject in subjects[1:]:
@@ -70,7 +70,7 @@ def test_every_competitor_has_the_same_weights_and_input(small: Case) -> None:
         assert all(torch.equal(state[name], reference[name]) for name in reference)
 
 
-def test_subject_starts_backward_from_a_random_gradient_in_the_layout_of_its_output(
+def test_subject_starts_backward_from_random_gradient_in_layout_of_its_output(
     small: Case,
 ) -> None:
     subject = small.subject(NAIVE)
@@ -103,7 +103,7 @@ def test_what_is_wrong_is_not_timed(small: Case, brief: None) -> None:
     assert failure in report.markdown([rows], {})
 
 
-def test_floor_is_timed_beside_the_competitors(small: Case, brief: None) -> None:
+def test_floor_is_timed_beside_competitors(small: Case, brief: None) -> None:
     rows = instruments.run(small)
     floor = rows[FLOOR]
     assert len(floor.seconds) == instruments.ROUNDS[0]
@@ -113,7 +113,7 @@ def test_floor_is_timed_beside_the_competitors(small: Case, brief: None) -> None
     assert 0 < rows[NORM].convolution_share < 1
 
 
-def test_floor_convolves_what_the_model_convolves(small: Case) -> None:
+def test_floor_convolves_what_model_convolves(small: Case) -> None:
     subject = small.subject(NAIVE)
     calls = small.floor()._calls
     convolutions = [m for m in subject.model.modules() if isinstance(m, nn.Conv2d)]
@@ -121,17 +121,17 @@ def test_floor_convolves_what_the_model_convolves(small: Case) -> None:
     assert all(x.shape[1] == module.in_channels for module, x, _ in calls)
 
 
-def test_compile_time_is_what_the_first_step_took_longer() -> None:
+def test_compile_time_is_what_first_step_took_longer() -> None:
     row = instruments.Row("case", NAIVE_COMPILED, first_seconds=31.5, seconds=[0.5] * 3)
     assert report.note(row, {}) == "compiled in 31 s"
 
 
-def test_nan_is_an_infinite_error() -> None:
+def test_nan_counts_as_infinite_error() -> None:
     nan = torch.tensor([1.0, float("nan")])
     assert instruments.relative_error(nan, torch.ones(2)) == float("inf")
 
 
-def test_out_of_memory_is_a_result(small: Case, brief: None) -> None:
+def test_out_of_memory_is_recorded(small: Case, brief: None) -> None:
     def make(kind):  # type: ignore[no-untyped-def]
         if kind == "norm":
             raise torch.OutOfMemoryError("full")
@@ -151,7 +151,7 @@ def test_rounds_are_shuffled_and_complete(monkeypatch: pytest.MonkeyPatch) -> No
     assert pairs == {("a", "b"), ("b", "a")}
 
 
-def test_rounds_fill_the_time_of_a_case_within_bounds() -> None:
+def test_rounds_fill_time_of_case_within_bounds() -> None:
     fewest, most = instruments.ROUNDS
     assert instruments.rounds(0.0) == most
     assert instruments.rounds(1e6) == fewest
@@ -206,11 +206,11 @@ def test_written_report_carries_rows_and_conditions(
     assert (tmp_path / "memory-against-depth.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_cases_are_what_the_documentation_lists() -> None:
+def test_cases_are_what_documentation_lists() -> None:
     listed = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert all(case.name.split(":")[0] in listed for case in CASES)
 
 
-def test_kinds_of_a_block_have_one_set_of_keys() -> None:
+def test_kinds_of_block_have_one_set_of_keys() -> None:
     keys = [set(make_block(kind, 2, 6, 3).state_dict()) for kind in KINDS]
     assert all(found == keys[0] for found in keys)

@@ -15,13 +15,13 @@ BLOCKS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=list(BLOCKS))
-def test_the_model_counts_what_moves(kind: str, block: Block) -> None:
+def test_model_counts_what_moves(kind: str, block: Block) -> None:
     for which, (every, whole) in counted(kind, block).items():
         expected = modelled(kind, which, block)
         assert (every, whole) == pytest.approx(expected, rel=0.015), which
 
 
-def test_a_pass_too_many_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pass_too_many_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     block, cost = BLOCKS["narrow"], MODEL["norm", "backward"]
     more = cost._replace(all=cost.all.plus(Widths(1, 0, 0)))
     monkeypatch.setitem(traffic.MODEL, ("norm", "backward"), more)
@@ -36,6 +36,6 @@ def test_ours_moves_fewer_whole_maps() -> None:
     assert ours["backward"][1] < naive["backward"][1] * 3 / 4
 
 
-def test_a_slab_that_looks_like_a_map_is_refused() -> None:
+def test_slab_that_looks_like_map_is_refused() -> None:
     with pytest.raises(ValueError, match="as large as a map"):
         counted("norm", Block(12, 24, 12, 2, 8))

@@ -76,7 +76,7 @@ def runs(monkeypatch):
 @pytest.mark.capability("trains as before")
 @every_network
 @pytest.mark.parametrize("recompute", MODES)
-def test_three_steps_train_as_the_original(network, recompute, runs):
+def test_three_steps_train_as_original(network, recompute, runs):
     converted, original = pair(network, recompute=recompute)
     assert_same_training(converted, original, image(network), rtol=1e-9, steps=3)
     assert sum(len(spec.layers) > 0 for spec in runs) == 3 * network.blocks
@@ -84,7 +84,7 @@ def test_three_steps_train_as_the_original(network, recompute, runs):
 
 @pytest.mark.capability("float32 as precise")
 @every_network
-def test_single_precision_is_as_precise_as_the_original(network):
+def test_single_precision_is_as_precise_as_original(network):
     converted, original = pair(network, torch.float32)
     assert_training_as_precise(
         converted, original, lambda: image(network, torch.float32), torch.float32
@@ -92,7 +92,7 @@ def test_single_precision_is_as_precise_as_the_original(network):
 
 
 @every_network
-def test_evaluation_is_the_originals(network):
+def test_evaluation_equals_originals(network):
     converted, original = pair(network)
     x = image(network)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_evaluation_is_the_originals(network):
 
 @pytest.mark.capability("keeps features alone")
 @every_network
-def test_blocks_keep_what_the_ledger_says(network):
+def test_blocks_keep_what_ledger_says(network):
     converted, original = pair(network, torch.float32)
     for block, naive in zip(blocks(converted), same_modules(converted, original), strict=True):
         layers = [layer.spec for layer in block.read_layers(None)]
@@ -135,7 +135,7 @@ def same_modules(converted, original):
 
 @pytest.mark.capability("reverts bit for bit")
 @every_network
-def test_reverted_model_is_the_original_bit_for_bit(network):
+def test_reverted_model_is_original_bit_for_bit(network):
     converted, original = pair(network)
     assert any(
         type(m) is not type(o) for m, o in zip(converted.modules(), original.modules(), strict=True)
@@ -181,7 +181,7 @@ def test_copy_is_converted_and_computes_with_its_own_weights(network, copied):
 
 
 @every_network
-def test_everything_else_about_a_model_stays(network):
+def test_everything_else_about_model_stays(network):
     original = network.make()
     model = copy.deepcopy(original)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -230,7 +230,7 @@ def test_single_block_converts():
     assert block.why_naive(torch.randn(2, 8, 5, 5, dtype=torch.float64)) is None
 
 
-def test_auto_keeps_the_features_alone_and_a_second_call_changes_the_mode():
+def test_auto_keeps_only_features_and_second_call_changes_mode():
     model = small()
     convert_(model)
     assert {block.recompute for block in blocks(model)} == {"bottleneck"}
@@ -294,14 +294,14 @@ def test_subclass_without_its_own_forward_is_converted():
     assert isinstance(pickled(model).features.denseblock1, SameForward)
 
 
-def test_forward_of_an_instance_leaves_its_block_alone():
+def test_forward_of_instance_leaves_its_block_alone():
     model = small()
     block = model.features.denseblock1
     block.forward = lambda x: x
     assert not convert_(model)["features.denseblock1"].converted
 
 
-def test_strict_raises_with_the_reasons_and_changes_nothing():
+def test_strict_raises_with_reasons_and_changes_nothing():
     model = with_block(OwnForward)
     model.features.denseblock2.denselayer3.relu1 = nn.Hardswish()
     classes = [type(m) for m in model.modules()]
@@ -367,7 +367,7 @@ def test_our_own_blocks_are_left_as_they_are():
     assert type(model.features.denseblock1) is EfficientDenseBlock
 
 
-def test_transition_reads_the_features_inside_the_block(runs):
+def test_transition_reads_features_inside_block(runs):
     model = small()
     convert_(model)
     model(torch.randn(2, 3, 32, 32, dtype=torch.float64))
@@ -451,7 +451,7 @@ def activation_peak(report):
     return max(timeline.live_bytes([e for e in report.events if e.storage in died]))
 
 
-def test_volumetric_network_peaks_at_a_sixth_and_keeps_a_fifteenth():
+def test_volumetric_network_peaks_at_one_sixth_and_keeps_one_fifteenth():
     nets = pytest.importorskip("monai.networks.nets")
     model = nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=2)
     step = partial(estimate, model, (1, 1, 64, 64, 64), target=(1,), device="cuda")
@@ -476,7 +476,7 @@ def test_features_can_be_sliced_and_traced():
     ) or torch.allclose(head(x), model.features.transition1(model.features[:5](x)))
 
 
-def test_output_has_the_layout_of_the_image():
+def test_output_has_layout_of_image():
     model = small()
     convert_(model)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -485,7 +485,7 @@ def test_output_has_the_layout_of_the_image():
     assert last.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_no_library_is_imported_until_a_model_of_it_appears():
+def test_no_library_is_imported_until_model_of_it_appears():
     libraries = ["timm", "monai", "torchxrayvision", "torchreid", "pytorchcv"]
     libraries.append("segmentation_models_pytorch")
     code = f"""
@@ -497,7 +497,7 @@ print([name for name in {libraries} if name in sys.modules])
     assert done.stdout.strip() == "[]"
 
 
-def test_known_classes_are_those_of_the_libraries():
+def test_known_classes_are_those_of_libraries():
     block = _DenseBlock(2, 8, 2, 6, 0.0)
     convert_(block)
     assert isinstance(block, _DenseBlock)
@@ -513,7 +513,7 @@ class TestGradCam:
     """The maps of the package ``grad-cam`` before and after the conversion."""
 
     @pytest.mark.parametrize("target", ["features.denseblock2.denselayer3", "features"])
-    def test_map_is_the_same(self, target):
+    def test_map_is_unchanged(self, target):
         cam = pytest.importorskip("pytorch_grad_cam")
         model = small().eval()
         x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -527,7 +527,7 @@ class TestGradCam:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("target", ["features.denseblock4.denselayer16", "features"])
-    def test_map_of_densenet121_is_the_same(self, target):
+    def test_map_of_densenet121_is_unchanged(self, target):
         cam = pytest.importorskip("pytorch_grad_cam")
         model = torchvision.models.densenet121().eval()
         x = torch.randn(1, 3, 96, 96)

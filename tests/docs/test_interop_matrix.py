@@ -19,7 +19,7 @@ def case(clause: str, mode: str, path: str | None = None, inside: str = "") -> s
     return f"<testcase><properties>{properties}</properties>{inside}</testcase>"
 
 
-def test_a_row_names_the_path_of_every_mode() -> None:
+def test_row_names_path_of_every_mode() -> None:
     found = outcomes(
         report(
             "<testcase/>",
@@ -41,7 +41,7 @@ def test_a_row_names_the_path_of_every_mode() -> None:
     ("inside", "expected"),
     [("<failure/>", "**fails**"), ("<error/>", "**fails**"), ("<skipped/>", "efficient")],
 )
-def test_one_failure_is_the_cells(inside: str, expected: str) -> None:
+def test_one_failure_fails_its_cell(inside: str, expected: str) -> None:
     found = outcomes(
         report(case("1 · a", "norm", "efficient"), case("1 · a", "norm", None, inside))
     )
@@ -52,6 +52,6 @@ def test_what_only_skipped_was_not_run() -> None:
     assert cell(outcomes(report(case("1 · a", "norm", None, "<skipped/>"))), Notes()) == "not run"
 
 
-def test_a_test_must_say_which_path_it_took() -> None:
+def test_outcome_without_path_is_refused() -> None:
     with pytest.raises(ValueError, match="'1 · a' did not say"):
         cell([Outcome("1 · a", "norm", "passed", None)], Notes())

@@ -30,6 +30,6 @@ def test_snippet_runs(page, tmp_path):
     runpy.run_path(str(script))
 
 
-def test_there_is_a_page_for_each_library():
+def test_every_library_has_page():
     names = {"torchvision", "torchreid", "tiramisu", "own-connections", *NEEDS}
     assert {page.stem for page in PAGES} == names

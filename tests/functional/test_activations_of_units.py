@@ -126,7 +126,7 @@ def assert_alike(ours, naive, x, units):
 @every_activation
 @either_mode
 @training_or_not
-def test_block_trains_as_the_naive_one(activation, recompute, training, monkeypatch):
+def test_block_trains_as_naive_one(activation, recompute, training, monkeypatch):
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 8 * 9 * 36 * 3)  # several slabs
     names = [activation] * (2 * LAYERS + 1)
     check_block(names, training, recompute)
@@ -148,7 +148,7 @@ def check_block(names, training, recompute):
 
 
 @every_activation
-def test_block_evaluates_as_the_naive_one(activation):
+def test_block_evaluates_as_naive_one(activation):
     """Norms are folded into the convolutions before them, activations are not."""
     names = [activation] * (2 * LAYERS + 1)
     spec, units = block_spec(names, False), block_tensors(False)
@@ -158,7 +158,7 @@ def test_block_evaluates_as_the_naive_one(activation):
         assert_close(found, naive_block(x, spec, units, names), rtol=1e-10, atol=1e-10)
 
 
-def test_units_evaluate_with_an_activation_each():
+def test_units_evaluate_with_activation_each():
     names = mixed()
     spec, units = block_spec(names, False), block_tensors(False)
     x = torch.randn(4, ENTERING, 6, 6).double()
@@ -187,7 +187,7 @@ def naive_stem(x, spec, tensors, activation):
 
 @every_activation
 @training_or_not
-def test_stem_trains_as_the_naive_one(activation, training):
+def test_stem_trains_as_naive_one(activation, training):
     spec = stem_spec(activation, training)
     assert_alike(
         lambda x, units: autograd.stem(x, spec, units[0])[0],
@@ -198,7 +198,7 @@ def test_stem_trains_as_the_naive_one(activation, training):
 
 
 @every_activation
-def test_stem_evaluates_as_the_naive_one(activation):
+def test_stem_evaluates_as_naive_one(activation):
     spec, tensors = stem_spec(activation, False), stem_tensors(False)
     x = torch.randn(3, ENTERING, 7, 6).double()
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_gradients_are_those_of_finite_differences(activation, recompute):
 
 
 @either_mode
-def test_operators_carry_the_activations(recompute):
+def test_operators_carry_activations(recompute):
     """What a compiler sees is a text."""
     names = mixed()
     spec = block_spec(names, True, recompute)
@@ -243,7 +243,7 @@ def test_operators_carry_the_activations(recompute):
 @every_activation
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @training_or_not
-def test_what_is_not_finite_spreads_as_in_the_naive_block(activation, value, training):
+def test_what_is_not_finite_spreads_as_in_naive_block(activation, value, training):
     """One pixel; the same outputs and gradients are NaN."""
     names = [activation] * (2 * LAYERS + 1)
     spec, units = block_spec(names, training), block_tensors(training)

@@ -75,17 +75,17 @@ def compiled(module, inner="aot_eager", **options):
     return torch.compile(module, backend=graphs, fullgraph=True, **options), graphs
 
 
-def assert_same_compiled_training(efficient, reference, images, rtol=1e-10, **options):
+def assert_same_compiled_training(efficient, naive, images, rtol=1e-10, **options):
     """One step on each image, without a graph break; returns the graphs."""
     fast, graphs = compiled(efficient, **options)
     for x in images:
         results = []
-        for module in (fast, reference):
+        for module in (fast, naive):
             leaf = x.clone().requires_grad_()
             found = training_results(module, leaf)
             results.append(dict(enumerate(found.values())))
         assert_all_close(*results, rtol)
-    assert_same_state(efficient, reference, rtol=rtol)
+    assert_same_state(efficient, naive, rtol=rtol)
     return graphs
 
 
@@ -97,9 +97,9 @@ def path(graphs, operator=OPERATORS.block_forward):
 @every_mode
 @both_kinds
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_compiled_block_matches_reference(mode, bn_size, dims, took):
-    efficient, reference = block_pair(bn_size=bn_size, dims=dims, recompute=mode)
-    graphs = assert_same_compiled_training(efficient, reference, [image(dims=dims) for _ in "ab"])
+def test_compiled_block_matches_naive(mode, bn_size, dims, took):
+    efficient, naive = block_pair(bn_size=bn_size, dims=dims, recompute=mode)
+    graphs = assert_same_compiled_training(efficient, naive, [image(dims=dims) for _ in "ab"])
     took(path(graphs))
     assert len(graphs.seen) == 1
     assert graphs.count(OPERATORS.block_forward) == (mode != "none")
@@ -107,10 +107,10 @@ def test_compiled_block_matches_reference(mode, bn_size, dims, took):
 
 @recomputing
 @pytest.mark.parametrize("dims", FORMATS)
-def test_compiled_block_keeps_the_layout(mode, dims):
-    efficient, reference = block_pair(dims=dims, recompute=mode)
+def test_compiled_block_keeps_layout(mode, dims):
+    efficient, naive = block_pair(dims=dims, recompute=mode)
     x = image(dims=dims).to(memory_format=FORMATS[dims])
-    assert_same_compiled_training(efficient, reference, [x])
+    assert_same_compiled_training(efficient, naive, [x])
     assert torch.compile(efficient, backend="aot_eager")(x).is_contiguous(
         memory_format=FORMATS[dims]
     )
@@ -153,9 +153,9 @@ CHANGES = {
 
 @recomputing
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_compiled_variants_match_reference(mode, change):
-    efficient, reference = block_pair(recompute=mode, change=change)
-    graphs = assert_same_compiled_training(efficient, reference, [image(), image()])
+def test_compiled_variants_match_naive(mode, change):
+    efficient, naive = block_pair(recompute=mode, change=change)
+    graphs = assert_same_compiled_training(efficient, naive, [image(), image()])
     assert graphs.count(OPERATORS.block_forward) == 1
 
 
@@ -170,9 +170,9 @@ def network(mode, **options):
 @every_mode
 def test_compiled_network_takes_another_batch_without_compiling_again(mode, took):
     """By the second batch size the graph is dynamic; stem, transition and head are operators."""
-    model, reference = network(mode), network("none")
+    model, naive = network(mode), network("none")
     images = [torch.randn(n, 3, 32, 32, dtype=torch.float64) for n in (4, 6, 9, 3)]
-    graphs = assert_same_compiled_training(model, reference, images, rtol=1e-9)
+    graphs = assert_same_compiled_training(model, naive, images, rtol=1e-9)
     took(path(graphs))
     assert len(graphs.seen) == 2
     if mode != "none":
@@ -183,15 +183,15 @@ def test_compiled_network_takes_another_batch_without_compiling_again(mode, took
 @pytest.mark.slow
 @clause("4 · compiled by Inductor: the same training")
 @every_mode
-def test_inductor_trains_the_same(mode, took):
-    efficient, reference = block_pair(num_layers=2, recompute=mode)
-    graphs = assert_same_compiled_training(efficient, reference, [image()], inner="inductor")
+def test_inductor_trains_alike(mode, took):
+    efficient, naive = block_pair(num_layers=2, recompute=mode)
+    graphs = assert_same_compiled_training(efficient, naive, [image()], inner="inductor")
     took(path(graphs))
 
 
 @clause("4 · compiled: dropout")
 @recomputing
-def test_compiled_dropout_draws_the_masks_of_eager_code(mode, took):
+def test_compiled_dropout_draws_masks_of_eager_code(mode, took):
     """From the same seed; so that the backward pass draws the forward's masks again."""
     model = network(mode, drop_rate=0.4)
     fast, graphs = compiled(copy.deepcopy(model))
@@ -209,7 +209,7 @@ def test_compiled_dropout_draws_the_masks_of_eager_code(mode, took):
 @clause("4 · compiled: a small activation memory budget")
 @recomputing
 @torch._functorch.config.patch(activation_memory_budget=0.1)
-def test_a_small_activation_budget_recomputes_no_operator(mode, took):
+def test_small_activation_budget_recomputes_no_operator(mode, took):
     """PyTorch's partitioner may then recompute what it likes; dropout stays right."""
     model = network(mode, drop_rate=0.4)
     fast, graphs = compiled(copy.deepcopy(model), inner="aot_eager_decomp_partition")
@@ -225,17 +225,17 @@ def test_a_small_activation_budget_recomputes_no_operator(mode, took):
 @clause("4 · compiled: autocast")
 @every_mode
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_compiled_autocast_is_as_precise_as_the_naive_block(mode, dtype, took):
-    efficient, reference = block_pair(recompute=mode, dtype=torch.float32)
-    state = copy.deepcopy(reference.state_dict())
+def test_compiled_autocast_is_as_precise_as_naive_block(mode, dtype, took):
+    efficient, naive = block_pair(recompute=mode, dtype=torch.float32)
+    state = copy.deepcopy(naive.state_dict())
     function, graphs = compiled(efficient)
     draws = []
     for _ in range(DRAWS):
         x = image(dtype=torch.float32).requires_grad_()
         upstream = torch.randn(3, 14, 7, 5)
-        truth, _ = truth_of(reference, x, upstream)
+        truth, _ = truth_of(naive, x, upstream)
         found = []
-        for module, call in ((efficient, function), (reference, reference)):
+        for module, call in ((efficient, function), (naive, naive)):
             module.zero_grad()
             x.grad = None
             with torch.autocast("cpu", dtype=dtype):
@@ -251,7 +251,7 @@ def test_compiled_autocast_is_as_precise_as_the_naive_block(mode, dtype, took):
 @clause("4 · compiled: memory at the ledger")
 @recomputing
 @both_kinds
-def test_compiled_block_keeps_what_the_ledger_says(mode, bn_size, took):
+def test_compiled_block_keeps_what_ledger_says(mode, bn_size, took):
     layers, channels, growth, values = 12, 8, 8, 4 * 31 * 33
     block = EfficientDenseBlock(layers, channels, bn_size, growth, recompute=mode)
     fast, graphs = compiled(block)
@@ -284,31 +284,31 @@ def test_compiled_step_needs_no_more_at_its_peak(mode):
 
 @recomputing
 def test_frozen_block_is_compiled_for_inference(mode):
-    efficient, reference = block_pair(recompute=mode, change=nn.Module.eval)
+    efficient, naive = block_pair(recompute=mode, change=nn.Module.eval)
     fast, graphs = compiled(efficient)
     x = image()
     with torch.no_grad():
-        assert_close("output", fast(x), reference(x), 1e-10)
+        assert_close("output", fast(x), naive(x), 1e-10)
     assert graphs.count(OPERATORS.block_forward) == 1
 
 
-def test_hook_on_an_inner_module_takes_the_reference_path():
+def test_hook_on_inner_module_takes_naive_path():
     def change(block):
         block["denselayer2"].relu2.register_forward_hook(lambda module, args, out: 2 * out)
 
-    efficient, reference = block_pair(change=change)
-    graphs = assert_same_compiled_training(efficient, reference, [image()])
+    efficient, naive = block_pair(change=change)
+    graphs = assert_same_compiled_training(efficient, naive, [image()])
     assert graphs.count(OPERATORS.block_forward) == 0
 
 
 def test_switching_to_evaluation_compiles_again():
-    efficient, reference = block_pair()
+    efficient, naive = block_pair()
     fast, graphs = compiled(efficient)
     for train in (True, False, True):
-        efficient.train(train), reference.train(train)
+        efficient.train(train), naive.train(train)
         x = image()
-        assert_close("output", fast(x), reference(x), 1e-10)
-    assert_same_state(efficient, reference)
+        assert_close("output", fast(x), naive(x), 1e-10)
+    assert_same_state(efficient, naive)
     assert len(graphs.seen) == 2
 
 
@@ -366,7 +366,7 @@ def test_operators_pass_opcheck(mode, build, layout, took, monkeypatch):
         torch.library.opcheck(operator, detached)
 
 
-def test_seeds_are_drawn_from_the_default_generator():
+def test_seeds_are_drawn_from_default_generator():
     torch.library.opcheck(
         operators.draw_seeds, (image(), 3), test_utils=("test_schema", "test_faketensor")
     )
@@ -387,7 +387,7 @@ def test_specifications_come_back_from_text(eps):
     assert hash(decode(encode(spec))) == hash(spec)
 
 
-def test_operators_agree_with_the_eager_functions():
+def test_operators_agree_with_eager_functions():
     """Called outside of a compiler, to the last bit: they are the same passes."""
     efficient, _ = block_pair()
     x = image()

@@ -66,9 +66,9 @@ DEFECTS = (
 @pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("recompute", MODES)
 def test_defect_is_found(recompute, bn_size, defect, monkeypatch):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     x = image()
     assert_efficient(efficient, x)
     defect(monkeypatch)
     with pytest.raises(AssertionError):
-        assert_same_training(efficient, reference, x)
+        assert_same_training(efficient, naive, x)

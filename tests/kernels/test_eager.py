@@ -32,7 +32,7 @@ def test_statistics_are_those_in_double_precision(channels, size):
 
 @widths
 @sizes
-def test_gradients_of_the_norm_are_those_in_double_precision(channels, size):
+def test_gradients_of_norm_are_those_in_double_precision(channels, size):
     for x in maps(channels, size):
         grad = torch.randn_like(x)
         mean, scale, bias = (per_channel(v, x.dim()) for v in torch.rand(3, channels))

@@ -60,7 +60,7 @@ def explain(name="auto", device=CUDA, dtypes=SINGLE, activations=ONLY_RELU):
     return explain_choice(name, device, dtypes, activations)
 
 
-def test_argument_takes_every_name_of_the_table():
+def test_argument_takes_every_name_of_table():
     assert get_args(Kernels) == NAMES
 
 
@@ -177,7 +177,7 @@ def test_network_hands_its_choice_to_all_parts():
 
 
 @pytest.mark.parametrize("request_", ["eager", "triton"])
-def test_spec_carries_the_request(request_, monkeypatch):
+def test_spec_carries_request(request_, monkeypatch):
     asked = []
 
     def noted(name, *case):

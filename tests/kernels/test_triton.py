@@ -99,7 +99,7 @@ def test_every_tile_to_choose_from_is_built_without_spilling(last, capability):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("recompute", ["norm", "bottleneck"])
-def test_block_is_captured_in_a_graph(recompute):
+def test_block_is_captured_in_graph(recompute):
     """A replayed graph of forward and backward pass gives what they gave by themselves."""
     torch.use_deterministic_algorithms(False)
     block = EfficientDenseBlock(4, 32, 4, 16, recompute=recompute).cuda()

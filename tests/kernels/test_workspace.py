@@ -31,7 +31,7 @@ def test_slabs_are_as_few_as_fit(device, dtype, monkeypatch):
     assert rows(device, dtype, 1, monkeypatch) == [1] * 50
 
 
-def test_only_a_cpu_has_threads_to_keep_busy(monkeypatch):
+def test_only_cpu_has_threads_to_keep_busy(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert rows("cpu", torch.float32, 20, monkeypatch) == [16, 16, 16, 2]
     assert rows("cuda", torch.float32, 20, monkeypatch) == [17, 17, 16]

@@ -52,13 +52,13 @@ def test_dicts_and_tuples_go_in_and_out(instrument) -> None:
     ids=["indices", "values", "tensor"],
 )
 @every_instrument
-def test_target_of_the_output_s_shape_holds_values(instrument, target, size) -> None:
+def test_target_of_outputs_shape_holds_values(instrument, target, size) -> None:
     report = instrument(nn.Linear(7, 5), (6, 7), target=target)
     assert report.peak.inputs == 6 * 7 * 4 + size
 
 
 @every_instrument
-def test_target_may_be_all_that_a_loss_takes(instrument) -> None:
+def test_target_may_be_all_that_loss_takes(instrument) -> None:
     def loss_fn(output: Tensor, target: float) -> Tensor:
         return (output - target).abs().mean()
 
@@ -72,7 +72,7 @@ LOSSES = (
 
 
 @pytest.mark.parametrize("loss_fn", LOSSES, ids=lambda function: function.__name__)
-def test_estimate_is_the_meter_to_the_byte_whatever_the_loss(loss_fn) -> None:
+def test_estimate_is_meter_to_byte_whatever_loss(loss_fn) -> None:
     model, options = nn.Sequential(nn.Linear(7, 500), nn.Sigmoid()), {"loss_fn": loss_fn}
     metered = meter(model, (60, 7), target=(60, 500), **options)
     estimated = estimate(model, (60, 7), target=(60, 500), device="cpu", **options)
@@ -110,7 +110,7 @@ WRONG: dict[str, tuple[Callable, type[Exception], str]] = {
 
 @pytest.mark.parametrize(("wrong", "error", "said"), WRONG.values(), ids=WRONG)
 @every_instrument
-def test_wrong_call_is_answered_in_a_sentence(instrument, wrong, error, said) -> None:
+def test_wrong_call_is_answered_in_sentence(instrument, wrong, error, said) -> None:
     with pytest.raises(error, match=said) as caught:
         wrong(instrument)
     assert "\n" not in str(caught.value)

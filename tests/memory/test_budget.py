@@ -68,7 +68,7 @@ def assert_same(found, expected, name: str = "state") -> None:
         assert found == expected, name
 
 
-def test_a_state_that_differs_anywhere_is_not_the_same() -> None:
+def test_state_that_differs_anywhere_is_not_equal() -> None:
     training = Training(densenet_cifar(10, 4))
     training.step()
     state, other = training.state(), training.state()
@@ -81,7 +81,7 @@ def test_a_state_that_differs_anywhere_is_not_the_same() -> None:
 # The metered limit
 
 
-def test_the_limit_is_exact() -> None:
+def test_limit_is_exact() -> None:
     x = torch.randn(1000)
     with MeteredBudget(12_000, [x]) as budget:
         y = x + 1
@@ -106,7 +106,7 @@ def test_storages_count_once_and_while_they_live() -> None:
 
 
 @pytest.mark.parametrize("mode", COMPETITORS)
-def test_a_planned_step_fits_and_none_smaller_than_it(mode: str) -> None:
+def test_planned_step_fits_its_peak_and_no_smaller_budget(mode: str) -> None:
     planned = WORK.estimate(mode, "cpu").peak.total
     training = Training(WORK.build(mode))
     training.step()
@@ -122,7 +122,7 @@ def test_a_planned_step_fits_and_none_smaller_than_it(mode: str) -> None:
     assert budget.live == budget.resident
 
 
-def test_after_the_limit_a_smaller_batch_goes_on() -> None:
+def test_after_limit_smaller_batch_goes_on() -> None:
     training = Training(densenet_cifar(16, 4, recompute="none"), WORK)
     limit = WORK.estimate("naive", "cpu").peak.total
     images = torch.randn(4 * len(training.images), 3, 16, 16)
@@ -135,7 +135,7 @@ def test_after_the_limit_a_smaller_batch_goes_on() -> None:
         training.step()
 
 
-def test_training_under_a_budget_is_the_same_training() -> None:
+def test_budget_does_not_change_training() -> None:
     plain = Training(densenet_cifar(16, 4))
     watched = copy.deepcopy(plain.network)
     twin = Training(watched)
@@ -198,7 +198,7 @@ def test_memory_that_runs_out_anywhere_leaves_nothing(mode: str) -> None:
 # The edge
 
 
-def test_the_edge_of_the_plan_is_the_edge_of_the_budget(capsys, monkeypatch) -> None:
+def test_edge_of_plan_is_edge_of_budget(capsys, monkeypatch) -> None:
     options = "--budget 4MiB --batch-size 2 --growth-rate 4"
     monkeypatch.setattr(sys, "argv", ["edge_of_budget", *options.split()])
     assert edge_of_budget.main() == 0
@@ -207,14 +207,14 @@ def test_the_edge_of_the_plan_is_the_edge_of_the_budget(capsys, monkeypatch) -> 
     assert all(row.endswith("| out of memory |") for row in rows)
 
 
-def test_the_table_is_written_whole_or_not_at_all(capsys, monkeypatch) -> None:
+def test_table_is_written_whole_or_not_at_all(capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["edge_of_budget", "--write", "--modes", "naive"])
     with pytest.raises(SystemExit, match="2"):
         edge_of_budget.main()
     assert "--modes" in capsys.readouterr().err
 
 
-def test_a_plan_that_promises_too_much_is_found_out(monkeypatch) -> None:
+def test_plan_that_promises_too_much_is_found_out(monkeypatch) -> None:
     made = planner.plan("4MiB", batch_size=2, growth_rate=4, device="cpu", modes=["norm"])
     deeper = replace(made["norm"], largest=made["norm"].largest + 6, next=made["norm"].next + 6)
     monkeypatch.setattr(
@@ -228,7 +228,7 @@ def test_a_plan_that_promises_too_much_is_found_out(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_layers_train() -> None:
+def test_thousand_layers_train() -> None:
     work = Work("cifar-bc", 32, 4, 1000, 12)
     planned = work.estimate("bottleneck", "cpu").peak.total
     training = Training(work.build("bottleneck"), work)

@@ -37,7 +37,7 @@ SIZES = [(12, 8, 8), (5, 33, 7), (1, 6, 5)]
 @pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("scheme", (*MODES, "none"))
 @pytest.mark.parametrize("measure", [kept_bytes, live_bytes])
-def test_kept_bytes_equal_the_ledger(measure, scheme, bn_size, num_layers, channels, growth_rate):
+def test_kept_bytes_equal_ledger(measure, scheme, bn_size, num_layers, channels, growth_rate):
     size = (num_layers, channels, bn_size, growth_rate)
     x = torch.randn(4, channels, 31, 33).requires_grad_()
     expected = ledger_channels(scheme, *size) * 4 * 31 * 33 * x.element_size()
@@ -47,7 +47,7 @@ def test_kept_bytes_equal_the_ledger(measure, scheme, bn_size, num_layers, chann
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", MODES)
-def test_kept_bytes_follow_the_dtype_in_either_layout(scheme, dtype, layout):
+def test_kept_bytes_follow_dtype_in_either_layout(scheme, dtype, layout):
     size = (6, 16, 2, 8)
     x = torch.randn(4, 16, 31, 33).to(dtype=dtype, memory_format=layout).requires_grad_()
     expected = ledger_channels(scheme, *size) * 4 * 31 * 33 * x.element_size()
@@ -55,7 +55,7 @@ def test_kept_bytes_follow_the_dtype_in_either_layout(scheme, dtype, layout):
 
 
 @pytest.mark.parametrize("scheme", MODES)
-def test_dropout_keeps_at_most_a_byte_per_new_value(scheme):
+def test_dropout_keeps_at_most_one_byte_per_new_value(scheme):
     size = (12, 8, 2, 8)
     x = torch.randn(4, 8, 31, 33).requires_grad_()
     values = 4 * 31 * 33
@@ -65,7 +65,7 @@ def test_dropout_keeps_at_most_a_byte_per_new_value(scheme):
 
 @pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("scheme", MODES)
-def test_frozen_block_keeps_no_more_than_the_ledger(scheme, bn_size):
+def test_frozen_block_keeps_no_more_than_ledger(scheme, bn_size):
     size = (6, 8, bn_size, 8)
     block = build(scheme, *size).eval().requires_grad_(False)
     x = torch.randn(4, 8, 31, 33).requires_grad_()
@@ -74,7 +74,7 @@ def test_frozen_block_keeps_no_more_than_the_ledger(scheme, bn_size):
 
 @pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("scheme", MODES)
-def test_call_without_grad_keeps_the_output_alone(scheme, bn_size):
+def test_call_without_grad_keeps_only_output(scheme, bn_size):
     x = torch.randn(4, 8, 31, 33)
     with torch.no_grad(), StorageLog() as log:
         out = build(scheme, 6, 8, bn_size, 8).eval()(x)
@@ -83,7 +83,7 @@ def test_call_without_grad_keeps_the_output_alone(scheme, bn_size):
 
 @pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("scheme", (*MODES, "none"))
-def test_doubled_depth_doubles_the_kept_bytes_but_the_naive_blocks(scheme, bn_size):
+def test_doubled_depth_doubles_kept_bytes_except_naive(scheme, bn_size):
     x = torch.randn(4, 8, 15, 17).requires_grad_()
     once, twice = (kept_bytes(build(scheme, depth, 8, bn_size, 8), x) for depth in (16, 32))
     if scheme == "none":
@@ -98,12 +98,12 @@ def test_deep_block_stays_within_its_bytes(scheme, most):
     assert live_bytes(build(scheme, 48, 24, 4, 12), x) <= most * MIB
 
 
-def test_naive_deep_block_needs_a_gibibyte():
+def test_naive_deep_block_needs_one_gibibyte():
     x = torch.randn(8, 24, 32, 32).requires_grad_()
     assert kept_bytes(build("none", 48, 24, 4, 12), x) > 1000 * MIB
 
 
-def test_ledger_of_a_network_agrees_with_what_lives():
+def test_ledger_of_network_agrees_with_what_lives():
     """The table of docs/derivation.md, on a smaller image."""
     size = 128
     with torch.device("meta"):

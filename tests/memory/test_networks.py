@@ -42,7 +42,7 @@ def test_densenet121_peaks_near_its_features():
     ],
     ids=["densenet121", "densenet201", "cifar-bc-250-24"],
 )
-def test_peak_is_an_eighth_of_naive_and_a_quarter_of_torchvisions(build, flagged, shape):
+def test_peak_is_one_eighth_of_naive_and_one_quarter_of_torchvisions(build, flagged, shape):
     _, ours = step(build(), shape)
     _, naive = step(build(recompute="none"), shape)
     _, checkpointed = step(flagged(memory_efficient=True), shape)
@@ -50,7 +50,7 @@ def test_peak_is_an_eighth_of_naive_and_a_quarter_of_torchvisions(build, flagged
     assert 4 * ours <= checkpointed
 
 
-def test_fashion_densenet_peaks_at_a_fifth_of_naive():
+def test_fashion_densenet_peaks_at_one_fifth_of_naive():
     shape = (256, 1, 96, 96)
     _, ours = step(fashion_densenet(), shape)
     _, naive = step(fashion_densenet(recompute="none"), shape)

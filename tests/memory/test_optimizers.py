@@ -63,7 +63,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("make_optimizer", variants("foreach", "fused", "amsgrad", "centered"))
 @pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16], ids=["plain", "autocast"])
-def test_estimated_update_is_the_metered_one(make_optimizer, autocast_dtype) -> None:
+def test_estimated_update_is_metered_one(make_optimizer, autocast_dtype) -> None:
     options = {"target": (2,), "make_optimizer": make_optimizer, "autocast_dtype": autocast_dtype}
     model, x = Net(), torch.randn(2, 96)
     metered, estimated = meter(model, x, **options), estimate(model, x, device="cpu", **options)
@@ -73,7 +73,7 @@ def test_estimated_update_is_the_metered_one(make_optimizer, autocast_dtype) -> 
 
 
 @pytest.mark.parametrize("make_optimizer", variants())
-def test_estimated_peak_is_the_measured_one(make_optimizer) -> None:
+def test_estimated_peak_is_measured_one(make_optimizer) -> None:
     options = {"target": (2,), "make_optimizer": make_optimizer}
     measured = measure(Net(), torch.randn(2, 96), **options)
     estimated = estimate(Net(), (2, 96), device="cpu", **options)
@@ -87,12 +87,12 @@ def highest_of_update(report: StepReport) -> int:
 
 
 @pytest.mark.parametrize("make_optimizer", variants("foreach", "fused", "capturable"))
-def test_update_on_a_gpu_is_estimated_without_one(make_optimizer) -> None:
+def test_update_on_gpu_is_estimated_without_one(make_optimizer) -> None:
     report = estimate(Net(), (2, 96), target=(2,), make_optimizer=make_optimizer, device="cuda")
     assert report.peak.total >= report.peak.parameters + report.peak.optimizer
 
 
-def test_state_on_a_gpu_is_what_lives_there() -> None:
+def test_state_on_gpu_is_what_lives_there() -> None:
     def state(**flags: bool) -> int:
         make = partial(AdamW, **flags)
         report = estimate(Net(), (2, 96), target=(2,), make_optimizer=make, device="cuda")
@@ -104,7 +104,7 @@ def test_state_on_a_gpu_is_what_lives_there() -> None:
     assert state(fused=True) == state(capturable=True) == moments + 512 * len(trained)
 
 
-def test_update_on_a_gpu_is_of_all_parameters_at_once_unless_told() -> None:
+def test_update_on_gpu_is_of_all_parameters_at_once_unless_told() -> None:
     def highest(device: str, **flags: bool) -> int:
         make = partial(SGD, lr=0.1, weight_decay=1e-4, **flags)
         options = {"target": (2,), "make_optimizer": make, "device": device}
@@ -116,7 +116,7 @@ def test_update_on_a_gpu_is_of_all_parameters_at_once_unless_told() -> None:
     assert highest("cuda", fused=True) == 0
 
 
-def test_gradient_scaler_adds_a_few_numbers() -> None:
+def test_gradient_scaler_adds_few_numbers() -> None:
     model, x, target = Net(), torch.randn(2, 96), torch.zeros(2, dtype=torch.int64)
     optimizer, scaler = AdamW(model.parameters()), torch.amp.GradScaler("cpu")
 

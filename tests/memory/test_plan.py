@@ -22,7 +22,7 @@ from efficient_densenet.memory.plan import Fit, find_largest
     st.integers(0, 100_000),
     st.integers(1, 5),
 )
-def test_the_search_ends_at_the_edge(rises: list[int], budget: int, smallest: int) -> None:
+def test_search_ends_at_edge(rises: list[int], budget: int, smallest: int) -> None:
     most = smallest + len(rises) - 1
     peaks = {smallest + i: sum(rises[: i + 1]) for i in range(len(rises))}
     fit = find_largest(peaks.__getitem__, budget, range(smallest, most + 1))
@@ -43,18 +43,18 @@ def test_the_search_ends_at_the_edge(rises: list[int], budget: int, smallest: in
     ],
     ids=["affine", "piecewise affine", "flat at first", "quadratic"],
 )
-def test_a_search_looks_at_few_sizes(peak, budget: int, looks: int) -> None:
+def test_search_looks_at_few_sizes(peak, budget: int, looks: int) -> None:
     fit = find_largest(peak, budget, range(2, 2**20 + 1))
     assert peak(fit.largest) <= budget < peak(fit.largest + 1)
     assert len(fit.peaks) <= looks
 
 
-def test_a_search_steps_as_its_sizes_do() -> None:
+def test_search_steps_as_its_sizes_do() -> None:
     fit = find_largest(lambda size: 10 * size, 1000, range(32, 1025, 32))
     assert (fit.largest, fit.next) == (96, 128)
 
 
-def test_a_search_ends_even_if_everything_fits() -> None:
+def test_search_ends_even_if_everything_fits() -> None:
     fit = find_largest(lambda n: 1, 10, range(2, 1001))
     assert (fit.largest, fit.next) == (1000, None)
 
@@ -82,7 +82,7 @@ def network() -> nn.Module:
     return densenet_cifar(16, 4)
 
 
-def test_largest_batch_is_the_edge_of_the_estimate(network) -> None:
+def test_largest_batch_is_edge_of_estimate(network) -> None:
     options = {"make_optimizer": SGD, "device": "cpu"}
     fit = largest_batch(network, (None, 3, 16, 16), "8MiB", target=(None,), **options)
     for size, peak in ((fit.largest, fit.peak), (fit.next, fit.next_peak)):
@@ -101,7 +101,7 @@ def test_largest_batch_is_the_edge_of_the_estimate(network) -> None:
     ],
     ids=["shapes", "tensors", "a tuple"],
 )
-def test_without_a_mark_the_batch_is_what_is_searched(network, inputs, target) -> None:
+def test_without_mark_batch_is_what_is_searched(network, inputs, target) -> None:
     marked = largest_batch(network, (None, 3, 16, 16), "8MiB", target=(None,), device="cpu")
     assert largest_batch(network, inputs, "8MiB", target=target, device="cpu") == marked
 
@@ -152,7 +152,7 @@ def test_estimate_that_is_wrong_is_found_out(network, wrong: float, monkeypatch)
     assert not fit.verified and "BUT NOT" in str(fit)
 
 
-def test_nothing_that_fits_is_a_result(network) -> None:
+def test_nothing_that_fits_is_result(network) -> None:
     fit = largest_batch(
         network, (None, 3, 16, 16), "64KiB", target=(None,), device="cpu", verify=True
     )
@@ -160,7 +160,7 @@ def test_nothing_that_fits_is_a_result(network) -> None:
     assert fit.verified and "0.1 MiB hold none, and not 2" in str(fit)
 
 
-def test_reserve_of_a_gpu_is_left() -> None:
+def test_reserve_of_gpu_is_left() -> None:
     model, reserve = nn.Linear(64, 64), DEVICES["cuda"].reserve
     fit = largest_batch(model, (None, 64), reserve + 8 * MIB, device="cuda")
     assert fit.room == 8 * MIB and fit.peak <= 8 * MIB < fit.next_peak
@@ -170,7 +170,7 @@ def test_fit_that_was_not_run_is_not_verified() -> None:
     assert not Fit(10, 1, 5, 2, 20, {1: 5, 2: 20}).verified
 
 
-def test_wrong_calls_are_answered_in_a_sentence(network) -> None:
+def test_wrong_calls_are_answered_in_sentence(network) -> None:
     with pytest.raises(ValueError, match=r"budget must be a size .* got '8GBB'"):
         largest_batch(network, (None, 3, 16, 16), "8GBB")
     with torch.device("meta"):

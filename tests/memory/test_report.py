@@ -23,7 +23,7 @@ def report() -> StepReport:
     return measure(layers, torch.randn(64, 512), **options)
 
 
-def test_report_prints_where_the_memory_is() -> None:
+def test_report_prints_where_memory_is() -> None:
     made = report()
     lines = str(made).splitlines()
     assert len(lines) <= 15
@@ -50,7 +50,7 @@ def test_report_is_short_where_it_is_only_named() -> None:
     assert f"{made.peak.total / MIB:,.1f} MiB" in repr(made)
 
 
-def test_report_is_a_table_in_a_notebook() -> None:
+def test_report_is_table_in_notebook() -> None:
     made = report()
     html = made._repr_html_()
     assert html.count("<tr>") == len(str(made).splitlines()) - 1

@@ -42,7 +42,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize(("func", "args"), CALLS.values(), ids=CALLS)
-def test_a_call_that_is_repeated_returns_the_same_in_new_storage(func, args) -> None:
+def test_repeated_call_returns_equal_tensors_in_new_storage(func, args) -> None:
     operators = Operators()
     expected = func(*args)
     first, again = (operators.run(func, args, {})[0] for _ in range(2))
@@ -56,7 +56,7 @@ def test_numbers_that_are_equal_but_of_another_type_are_kept_apart() -> None:
     assert made == [torch.int64, torch.float32] * 2
 
 
-def test_a_view_that_is_not_declared_as_one_stays_a_view() -> None:
+def test_undeclared_view_stays_view() -> None:
     operators, x = Operators(), empty(6)
     for _ in range(2):
         y, own = operators.run(aten._unsafe_view.default, (x, [2, 3]), {})
@@ -106,7 +106,7 @@ def test_elementwise_results_of_one_and_of_three_operands_are_those_of_torch(x) 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("mask", [(True, True, True), (False, True, True)], ids=["all", "vectors"])
-def test_batch_norm_has_the_shapes_of_the_real_one(affine: bool, mask) -> None:
+def test_batch_norm_has_shapes_of_real_one(affine: bool, mask) -> None:
     def forms(device: str):
         x = torch.ones(4, 6, 5, 5, device=device).to(memory_format=torch.channels_last)
         weight = torch.ones(6, device=device) if affine else None

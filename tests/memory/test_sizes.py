@@ -32,5 +32,5 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
-def test_a_size_is_written_in_the_unit_that_suits_it() -> None:
+def test_size_is_written_in_unit_that_suits_it() -> None:
     assert [format_size(size) for size in (3 << 19, 3 << 29)] == ["1.5 MiB", "1.500 GiB"]

@@ -54,7 +54,7 @@ def blocks() -> list:
 # Timeline
 
 
-def test_peak_is_split_by_what_the_storages_become() -> None:
+def test_peak_is_split_by_what_storages_become() -> None:
     events = [
         Event("forward", "conv", 0, 100),
         Event("forward", "relu", 1, 10),
@@ -70,7 +70,7 @@ def test_peak_is_split_by_what_the_storages_become() -> None:
     assert (peak.operator, peak.phase) == ("conv_backward", "backward")
 
 
-def test_a_storage_that_grows_is_counted_once() -> None:
+def test_storage_that_grows_is_counted_once() -> None:
     events = [
         Event("forward", "empty", 0, 8),
         Event("forward", "resize_", 0, 24),
@@ -95,7 +95,7 @@ def test_step_of_known_size(instrument) -> None:
     assert report.peak.step == 4 * bytes_
 
 
-def test_loss_and_target_are_part_of_the_step() -> None:
+def test_loss_and_target_are_part_of_step() -> None:
     model, x = nn.Linear(64, 32), torch.randn(16, 64)
     report = meter(model, x, target=torch.zeros(16, dtype=torch.int64))
     assert report.peak.inputs == 16 * 64 * 4 + 16 * 8
@@ -120,7 +120,7 @@ def test_frozen_parameters_have_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(("model", "x"), blocks())
-def test_meter_agrees_with_the_allocator(model: nn.Module, x: torch.Tensor) -> None:
+def test_meter_agrees_with_allocator(model: nn.Module, x: torch.Tensor) -> None:
     truth, metered = measure(model, x), meter(model, x)
     # each checkpoint also keeps a state of the random generator, which no operator makes
     checkpoints = 6 if isinstance(model, _DenseBlock) else 0
@@ -134,7 +134,7 @@ def test_meter_agrees_with_the_allocator(model: nn.Module, x: torch.Tensor) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["naive", "checkpointed"])
-def test_meter_agrees_with_the_allocator_on_densenet121(checkpointed: bool) -> None:
+def test_meter_agrees_with_allocator_on_densenet121(checkpointed: bool) -> None:
     model = torchvision.models.densenet121(memory_efficient=checkpointed)
     x, target = torch.randn(8, 3, 224, 224), torch.zeros(8, dtype=torch.int64)
     truth, metered = measure(model, x, target=target), meter(model, x, target=target)
@@ -144,7 +144,7 @@ def test_meter_agrees_with_the_allocator_on_densenet121(checkpointed: bool) -> N
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("samples", [8, 16])
-def test_scratch_is_what_the_allocator_sees_inside_a_convolution(samples, kernel, layout) -> None:
+def test_scratch_is_what_allocator_sees_inside_convolution(samples, kernel, layout) -> None:
     x = torch.randn(samples, 256, 16, 16).contiguous(memory_format=layout)
     weight = torch.randn(64, 256, kernel, kernel)
     geometry = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1)
@@ -165,7 +165,7 @@ def test_scratch_is_what_the_allocator_sees_inside_a_convolution(samples, kernel
         assert 0.95 * inside - 1024 <= told <= 2.2 * inside
 
 
-def test_meter_charges_the_engine_s_additions_as_in_place() -> None:
+def test_meter_charges_engines_additions_as_in_place() -> None:
     class Fan(nn.Module):
         """One tensor with many consumers, whose gradients the engine sums."""
 
@@ -177,7 +177,7 @@ def test_meter_charges_the_engine_s_additions_as_in_place() -> None:
     assert meter(Fan(), x).peak.step == pytest.approx(measure(Fan(), x).peak.step, rel=0.005)
 
 
-def test_metered_training_computes_the_same_gradients() -> None:
+def test_metered_training_computes_same_gradients() -> None:
     model, x = DenseBlock(3, 4, 2, 4), torch.randn(2, 4, 8, 8)
     twin = copy.deepcopy(model)
     model(x).square().sum().backward()
@@ -189,7 +189,7 @@ def test_metered_training_computes_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("counts", DEVICES)
 @pytest.mark.parametrize(("model", "x"), blocks())
-def test_estimate_is_the_meter_to_the_byte(
+def test_estimate_equals_meter_to_byte(
     model: nn.Module, x: torch.Tensor, counts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DEVICES, "cpu", DEVICES[counts])
@@ -199,7 +199,7 @@ def test_estimate_is_the_meter_to_the_byte(
 
 @pytest.mark.parametrize("samples_per_slab", [1, 2, 3])
 @pytest.mark.parametrize("recompute", ["norm", "bottleneck"])
-def test_estimate_is_the_meter_to_the_byte_in_many_slabs(
+def test_estimate_equals_meter_to_byte_in_many_slabs(
     recompute: str, samples_per_slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", samples_per_slab * 52 * 8 * 8 * 4)
@@ -244,7 +244,7 @@ def test_model_inputs_and_random_state_are_left_untouched(instrument) -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_report_does_not_change_after_the_step() -> None:
+def test_report_does_not_change_after_step() -> None:
     report = meter(Double(8), torch.randn(8))
     assert sum(event.size for event in report.events) == 4 * 8  # the gradient outlives the step
 
@@ -257,7 +257,7 @@ def test_only_measure_is_timed_and_all_say_their_source() -> None:
     assert [report.device for report in reports] == ["cpu", "cpu", "cuda"]
 
 
-def test_estimate_of_a_network_that_does_not_fit_anywhere() -> None:
+def test_network_that_fits_nowhere_is_estimated() -> None:
     with torch.device("meta"):
         model = densenet_cifar(100, 12, recompute="none")
     assert estimate(model, (4096, 3, 32, 32), target=(4096,)).peak.total > 2**36
@@ -265,7 +265,7 @@ def test_estimate_of_a_network_that_does_not_fit_anywhere() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "norm", "bottleneck"])
-def test_estimate_of_a_thousand_layers_needs_a_tenth_of_a_terabyte_only_if_naive(recompute) -> None:
+def test_thousand_layers_need_tenth_of_terabyte_only_if_naive(recompute) -> None:
     with torch.device("meta"):
         model = densenet_cifar(1000, 12, recompute=recompute)
     report = estimate(model, (64, 3, 32, 32), target=(64,), make_optimizer=SGD)
@@ -274,7 +274,7 @@ def test_estimate_of_a_thousand_layers_needs_a_tenth_of_a_terabyte_only_if_naive
 
 
 @pytest.mark.parametrize("recompute", ["norm", "bottleneck"])
-def test_estimate_dispatches_operators_in_proportion_to_depth_whatever_the_batch(
+def test_estimate_dispatches_operators_in_proportion_to_depth_whatever_batch(
     recompute, monkeypatch
 ) -> None:
     def dispatched(depth: int, batch: int) -> int:

@@ -44,43 +44,43 @@ VIEWS = {
 @either_mode
 @both_kinds
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_non_contiguous_input_matches_reference(recompute, bn_size, view):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+def test_non_contiguous_input_matches_naive(recompute, bn_size, view):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     assert_efficient(efficient, view(image()))
-    assert_same_training(efficient, reference, image(), view=view)
+    assert_same_training(efficient, naive, image(), view=view)
 
 
 @either_mode
 @both_kinds
 @pytest.mark.parametrize("dims", SPATIAL)
-def test_upstream_gradient_without_strides_matches_reference(recompute, bn_size, dims):
-    efficient, reference = block_pair(bn_size=bn_size, dims=dims, recompute=recompute)
+def test_upstream_gradient_without_strides_matches_naive(recompute, bn_size, dims):
+    efficient, naive = block_pair(bn_size=bn_size, dims=dims, recompute=recompute)
     upstream = torch.ones(1, dtype=torch.float64).expand(3, 14, *SPATIAL[dims])
-    assert_same_training(efficient, reference, image(dims=dims), upstream)
+    assert_same_training(efficient, naive, image(dims=dims), upstream)
 
 
 @either_mode
 @both_kinds
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_upstream_gradient_of_the_other_layout_matches_reference(recompute, bn_size, layout):
+def test_upstream_gradient_of_other_layout_matches_naive(recompute, bn_size, layout):
     other = {
         torch.contiguous_format: torch.channels_last,
         torch.channels_last: torch.contiguous_format,
     }[layout]
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     x = image().to(memory_format=layout)
-    upstream = upstream_for(reference(x)).to(memory_format=other)
-    reference.load_state_dict(efficient.state_dict())
-    assert_same_training(efficient, reference, x, upstream)
+    upstream = upstream_for(naive(x)).to(memory_format=other)
+    naive.load_state_dict(efficient.state_dict())
+    assert_same_training(efficient, naive, x, upstream)
 
 
 @either_mode
 @both_kinds
 def test_graph_may_be_retained(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, drop_rate=0.0, recompute=recompute)
+    efficient, naive = block_pair(bn_size=bn_size, drop_rate=0.0, recompute=recompute)
     x = image().requires_grad_()
     found = []
-    for block in (efficient, reference):
+    for block in (efficient, naive):
         inputs = (x, *block.parameters())
         out = block(x)
         upstream = upstream_for(out)
@@ -95,26 +95,26 @@ def test_graph_may_be_retained(recompute, bn_size):
 @either_mode
 @both_kinds
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first-first", "last-first"])
-def test_two_forwards_before_backward_match_reference(recompute, bn_size, order):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+def test_two_forwards_before_backward_match_naive(recompute, bn_size, order):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     images = [image(), image(4)]
     found = []
-    for block in (efficient, reference):
+    for block in (efficient, naive):
         inputs = [x.clone().requires_grad_() for x in images]
         outs = [block(x) for x in inputs]
         for i in order:
             outs[i].backward(upstream_for(outs[i]))
         found.append(gradients(block, inputs[0]) | {"second input": inputs[1].grad})
     assert_all_close(*found, 1e-10)
-    assert_same_state(efficient, reference)
+    assert_same_state(efficient, naive)
 
 
 @either_mode
 def test_gradients_accumulate(recompute):
-    efficient, reference = block_pair(recompute=recompute)
+    efficient, naive = block_pair(recompute=recompute)
     x = image().requires_grad_()
     found = []
-    for block in (efficient, reference):
+    for block in (efficient, naive):
         x.grad = None
         for factor in (1, 2, 3):
             out = block(x)
@@ -189,7 +189,7 @@ def test_weight_overwritten_before_backward_is_caught(recompute, name):
 @both_kinds
 @pytest.mark.parametrize("input_grad", [True, False], ids=["input-grad", "no-input-grad"])
 @pytest.mark.parametrize("trained", ["nothing", "last-layer", "first-norm", "convolutions"])
-def test_frozen_parameters_match_reference(recompute, bn_size, trained, input_grad):
+def test_frozen_parameters_match_naive(recompute, bn_size, trained, input_grad):
     prefix = {
         "nothing": "none",
         "last-layer": "denselayer3",
@@ -201,8 +201,8 @@ def test_frozen_parameters_match_reference(recompute, bn_size, trained, input_gr
         for name, parameter in block.named_parameters():
             parameter.requires_grad_(prefix in name)
 
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute, change=freeze)
-    assert_same_training(efficient, reference, image(), steps=2, input_grad=input_grad)
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute, change=freeze)
+    assert_same_training(efficient, naive, image(), steps=2, input_grad=input_grad)
     frozen = [p for p in efficient.parameters() if not p.requires_grad]
     assert frozen
     assert all(p.grad is None for p in frozen)
@@ -210,11 +210,11 @@ def test_frozen_parameters_match_reference(recompute, bn_size, trained, input_gr
 
 @either_mode
 @both_kinds
-def test_only_the_asked_gradients_are_returned(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+def test_only_asked_gradients_are_returned(recompute, bn_size):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     x = image().requires_grad_()
     found = []
-    for block in (efficient, reference):
+    for block in (efficient, naive):
         out = block(x)
         weight = block["denselayer2"].conv1.weight
         found.append({"weight": torch.autograd.grad(out, weight, upstream_for(out))[0]})
@@ -246,24 +246,24 @@ HOOKED = [
 
 @either_mode
 @pytest.mark.parametrize(("path", "hook"), HOOKED)
-def test_hook_on_an_inner_module_fires(recompute, hook, path):
-    efficient, reference = block_pair(recompute=recompute)
+def test_hook_on_inner_module_fires(recompute, hook, path):
+    efficient, naive = block_pair(recompute=recompute)
     calls = []
     handle = hook(efficient.get_submodule(path), calls)
     assert "hook" in efficient.why_naive(image())
-    assert_same_training(efficient, reference, image())
+    assert_same_training(efficient, naive, image())
     assert len(calls) == 1
     handle.remove()
     assert_efficient(efficient, image())
 
 
 @either_mode
-def test_inner_hook_may_change_the_features(recompute):
+def test_inner_hook_may_change_features(recompute):
     def change(block):
         block["denselayer1"].relu1.register_forward_hook(lambda module, args, out: out * 2)
 
-    efficient, reference = block_pair(recompute=recompute, change=change)
-    assert_same_training(efficient, reference, image())
+    efficient, naive = block_pair(recompute=recompute, change=change)
+    assert_same_training(efficient, naive, image())
 
 
 @either_mode
@@ -280,15 +280,15 @@ def test_global_module_hook_fires_for_inner_modules(recompute):
 
 
 @either_mode
-def test_hooks_on_the_block_and_on_parameters_keep_it_efficient(recompute):
-    efficient, reference = block_pair(recompute=recompute)
+def test_hooks_on_block_and_on_parameters_keep_it_efficient(recompute):
+    efficient, naive = block_pair(recompute=recompute)
     calls, ready = [], []
     efficient.register_forward_hook(recorded(calls))
     efficient.register_full_backward_hook(recorded(calls))
     for parameter in efficient.parameters():
         parameter.register_post_accumulate_grad_hook(ready.append)
     assert_efficient(efficient, image())
-    assert_same_training(efficient, reference, image())
+    assert_same_training(efficient, naive, image())
     assert len(calls) == 2
     assert {id(p) for p in ready} == {id(p) for p in efficient.parameters()}
 
@@ -339,10 +339,10 @@ UNKNOWN = {
 
 @either_mode
 @pytest.mark.parametrize("change", UNKNOWN.values(), ids=UNKNOWN)
-def test_unknown_inner_module_takes_the_reference_path(recompute, change):
-    efficient, reference = block_pair(recompute=recompute, change=change)
+def test_unknown_inner_module_takes_naive_path(recompute, change):
+    efficient, naive = block_pair(recompute=recompute, change=change)
     assert efficient.why_naive(image())
-    assert_same_training(efficient, reference, image())
+    assert_same_training(efficient, naive, image())
 
 
 CONVOLUTIONS = {
@@ -356,36 +356,36 @@ CONVOLUTIONS = {
 
 @either_mode
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_other_convolution_matches_reference(recompute, options):
+def test_other_convolution_matches_naive(recompute, options):
     def change(block):
         block["denselayer2"].conv2 = nn.Conv2d(6, 3, **options).double()
 
-    efficient, reference = block_pair(recompute=recompute, change=change)
-    assert_same_training(efficient, reference, image())
+    efficient, naive = block_pair(recompute=recompute, change=change)
+    assert_same_training(efficient, naive, image())
 
 
 @either_mode
 @pytest.mark.parametrize("options", [{"groups": 3}, {"bias": True}], ids=["grouped", "bias"])
-def test_other_first_convolution_matches_reference(recompute, options):
+def test_other_first_convolution_matches_naive(recompute, options):
     def change(block):
         block["denselayer1"].conv1 = nn.Conv2d(6, 6, 1, **options).double()
 
-    efficient, reference = block_pair(2, 6, recompute=recompute, change=change)
-    assert_same_training(efficient, reference, image(channels=6))
+    efficient, naive = block_pair(2, 6, recompute=recompute, change=change)
+    assert_same_training(efficient, naive, image(channels=6))
 
 
 @either_mode
 def test_replaced_layer_forward_is_used(recompute):
-    efficient, reference = block_pair(recompute=recompute)
-    for block in (efficient, reference):
+    efficient, naive = block_pair(recompute=recompute)
+    for block in (efficient, naive):
         layer = block["denselayer2"]
         layer.forward = lambda features, plain=layer.forward: 2 * plain(features)
     assert efficient.why_naive(image())
-    assert_same_training(efficient, reference, image())
+    assert_same_training(efficient, naive, image())
 
 
 @either_mode
-def test_layer_of_a_subclass_is_used(recompute):
+def test_layer_of_subclass_is_used(recompute):
     def change(block):
         layer = block["denselayer2"]
         plain = type(layer)
@@ -393,30 +393,30 @@ def test_layer_of_a_subclass_is_used(recompute):
             "Doubled", (plain,), {"forward": lambda self, x: 2 * plain.forward(self, x)}
         )
 
-    efficient, reference = block_pair(recompute=recompute, change=change)
+    efficient, naive = block_pair(recompute=recompute, change=change)
     assert efficient.why_naive(image())
-    assert_same_training(efficient, reference, image())
+    assert_same_training(efficient, naive, image())
 
 
-def test_reference_path_says_that_it_was_chosen():
-    efficient, reference = block_pair(recompute="none")
+def test_naive_path_says_that_it_was_chosen():
+    efficient, naive = block_pair(recompute="none")
     assert "none" in efficient.why_naive(image())
-    assert_same_training(efficient, reference, image(), steps=3)
+    assert_same_training(efficient, naive, image(), steps=3)
 
 
 @either_mode
 @both_kinds
 def test_deepcopy_is_independent(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     efficient(image().requires_grad_()).sum().backward()
-    efficient.load_state_dict(reference.state_dict())
+    efficient.load_state_dict(naive.state_dict())
     duplicate = copy.deepcopy(efficient)
     with torch.no_grad():
         for parameter in efficient.parameters():
             parameter.zero_()
     assert duplicate.recompute == recompute
     assert_efficient(duplicate, image())
-    assert_same_training(duplicate, reference, image())
+    assert_same_training(duplicate, naive, image())
 
 
 def through_pickle(block):
@@ -433,12 +433,12 @@ def through_torch_save(block):
 @either_mode
 @pytest.mark.parametrize("through", [through_pickle, through_torch_save])
 def test_saved_block_comes_back(recompute, through):
-    efficient, reference = block_pair(recompute=recompute)
+    efficient, naive = block_pair(recompute=recompute)
     loaded = through(efficient)
     assert type(loaded) is EfficientDenseBlock
     assert loaded.recompute == recompute
     assert_efficient(loaded, image())
-    assert_same_training(loaded, reference, image())
+    assert_same_training(loaded, naive, image())
 
 
 class TwoBlocks(nn.Module):
@@ -454,15 +454,15 @@ class TwoBlocks(nn.Module):
 
 @either_mode
 @both_kinds
-def test_block_called_twice_in_one_graph_matches_reference(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
-    twice = TwoBlocks(efficient, efficient), TwoBlocks(reference, reference)
+def test_block_called_twice_in_one_graph_matches_naive(recompute, bn_size):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
+    twice = TwoBlocks(efficient, efficient), TwoBlocks(naive, naive)
     assert_same_training(*twice, image(), steps=2)
 
 
 @either_mode
 @both_kinds
-def test_double_backward_is_refused_and_names_the_mode_that_can(recompute, bn_size):
+def test_double_backward_is_refused_and_error_names_mode_that_allows_it(recompute, bn_size):
     efficient, _ = block_pair(bn_size=bn_size, recompute=recompute)
     x = image().requires_grad_()
     with pytest.raises(RuntimeError, match='recompute="none"'):
@@ -523,9 +523,9 @@ def test_concurrent_threads_get_their_own_results(kinds):
 
 @either_mode
 def test_one_block_may_serve_several_threads(recompute):
-    efficient, reference = block_pair(6, recompute=recompute, change=nn.Module.eval)
+    efficient, naive = block_pair(6, recompute=recompute, change=nn.Module.eval)
     images = [torch.randn(4, 5, 16, 15, dtype=torch.float64) for _ in range(4)]
-    expected = [reference(x) for x in images]
+    expected = [naive(x) for x in images]
     outs = {}
 
     def serve(i):

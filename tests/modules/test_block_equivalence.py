@@ -33,17 +33,17 @@ LAYOUTS = [
 @pytest.mark.parametrize(("dims", "memory_format"), LAYOUTS)
 @pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("recompute", MODES)
-def test_training_step_matches_reference(recompute, bn_size, dims, memory_format, bias):
-    efficient, reference = block_pair(bn_size=bn_size, dims=dims, bias=bias, recompute=recompute)
+def test_training_step_matches_naive(recompute, bn_size, dims, memory_format, bias):
+    efficient, naive = block_pair(bn_size=bn_size, dims=dims, bias=bias, recompute=recompute)
     x = image(dims=dims).to(memory_format=memory_format)
     assert_efficient(efficient, x)
-    assert_same_training(efficient, reference, x)
+    assert_same_training(efficient, naive, x)
 
 
 @pytest.mark.parametrize(("dims", "memory_format"), LAYOUTS)
 @pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("recompute", MODES)
-def test_output_has_the_layout_of_the_input(recompute, bn_size, dims, memory_format):
+def test_output_has_layout_of_input(recompute, bn_size, dims, memory_format):
     efficient, _ = block_pair(bn_size=bn_size, dims=dims, recompute=recompute)
     x = image(dims=dims).to(memory_format=memory_format)
     assert efficient(x).is_contiguous(memory_format=memory_format)
@@ -155,9 +155,9 @@ def case_input(case):
 
 @settings(max_examples=150)
 @given(cases)
-def test_any_configuration_matches_reference(case):
+def test_any_configuration_matches_naive(case):
     torch.manual_seed(case.seed)
-    efficient, reference = block_pair(
+    efficient, naive = block_pair(
         case.num_layers,
         case.channels,
         case.bn_size,
@@ -169,4 +169,4 @@ def test_any_configuration_matches_reference(case):
     )
     x = case_input(case)
     assert_efficient(efficient, x)
-    assert_same_training(efficient, reference, x, steps=2, input_grad=case.input_grad)
+    assert_same_training(efficient, naive, x, steps=2, input_grad=case.input_grad)

@@ -81,63 +81,63 @@ CHANGES = {
 
 @both_kinds
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_three_steps_match_reference(recompute, bn_size, change):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute, change=change)
+def test_three_steps_match_naive(recompute, bn_size, change):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute, change=change)
     assert_efficient(efficient, image())
-    assert_same_training(efficient, reference, image(), steps=3)
+    assert_same_training(efficient, naive, image(), steps=3)
 
 
 @both_kinds
 def test_modes_may_alternate_between_steps(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     for training in (True, False, True):
-        efficient.train(training), reference.train(training)
-        assert_same_training(efficient, reference, image())
+        efficient.train(training), naive.train(training)
+        assert_same_training(efficient, naive, image())
 
 
 @both_kinds
 @pytest.mark.parametrize("offset", [-1e3, 1e5])
-def test_large_mean_matches_reference(recompute, bn_size, offset):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+def test_large_mean_matches_naive(recompute, bn_size, offset):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     rounding = abs(offset) * torch.finfo(torch.float64).eps * 100
-    assert_same_training(efficient, reference, image() + offset, rtol=max(1e-10, rounding))
+    assert_same_training(efficient, naive, image() + offset, rtol=max(1e-10, rounding))
 
 
 @both_kinds
-def test_channels_of_very_different_scale_match_reference(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+def test_channels_of_very_different_scale_match_naive(recompute, bn_size):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     scale = torch.tensor([1e-8, 1e-3, 1.0, 1e3, 1e6], dtype=torch.float64).view(1, 5, 1, 1)
-    assert_same_training(efficient, reference, image() * scale)
+    assert_same_training(efficient, naive, image() * scale)
 
 
 @both_kinds
-def test_constant_input_matches_reference(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+def test_constant_input_matches_naive(recompute, bn_size):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     # A variance of zero multiplies rounding by 1 / sqrt(eps) at every norm.
-    assert_same_training(efficient, reference, torch.zeros_like(image()), rtol=1e-7)
+    assert_same_training(efficient, naive, torch.zeros_like(image()), rtol=1e-7)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @both_kinds
-def test_call_without_grad_matches_reference(recompute, bn_size, context, training):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
-    efficient.train(training), reference.train(training)
+def test_call_without_grad_matches_naive(recompute, bn_size, context, training):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
+    efficient.train(training), naive.train(training)
     x = image()
     with context():
-        out, expected = efficient(x), reference(x)
+        out, expected = efficient(x), naive(x)
     assert not out.requires_grad
     assert_close("output", out, expected, 1e-10)
-    assert_same_state(efficient, reference)
+    assert_same_state(efficient, naive)
 
 
 @both_kinds
 def test_inference_tensor_may_enter_no_grad_call(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute)
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute)
     with torch.inference_mode():
         x = image() * 2
     with torch.no_grad():
-        assert_close("output", efficient(x), reference(x), 1e-10)
+        assert_close("output", efficient(x), naive(x), 1e-10)
 
 
 def test_batches_are_counted_once(recompute):
@@ -148,7 +148,7 @@ def test_batches_are_counted_once(recompute):
     assert [int(n.num_batches_tracked) for n in norms(efficient)] == [2] * 6
 
 
-def test_eval_leaves_the_state_as_it_was(recompute):
+def test_eval_leaves_state_as_it_was(recompute):
     efficient, _ = block_pair(recompute=recompute)
     before = copy.deepcopy(efficient.eval().state_dict())
     efficient(image().requires_grad_()).sum().backward()
@@ -158,10 +158,10 @@ def test_eval_leaves_the_state_as_it_was(recompute):
 @both_kinds
 @pytest.mark.parametrize("dims", SPATIAL)
 def test_one_value_per_channel_is_refused_as_batch_norm_does(recompute, bn_size, dims):
-    efficient, reference = block_pair(bn_size=bn_size, dims=dims, recompute=recompute)
+    efficient, naive = block_pair(bn_size=bn_size, dims=dims, recompute=recompute)
     x = torch.randn(1, 5, *(1,) * dims, dtype=torch.float64)
     with pytest.raises(ValueError, match="more than 1 value per channel") as expected:
-        reference(x)
+        naive(x)
     with pytest.raises(ValueError) as raised:
         efficient(x)
     assert str(raised.value) == str(expected.value)
@@ -169,29 +169,29 @@ def test_one_value_per_channel_is_refused_as_batch_norm_does(recompute, bn_size,
 
 @both_kinds
 def test_one_value_per_channel_works_in_eval_mode(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute, change=nn.Module.eval)
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute, change=nn.Module.eval)
     x = torch.randn(1, 5, 1, 1, dtype=torch.float64)
     assert_efficient(efficient, x)
-    assert_same_training(efficient, reference, x)
+    assert_same_training(efficient, naive, x)
 
 
 @both_kinds
 def test_recompute_may_change_after_construction(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, recompute="none")
+    efficient, naive = block_pair(bn_size=bn_size, recompute="none")
     efficient.recompute = recompute
     assert_efficient(efficient, image())
-    assert_same_training(efficient, reference, image())
+    assert_same_training(efficient, naive, image())
 
 
 def test_recompute_may_change_between_forward_and_backward(recompute):
-    efficient, reference = block_pair(recompute=recompute)
+    efficient, naive = block_pair(recompute=recompute)
     x, y = (image().requires_grad_() for _ in range(2))
     with torch.no_grad():
         y.copy_(x)
     out = efficient(x)
     efficient.recompute = "none"
     out.square().sum().backward()
-    reference(y).square().sum().backward()
+    naive(y).square().sum().backward()
     assert_close("gradient of the input", x.grad, y.grad, 1e-10)
 
 
@@ -201,16 +201,16 @@ def test_unknown_recompute_is_refused(recompute):
         EfficientDenseBlock(2, 5, 2, 3, recompute=unknown)
 
 
-def recovered_masks(out, reference, rate):
+def recovered_masks(out, naive, rate):
     """The dropout factors (0 or 1 / keep) that the output's zeros show, by layer name."""
-    growth = (out.shape[1] - 5) // len(reference)
+    growth = (out.shape[1] - 5) // len(naive)
     features = out.detach()[:, 5:].split(growth, dim=1)
-    return dict(zip(reference, [(f != 0).double() / (1 - rate) for f in features], strict=True))
+    return dict(zip(naive, [(f != 0).double() / (1 - rate) for f in features], strict=True))
 
 
-def apply_masks(reference, masks):
-    """Make each layer of the reference, which itself drops nothing, use the given mask."""
-    for name, layer in reference.items():
+def apply_masks(naive, masks):
+    """Make each layer of the naive block, which itself drops nothing, use the given mask."""
+    for name, layer in naive.items():
         layer.drop_rate = 0.0
         layer.register_forward_hook(lambda module, args, out, mask=masks[name]: out * mask)
 
@@ -218,24 +218,24 @@ def apply_masks(reference, masks):
 @both_kinds
 @pytest.mark.parametrize("dims", SPATIAL)
 @pytest.mark.parametrize("rate", [0.2, 0.7])
-def test_dropout_uses_the_forward_mask_in_backward(recompute, bn_size, dims, rate):
-    efficient, reference = block_pair(
+def test_dropout_uses_forward_mask_in_backward(recompute, bn_size, dims, rate):
+    efficient, naive = block_pair(
         bn_size=bn_size, drop_rate=rate, dims=dims, bias=True, recompute=recompute
     )
     x = image(dims=dims).requires_grad_()
     assert_efficient(efficient, x)
     got = training_results(efficient, x)
-    apply_masks(reference, recovered_masks(got["output"], reference, rate))
-    assert_all_close(got, training_results(reference, x), 1e-10)
-    assert_same_state(efficient, reference)
+    apply_masks(naive, recovered_masks(got["output"], naive, rate))
+    assert_all_close(got, training_results(naive, x), 1e-10)
+    assert_same_state(efficient, naive)
 
 
 @both_kinds
-def test_dropout_keeps_the_right_share_everywhere(recompute, bn_size):
+def test_dropout_keeps_right_share_everywhere(recompute, bn_size):
     rate, size = 0.3, (4, 5, 31, 33)
-    efficient, reference = block_pair(bn_size=bn_size, drop_rate=rate, recompute=recompute)
+    efficient, naive = block_pair(bn_size=bn_size, drop_rate=rate, recompute=recompute)
     out = efficient(torch.randn(size, dtype=torch.float64))
-    for mask in recovered_masks(out, reference, rate).values():
+    for mask in recovered_masks(out, naive, rate).values():
         kept = mask * (1 - rate)
         for axis in range(4):
             share = kept.mean([a for a in range(4) if a != axis])
@@ -244,15 +244,15 @@ def test_dropout_keeps_the_right_share_everywhere(recompute, bn_size):
 
 
 def test_dropout_masks_differ_between_layers_and_calls(recompute):
-    efficient, reference = block_pair(drop_rate=0.5, recompute=recompute)
-    calls = [recovered_masks(efficient(image()), reference, 0.5) for _ in range(2)]
+    efficient, naive = block_pair(drop_rate=0.5, recompute=recompute)
+    calls = [recovered_masks(efficient(image()), naive, 0.5) for _ in range(2)]
     masks = [mask for call in calls for mask in call.values()]
     for i, first in enumerate(masks):
         assert all(0.3 < (first != other).double().mean() < 0.7 for other in masks[:i])
 
 
 @both_kinds
-def test_dropout_is_reproducible_and_the_same_in_both_modes(recompute, bn_size):
+def test_dropout_is_reproducible_and_equal_in_both_modes(recompute, bn_size):
     efficient, _ = block_pair(bn_size=bn_size, drop_rate=0.4, recompute="bottleneck")
     other = copy.deepcopy(efficient)
     other.recompute = recompute
@@ -264,7 +264,7 @@ def test_dropout_is_reproducible_and_the_same_in_both_modes(recompute, bn_size):
     assert_all_close(results[0], results[1], 1e-12)
 
 
-def test_dropout_changes_with_the_seed(recompute):
+def test_dropout_changes_with_seed(recompute):
     efficient, _ = block_pair(drop_rate=0.4, recompute=recompute)
     torch.manual_seed(1)
     first = efficient(image())
@@ -272,7 +272,7 @@ def test_dropout_changes_with_the_seed(recompute):
     assert not torch.equal(efficient(image()) == 0, first == 0)
 
 
-def test_backward_neither_reads_nor_moves_the_random_state(recompute):
+def test_backward_neither_reads_nor_moves_random_state(recompute):
     efficient, _ = block_pair(drop_rate=0.4, recompute=recompute)
     x = image().requires_grad_()
     results = []
@@ -287,21 +287,21 @@ def test_backward_neither_reads_nor_moves_the_random_state(recompute):
 
 
 @both_kinds
-def test_dropping_everything_matches_reference(recompute, bn_size):
-    efficient, reference = block_pair(bn_size=bn_size, drop_rate=1.0, recompute=recompute)
-    assert_same_training(efficient, reference, image())
+def test_dropping_everything_matches_naive(recompute, bn_size):
+    efficient, naive = block_pair(bn_size=bn_size, drop_rate=1.0, recompute=recompute)
+    assert_same_training(efficient, naive, image())
 
 
 @both_kinds
-def test_dropout_follows_the_layers_own_mode(recompute, bn_size):
+def test_dropout_follows_layers_own_mode(recompute, bn_size):
     def change(block):
         for layer in block.values():
             layer.training = False
 
-    efficient, reference = block_pair(
+    efficient, naive = block_pair(
         bn_size=bn_size, drop_rate=0.5, recompute=recompute, change=change
     )
-    assert_same_training(efficient, reference, image())
+    assert_same_training(efficient, naive, image())
 
 
 def test_drop_rate_is_read_at_each_call(recompute):
@@ -309,5 +309,5 @@ def test_drop_rate_is_read_at_each_call(recompute):
         for layer in block.values():
             layer.drop_rate = 0.0
 
-    efficient, reference = block_pair(drop_rate=0.5, recompute=recompute, change=change)
-    assert_same_training(efficient, reference, image())
+    efficient, naive = block_pair(drop_rate=0.5, recompute=recompute, change=change)
+    assert_same_training(efficient, naive, image())

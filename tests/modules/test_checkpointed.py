@@ -12,7 +12,7 @@ from efficient_densenet import DenseNet, densenet_cifar, estimate, fashion_dense
 from efficient_densenet.modules.checkpointed import checkpointed_
 
 
-def test_checkpointed_blocks_are_torchvision_s_in_memory() -> None:
+def test_checkpointed_blocks_need_torchvisions_memory() -> None:
     theirs = torchvision.models.DenseNet(16, (3, 4, 2), 16, memory_efficient=True)
     ours = checkpointed_(DenseNet(16, (3, 4, 2), 16, recompute="none"))
     expected, found = (estimate(m, (4, 3, 64, 64), target=(4,)) for m in (theirs, ours))

@@ -87,7 +87,7 @@ def test_connection_trains_as_plain_autograd(case, mode, monkeypatch):
 
 
 @every_case
-def test_connection_keeps_the_features_alone(case):
+def test_connection_keeps_only_features(case):
     """Two new maps (the last has no reader) and the output; plain autograd keeps much more."""
     recomputed, plain = pair(case, torch.float32)
     x = torch.randn(4, 4, *({1: (900,), 2: (30, 31), 3: (9, 10, 11)}[case[2]])).requires_grad_()
@@ -112,7 +112,7 @@ def test_no_features_are_refused():
         recompute_connection([], nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1))
 
 
-def test_hooks_of_the_norm_fire():
+def test_hooks_of_norm_fire():
     norm, seen = nn.BatchNorm2d(3), []
     norm.register_forward_hook(lambda *args: seen.append(args))
     x = torch.randn(2, 3, 4, 4).requires_grad_()
@@ -120,7 +120,7 @@ def test_hooks_of_the_norm_fire():
     assert seen
 
 
-def test_copy_of_a_module_that_connects_is_its_own():
+def test_copy_of_module_that_connects_is_its_own():
     recomputed, plain = pair(CASES["batch-norm-2d"])
     twin = copy.deepcopy(recomputed)
     with torch.no_grad():

@@ -92,7 +92,7 @@ def test_sharded_network_trains_as_one_process(results, mode, took):
 
 @pytest.mark.clause("3 · SyncBatchNorm: the joined batch")
 @recomputing
-def test_synchronised_norms_train_as_one_process_on_the_joined_batch(results, mode, took):
+def test_synchronised_norms_train_as_one_process_on_joined_batch(results, mode, took):
     """Batches of unlike size; outputs, gradients, and the state of every process."""
     took(path(results, mode, "synchronised"))
     assert_trains_as_one(results, "SyncBatchNorm", mode)
@@ -100,7 +100,7 @@ def test_synchronised_norms_train_as_one_process_on_the_joined_batch(results, mo
 
 @pytest.mark.clause("3 · SyncBatchNorm: the joined batch")
 @pytest.mark.parametrize("mode", ["none"])
-def test_pytorch_refuses_to_synchronise_norms_on_a_cpu(results, mode, took):
+def test_pytorch_refuses_to_synchronise_norms_on_cpu(results, mode, took):
     errors = [result["SyncBatchNorm"][mode]["error"] for result in results]
     assert all("on GPU" in error for error in errors)
     took(f"refused: on a CPU, by PyTorch: {errors[0]}")
@@ -134,7 +134,7 @@ def test_synchronising_sends_every_map_once_in_each_pass(results, mode, took):
 
 
 @recomputing
-def test_norms_of_different_groups_take_the_reference_path(results, mode):
+def test_norms_of_different_groups_take_naive_path(results, mode):
     for result in results:
         assert "other processes" in result["mixed groups"][mode]["reason"]
 
@@ -160,7 +160,7 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.clause("3 · training command: --devices, and --num-nodes by torchrun")
 @pytest.mark.parametrize("mode", ["bottleneck"])
-def test_the_training_command_runs_on_two_devices_and_on_two_nodes(runs, mode, took):
+def test_training_command_runs_on_two_devices_and_on_two_nodes(runs, mode, took):
     pytest.importorskip("lightning")
     took(None)
     on_devices, on_nodes = runs

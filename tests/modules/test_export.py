@@ -46,7 +46,7 @@ def test_exported_network_matches(mode, took):
 
 @clause("5 · ONNX of the eval model, checked with onnxruntime")
 @every_mode
-def test_onnxruntime_computes_the_same(mode, took, tmp_path):
+def test_onnxruntime_computes_same_logits(mode, took, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model = network(mode)

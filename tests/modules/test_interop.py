@@ -61,17 +61,17 @@ def scaled_step(block, x, upstream, dtype, scale):
 @every_mode
 @both_kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_scaled_step_is_as_precise_as_the_naive_one(mode, bn_size, dtype, took):
+def test_scaled_step_is_as_precise_as_naive_step(mode, bn_size, dtype, took):
     """The error against float64 is at most 1.5 times the naive block's; types are its own."""
-    efficient, reference = block_pair(bn_size=bn_size, recompute=mode, dtype=torch.float32)
+    efficient, naive = block_pair(bn_size=bn_size, recompute=mode, dtype=torch.float32)
     took(efficient.why_naive(image(dtype=torch.float32)))
     results, states = [], []
     for _ in range(DRAWS):
         x = image(dtype=torch.float32).requires_grad_()
         upstream = torch.randn(3, 14, *x.shape[2:])
-        exact = copy.deepcopy(reference).double()
-        truth, _ = truth_of(reference, x, upstream)
-        exact.load_state_dict(reference.state_dict())
+        exact = copy.deepcopy(naive).double()
+        truth, _ = truth_of(naive, x, upstream)
+        exact.load_state_dict(naive.state_dict())
         exact_x = x.detach().double().requires_grad_()
         training_results(
             exact,
@@ -79,7 +79,7 @@ def test_scaled_step_is_as_precise_as_the_naive_one(mode, bn_size, dtype, took):
             upstream.double(),
             optimizer=torch.optim.SGD(exact.parameters(), lr=0.05),
         )
-        blocks = copy.deepcopy((efficient, reference))
+        blocks = copy.deepcopy((efficient, naive))
         found = [scaled_step(block, x, upstream, dtype, scale=64.0)[0] for block in blocks]
         results.append((*found, truth))
         states.append([block.state_dict() for block in (*blocks, exact)])
@@ -103,7 +103,7 @@ def test_overflowing_step_is_skipped(mode, took):
 
 @clause("1 · AMP: recomputing under the forward pass's autocast")
 @recomputing
-def test_backward_under_another_autocast_computes_the_same(mode, took):
+def test_autocast_around_backward_changes_nothing(mode, took):
     efficient, _ = block_pair(recompute=mode, dtype=torch.float32)
     x = image(dtype=torch.float32).requires_grad_()
     took(efficient.why_naive(x))
@@ -138,7 +138,7 @@ def copied_maps(step, size):
 @clause("2 · channels_last in and out, no hidden copy")
 @recomputing
 @pytest.mark.parametrize("dims", FORMATS)
-def test_channels_last_is_copied_only_into_the_buffers(mode, dims, took):
+def test_channels_last_is_copied_only_into_buffers(mode, dims, took):
     """Input and new maps into the feature buffer, the arriving gradient into the gradient buffer.
 
     The last map has no reader, so that its gradient is one more copy.
@@ -168,35 +168,35 @@ def test_channels_last_is_copied_only_into_the_buffers(mode, dims, took):
 @clause("2 · channels_last: the naive block's result")
 @every_mode
 @pytest.mark.parametrize("dims", FORMATS)
-def test_channels_last_matches_reference(mode, dims, took):
-    efficient, reference = block_pair(dims=dims, recompute=mode)
+def test_channels_last_matches_naive(mode, dims, took):
+    efficient, naive = block_pair(dims=dims, recompute=mode)
     x = image(dims=dims).to(memory_format=FORMATS[dims])
     took(efficient.why_naive(x))
-    assert_same_training(efficient, reference, x, steps=2)
+    assert_same_training(efficient, naive, x, steps=2)
 
 
 @clause("5 · torch.func.functional_call")
 @every_mode
-def test_functional_call_uses_the_given_parameters(mode, took):
-    efficient, reference = block_pair(recompute=mode)
+def test_functional_call_uses_given_parameters(mode, took):
+    efficient, naive = block_pair(recompute=mode)
     took(efficient.why_naive(image()))
     stranger, _ = block_pair(recompute=mode)
-    given = {k: v.detach().clone().requires_grad_() for k, v in reference.named_parameters()}
-    buffers = {k: v.clone() for k, v in reference.named_buffers()}
+    given = {k: v.detach().clone().requires_grad_() for k, v in naive.named_parameters()}
+    buffers = {k: v.clone() for k, v in naive.named_buffers()}
     x = image().requires_grad_()
     out = functional_call(stranger, (given, buffers), (x,))
     found = torch.autograd.grad(out, (x, *given.values()), upstream_for(out))
-    expected = training_results(reference, x)
+    expected = training_results(naive, x)
     assert_close("output", out, expected.pop("output"), 1e-10)
     assert_all_close(dict(zip(expected, found, strict=True)), expected, 1e-10)
-    assert_all_close(buffers, dict(reference.named_buffers()), 1e-10)
+    assert_all_close(buffers, dict(naive.named_buffers()), 1e-10)
     assert all(p.grad is None for p in stranger.parameters())
 
 
 @clause("5 · torch.func.grad (evaluation mode)")
 @every_mode
-def test_functional_gradient_matches_reference(mode, took):
-    efficient, reference = block_pair(recompute=mode, change=nn.Module.eval)
+def test_functional_gradient_matches_naive(mode, took):
+    efficient, naive = block_pair(recompute=mode, change=nn.Module.eval)
     x = image()
     took(efficient.why_naive(x))
 
@@ -206,9 +206,9 @@ def test_functional_gradient_matches_reference(mode, took):
     parameters = dict(efficient.named_parameters())
     found, dx = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
     leaf = x.clone().requires_grad_()
-    reference(leaf).square().sum().backward()
+    naive(leaf).square().sum().backward()
     assert_close("gradient of the input", dx, leaf.grad, 1e-10)
-    assert_all_close(found, {k: p.grad for k, p in reference.named_parameters()}, 1e-10)
+    assert_all_close(found, {k: p.grad for k, p in naive.named_parameters()}, 1e-10)
 
 
 @clause("5 · vmap (evaluation mode)")
@@ -222,37 +222,37 @@ def test_vmap_is_refused_in_one_sentence(mode, took):
 
 @clause("5 · vmap (evaluation mode)")
 @pytest.mark.parametrize("mode", ["none"])
-def test_vmap_over_the_naive_path_works(mode, took):
-    efficient, reference = block_pair(recompute=mode, change=nn.Module.eval)
+def test_vmap_over_naive_path_works(mode, took):
+    efficient, naive = block_pair(recompute=mode, change=nn.Module.eval)
     images = torch.stack([image(), image()])
     took(efficient.why_naive(images[0]))
-    expected = torch.stack([reference(x) for x in images])
+    expected = torch.stack([naive(x) for x in images])
     assert_close("output", torch.func.vmap(efficient)(images), expected, 1e-10)
 
 
 @clause("5 · TorchScript")
 @every_mode
 def test_scripting_is_refused_in_one_sentence(mode, took):
-    efficient, reference = block_pair(recompute=mode, change=nn.Module.eval)
+    efficient, naive = block_pair(recompute=mode, change=nn.Module.eval)
     sentence = r"^TorchScript cannot .*naive\.DenseBlock"
     for model in (efficient, densenet_cifar(10, 4, recompute=mode)):
         with pytest.raises(RuntimeError, match=sentence) as refusal:
             torch.jit.script(model)
     took(f"refused: {refusal.value}")
     x = image()
-    assert_close("the way out", torch.jit.script(reference)(x), efficient(x), 1e-10)
+    assert_close("the way out", torch.jit.script(naive)(x), efficient(x), 1e-10)
 
 
 @clause("5 · torch.jit.trace of the eval model")
 @every_mode
 @both_kinds
-def test_tracing_takes_the_reference_path(mode, bn_size, took):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=mode, change=nn.Module.eval)
+def test_tracing_takes_naive_path(mode, bn_size, took):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=mode, change=nn.Module.eval)
     x = image()
     took("traced: nothing is kept for a backward pass")
     traced = torch.jit.trace(efficient, x)
     assert all("PythonOp" not in node.kind() for node in traced.inlined_graph.nodes())
-    assert_close("output", traced(x), reference(x), 1e-10)
+    assert_close("output", traced(x), naive(x), 1e-10)
 
 
 class NoValueIsRead(TorchDispatchMode):
@@ -268,7 +268,7 @@ class NoValueIsRead(TorchDispatchMode):
 @recomputing
 @both_kinds
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
-def test_a_step_reads_no_value(mode, bn_size, momentum, took):
+def test_step_reads_no_value(mode, bn_size, momentum, took):
     def change(block):
         for norm in norms(block):
             norm.momentum = momentum
@@ -287,7 +287,7 @@ def test_a_step_reads_no_value(mode, bn_size, momentum, took):
 @every_mode
 @both_kinds
 def test_everything_kept_goes_through_saved_tensors_hooks(mode, bn_size, took):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=mode, drop_rate=0.0)
+    efficient, naive = block_pair(bn_size=bn_size, recompute=mode, drop_rate=0.0)
     x = image().requires_grad_()
     took(efficient.why_naive(x))
     packed = []
@@ -303,20 +303,20 @@ def test_everything_kept_goes_through_saved_tensors_hooks(mode, bn_size, took):
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         got = training_results(efficient, x)
     assert packed
-    assert_all_close(got, training_results(reference, x), 1e-10)
-    assert_same_state(efficient, reference)
+    assert_all_close(got, training_results(naive, x), 1e-10)
+    assert_same_state(efficient, naive)
 
 
 @clause("6 · save_on_cpu")
 @every_mode
 def test_saved_tensors_may_be_moved_away(mode, took):
-    efficient, reference = block_pair(recompute=mode)
+    efficient, naive = block_pair(recompute=mode)
     x = image().requires_grad_()
     took(efficient.why_naive(x))
     with torch.autograd.graph.save_on_cpu():
         got = training_results(efficient, x)
-    assert_all_close(got, training_results(reference, x), 1e-10)
-    assert_same_state(efficient, reference)
+    assert_all_close(got, training_results(naive, x), 1e-10)
+    assert_same_state(efficient, naive)
 
 
 class Checkpointed(nn.Module):
@@ -345,22 +345,22 @@ def test_block_may_be_checkpointed(mode, reentrant, change, took):
     """Running statistics may then be updated twice, as they are with the naive block.
 
     A checkpoint that is not reentrant stops as soon as it has what was kept: before the efficient
-    block would update them again. The reference is then the block without a checkpoint.
+    block would update them again. It is compared with the block without a checkpoint.
     """
-    efficient, reference = block_pair(recompute=mode, change=change)
+    efficient, naive = block_pair(recompute=mode, change=change)
     took(efficient.why_naive(image()))
     efficient = Checkpointed(efficient, use_reentrant=reentrant)
     if reentrant or mode == "none":
-        reference = Checkpointed(reference, use_reentrant=reentrant)
+        naive = Checkpointed(naive, use_reentrant=reentrant)
     else:
-        reference = Direct(reference)
-    assert_same_training(efficient, reference, image(), steps=2)
+        naive = Direct(naive)
+    assert_same_training(efficient, naive, image(), steps=2)
 
 
 @clause("6 · an outer checkpoint: dropout")
 @every_mode
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpointed_dropout_draws_the_same_masks_again(mode, reentrant, took):
+def test_checkpointed_dropout_draws_same_masks_again(mode, reentrant, took):
     plain, _ = block_pair(recompute=mode, drop_rate=0.4)
     took(plain.why_naive(image()))
     again = Checkpointed(copy.deepcopy(plain), use_reentrant=reentrant)
@@ -395,12 +395,12 @@ PARAMETRISED = {"weight norm": weight_normed, "spectral norm": spectral_normed}
         for mode in ("none", *MODES)
     ],
 )
-def test_parametrised_convolution_takes_the_reference_path(change, mode, took):
-    efficient, reference = block_pair(recompute=mode, change=change)
+def test_parametrised_convolution_takes_naive_path(change, mode, took):
+    efficient, naive = block_pair(recompute=mode, change=change)
     reason = efficient.why_naive(image())
     took(reason)
     assert mode == "none" or "Parametrized" in reason
-    assert_same_training(efficient, reference, image(), steps=3)
+    assert_same_training(efficient, naive, image(), steps=3)
 
 
 def share_weight(block):
@@ -426,10 +426,10 @@ SHARING = [share_weight, share_convolution, share_norm, share_norm_with_cumulati
 @clause("6 · weight sharing")
 @every_mode
 @pytest.mark.parametrize("share", SHARING)
-def test_shared_parameters_match_reference(mode, share, took):
-    efficient, reference = block_pair(recompute=mode, change=share)
+def test_shared_parameters_match_naive(mode, share, took):
+    efficient, naive = block_pair(recompute=mode, change=share)
     took(efficient.why_naive(image()))
-    assert_same_training(efficient, reference, image(), steps=3)
+    assert_same_training(efficient, naive, image(), steps=3)
 
 
 class LoRA(nn.Module):
@@ -456,12 +456,12 @@ def with_lora(block):
 
 @clause("6 · LoRA: replaced convolutions")
 @every_mode
-def test_replaced_convolutions_take_the_reference_path(mode, took):
-    efficient, reference = block_pair(recompute=mode, change=with_lora)
+def test_replaced_convolutions_take_naive_path(mode, took):
+    efficient, naive = block_pair(recompute=mode, change=with_lora)
     reason = efficient.why_naive(image())
     took(reason)
     assert mode == "none" or reason == "denselayer1.conv1 is a LoRA"
-    assert_same_training(efficient, reference, image(), steps=3)
+    assert_same_training(efficient, naive, image(), steps=3)
     trained = [name for name, p in efficient.named_parameters() if p.grad is not None]
     assert trained
     assert all("down" in name or "up" in name for name in trained)
@@ -470,20 +470,20 @@ def test_replaced_convolutions_take_the_reference_path(mode, took):
 @clause("6 · merged LoRA: the convolution again")
 @every_mode
 def test_merged_convolutions_are_efficient_again(mode, took):
-    efficient, reference = block_pair(recompute=mode, change=with_lora)
-    for block in (efficient, reference):
+    efficient, naive = block_pair(recompute=mode, change=with_lora)
+    for block in (efficient, naive):
         for layer in block.values():
             layer.conv1, layer.conv2 = layer.conv1.base, layer.conv2.base
         block.requires_grad_(True)
     took(efficient.why_naive(image()))
-    assert_same_training(efficient, reference, image())
+    assert_same_training(efficient, naive, image())
 
 
-def test_gradients_of_a_hooked_step_are_those_of_a_plain_one():
+def test_hooked_step_has_gradients_of_plain_step():
     """A tensor hook on the block's output sees the arriving gradient, and may change it."""
-    efficient, reference = block_pair()
+    efficient, naive = block_pair()
     images, found = image(), []
-    for block in (efficient, reference):
+    for block in (efficient, naive):
         x = images.clone().requires_grad_()
         out = block(x)
         out.register_hook(lambda grad: 2 * grad)

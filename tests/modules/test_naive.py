@@ -1,4 +1,4 @@
-"""The reference layers are torchvision's, in more dimensions and kinds."""
+"""The naive layers are torchvision's, in more dimensions and kinds."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_transition_matches_torchvision():
 
 @pytest.mark.parametrize("dims", SPATIAL)
 @pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
-def test_layer_concatenates_a_list(bn_size, dims):
+def test_layer_concatenates_list(bn_size, dims):
     layer = DenseBlock(1, 5, bn_size, 3, dims=dims, bias=True).double()["denselayer1"]
     x = image(dims=dims)
     assert layer(x).shape == (3, 3, *SPATIAL[dims])

@@ -21,7 +21,7 @@ from efficient_densenet.modules.reading import (
 )
 
 
-def test_densenet121_reads_each_layer_once_a_forward(monkeypatch):
+def test_densenet121_reads_each_layer_once_forward(monkeypatch):
     model, reads = densenet121(num_classes=2), Counter()
     read = Structure.read
 

@@ -94,15 +94,15 @@ def convolution(module):
     return next(m for m in module.modules() if isinstance(m, tuple(CONVS.values())))
 
 
-def pair(efficient, reference, change=no_change, dtype=torch.float64):
+def pair(efficient, naive, change=no_change, dtype=torch.float64):
     """Both modules with ``change`` applied, equal in every parameter and buffer."""
-    for module in (efficient.to(dtype), reference.to(dtype)):
+    for module in (efficient.to(dtype), naive.to(dtype)):
         change(module)
-    for norm in norms(reference):
+    for norm in norms(naive):
         if norm.running_mean is not None:
             randomise_(norm)
-    efficient.load_state_dict(reference.state_dict())
-    return efficient, reference
+    efficient.load_state_dict(naive.state_dict())
+    return efficient, naive
 
 
 def transitions(dims=2, bias=False, **options):
@@ -136,8 +136,8 @@ def stages(recompute, bn_size, dims=2, **options):
         )
 
     efficient = modules(EfficientDenseBlock, EfficientTransition, recompute=recompute)
-    reference = modules(DenseBlock, Transition)
-    return pair(EfficientSequential(efficient), nn.Sequential(reference), **options)
+    naive = modules(DenseBlock, Transition)
+    return pair(EfficientSequential(efficient), nn.Sequential(naive), **options)
 
 
 @pytest.fixture
@@ -163,11 +163,11 @@ def big(dims):
 @any_change
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize(("dims", "layout"), LAYOUTS)
-def test_transition_trains_as_the_reference(dims, layout, bias, change):
-    efficient, reference = transitions(dims, bias, change=change)
+def test_transition_trains_as_naive_transition(dims, layout, bias, change):
+    efficient, naive = transitions(dims, bias, change=change)
     x = image(dims=dims).to(memory_format=layout)
     assert efficient.why_naive(x) is None
-    assert_same_training(efficient, reference, x, steps=2)
+    assert_same_training(efficient, naive, x, steps=2)
 
 
 @pytest.mark.parametrize("expected", [1, 6])
@@ -189,10 +189,10 @@ def test_wrong_number_of_channels_is_refused_as_batch_norm_does(expected):
 @any_change
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize(("dims", "layout"), LAYOUTS)
-def test_stem_trains_as_the_reference(calls, dims, layout, bias, change):
-    efficient, reference = stems(dims, bias, change=change)
+def test_stem_trains_as_naive_stem(calls, dims, layout, bias, change):
+    efficient, naive = stems(dims, bias, change=change)
     x = big(dims).to(memory_format=layout)
-    assert_same_training(efficient, reference, x, steps=2)
+    assert_same_training(efficient, naive, x, steps=2)
     assert calls[StemCall] == 2
 
 
@@ -207,45 +207,45 @@ def test_stem_of_large_samples_is_computed_by_channels(calls, monkeypatch, dims,
     monkeypatch.setattr(forward, "_stem_channels", lambda *args: walked.append(args) or walk(*args))
     pool = AVG_POOLS[dims](3, 2, 1) if average else None
     for change in (no_change, norm_eval, frozen_norm):
-        efficient, reference = stems(dims, True, pool=pool, change=change)
+        efficient, naive = stems(dims, True, pool=pool, change=change)
         x = big(dims).to(memory_format=layout)
-        assert_same_training(efficient, reference, x, steps=2)
+        assert_same_training(efficient, naive, x, steps=2)
     assert len(walked) == 3 * 2 * 3
     assert calls[StemCall] == 3 * 2
 
 
 @all_dims
-def test_stem_with_average_pooling_trains_as_the_reference(calls, dims):
-    efficient, reference = stems(dims, pool=AVG_POOLS[dims](3, 2, 1))
-    assert_same_training(efficient, reference, big(dims), steps=2)
+def test_stem_with_average_pooling_trains_as_naive_stem(calls, dims):
+    efficient, naive = stems(dims, pool=AVG_POOLS[dims](3, 2, 1))
+    assert_same_training(efficient, naive, big(dims), steps=2)
     assert calls[StemCall] == 2
 
 
 @any_change
 @both_kinds
 @pytest.mark.parametrize("recompute", MODES)
-def test_transition_reads_the_features_inside_the_block(calls, recompute, bn_size, change):
-    efficient, reference = stages(recompute, bn_size, change=change)
-    assert_same_training(efficient, reference, big(2), steps=2)
+def test_transition_reads_features_inside_block(calls, recompute, bn_size, change):
+    efficient, naive = stages(recompute, bn_size, change=change)
+    assert_same_training(efficient, naive, big(2), steps=2)
     assert calls[BlockCall] == 2 * 2  # two blocks with their transitions, two steps
 
 
 @all_dims
 @pytest.mark.parametrize("recompute", MODES)
-def test_stages_train_as_the_reference_in_all_dimensions(recompute, dims):
-    efficient, reference = stages(recompute, 2, dims)
-    assert_same_training(efficient, reference, big(dims), steps=2)
+def test_stages_train_as_naive_stages_in_all_dimensions(recompute, dims):
+    efficient, naive = stages(recompute, 2, dims)
+    assert_same_training(efficient, naive, big(dims), steps=2)
 
 
 @pytest.mark.parametrize("input_grad", [True, False], ids=["input-grad", "no-input-grad"])
 @pytest.mark.parametrize("trained", ["transition2", "denseblock2", "transition1", "denseblock1"])
-def test_partly_frozen_stages_train_as_the_reference(trained, input_grad):
+def test_partly_frozen_stages_train_as_naive_stages(trained, input_grad):
     def change(module):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
 
-    efficient, reference = stages("bottleneck", 2, change=change)
-    assert_same_training(efficient, reference, big(2), steps=2, input_grad=input_grad)
+    efficient, naive = stages("bottleneck", 2, change=change)
+    assert_same_training(efficient, naive, big(2), steps=2, input_grad=input_grad)
 
 
 def test_transition_is_torchvisions():
@@ -281,13 +281,13 @@ def test_double_backward_is_refused(build):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("build", [transitions, stems], ids=lambda b: b.__name__)
-def test_call_without_grad_matches_the_reference(build, training):
-    efficient, reference = build()
-    efficient.train(training), reference.train(training)
+def test_call_without_grad_matches_naive_call(build, training):
+    efficient, naive = build()
+    efficient.train(training), naive.train(training)
     x = big(2)
     with torch.no_grad():
-        assert_close("output", efficient(x), reference(x), 1e-10)
-    assert_same_state(efficient, reference)
+        assert_close("output", efficient(x), naive(x), 1e-10)
+    assert_same_state(efficient, naive)
 
 
 @pytest.mark.parametrize("build", [transitions, stems], ids=lambda b: b.__name__)
@@ -295,8 +295,8 @@ def test_slabs_of_one_sample_change_nothing(build, monkeypatch):
     from efficient_densenet.kernels import workspace
 
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
-    efficient, reference = build(bias=True)
-    assert_same_training(efficient, reference, big(2), steps=2)
+    efficient, naive = build(bias=True)
+    assert_same_training(efficient, naive, big(2), steps=2)
 
 
 # What is kept
@@ -314,15 +314,15 @@ def kept_storages(module, x):
 
 @all_dims
 @pytest.mark.parametrize("build", [transitions, stems], ids=lambda b: b.__name__)
-def test_nothing_but_the_input_and_vectors_is_kept(build, dims):
-    efficient, reference = build(dims)
+def test_only_input_and_vectors_are_kept(build, dims):
+    efficient, naive = build(dims)
     x = big(dims).requires_grad_()
     vectors = 2 * 6 * x.element_size()
     assert kept_storages(efficient, x)[0] <= vectors
-    assert kept_storages(reference, x)[0] > 10 * vectors
+    assert kept_storages(naive, x)[0] > 10 * vectors
 
 
-def test_stages_keep_their_features_alone():
+def test_stages_keep_only_their_features():
     efficient, _ = stages("bottleneck", 2)
     x = torch.randn(3, 5, 32, 36, dtype=torch.float64).requires_grad_()
     features = 3 * 8 * (11 * 32 * 36 + 10 * 16 * 18)
@@ -383,9 +383,9 @@ FALLBACKS = (
 
 
 @pytest.mark.parametrize("change", FALLBACKS, ids=lambda c: c.__name__)
-def test_what_is_unknown_is_called_by_itself(change):
-    efficient, reference = stages("bottleneck", 2, change=change)
-    assert_same_training(efficient, reference, big(2), steps=2)
+def test_unknown_module_is_called_by_itself(change):
+    efficient, naive = stages("bottleneck", 2, change=change)
+    assert_same_training(efficient, naive, big(2), steps=2)
 
 
 def hook_on_relu(module):
@@ -402,16 +402,16 @@ def padding_by_name(module):
 
 @pytest.mark.parametrize("change", [hook_on_relu, reflecting, padding_by_name])
 def test_unknown_stem_is_called_module_by_module(calls, change):
-    efficient, reference = stems(change=change)
-    assert_same_training(efficient, reference, big(2))
+    efficient, naive = stems(change=change)
+    assert_same_training(efficient, naive, big(2))
     assert calls[StemCall] == 0
 
 
 def test_stem_without_its_pool_is_called_module_by_module(calls):
     modules = stem_modules()
     del modules["pool0"]
-    efficient, reference = pair(EfficientSequential(modules), nn.Sequential(copy.deepcopy(modules)))
-    assert_same_training(efficient, reference, big(2))
+    efficient, naive = pair(EfficientSequential(modules), nn.Sequential(copy.deepcopy(modules)))
+    assert_same_training(efficient, naive, big(2))
     assert calls[StemCall] == 0
 
 
@@ -429,7 +429,7 @@ def test_one_value_per_channel_is_refused_as_batch_norm_does(dims):
 
 @pytest.mark.parametrize("build", [transitions, stems, lambda: stages("norm", 2)])
 def test_copies_are_independent_and_efficient(build):
-    efficient, reference = build()
+    efficient, naive = build()
     buffer = io.BytesIO()
     torch.save(efficient, buffer)
     buffer.seek(0)
@@ -442,7 +442,7 @@ def test_copies_are_independent_and_efficient(build):
         for parameter in efficient.parameters():
             parameter.zero_()
     for duplicate in duplicates:
-        twin = copy.deepcopy(reference)
+        twin = copy.deepcopy(naive)
         assert type(duplicate) is type(efficient)
         assert_same_training(duplicate, twin, big(2))
 
@@ -453,14 +453,14 @@ def test_copies_are_independent_and_efficient(build):
 def model_pair(change=no_change, **options):
     arguments = (3, (2, 2), 6, 2, 0.0, 4)
     efficient = DenseNet(*arguments, **options)
-    reference = DenseNet(*arguments, recompute="none", **options)
-    return pair(efficient, reference, change)
+    naive = DenseNet(*arguments, recompute="none", **options)
+    return pair(efficient, naive, change)
 
 
 def test_model_runs_stem_and_stages_together(calls):
-    model, reference = model_pair()
+    model, naive = model_pair()
     x = torch.randn(3, 3, 33, 35, dtype=torch.float64)
-    assert_same_training(model, reference, x, rtol=1e-9)
+    assert_same_training(model, naive, x, rtol=1e-9)
     assert calls == {StemCall: 1, BlockCall: 2}
 
 
@@ -480,19 +480,19 @@ HOOKED = ("features", "features.denseblock2", "features.transition1", "features.
 
 
 @pytest.mark.parametrize("name", (*HOOKED, "features.denseblock2.denselayer2"))
-def test_hooks_in_a_model_see_what_they_see_in_the_naive_one(name):
-    model, reference = model_pair(observe(name))
+def test_hooks_see_what_they_see_in_naive_model(name):
+    model, naive = model_pair(observe(name))
     x = torch.randn(3, 3, 65, 67, dtype=torch.float64)
-    assert_same_training(model, reference, x, rtol=1e-9)
-    assert len(model.seen) == len(reference.seen) == 2
-    for ours, theirs in zip(model.seen, reference.seen, strict=True):
+    assert_same_training(model, naive, x, rtol=1e-9)
+    assert len(model.seen) == len(naive.seen) == 2
+    for ours, theirs in zip(model.seen, naive.seen, strict=True):
         assert_close(name, ours, theirs, 1e-9)
 
 
 def test_features_may_be_called_by_themselves():
-    model, reference = model_pair()
+    model, naive = model_pair()
     x = torch.randn(3, 3, 33, 35, dtype=torch.float64)
-    assert_same_training(model.features, reference.features, x, rtol=1e-9)
+    assert_same_training(model.features, naive.features, x, rtol=1e-9)
 
 
 def without_head(model):
@@ -505,15 +505,15 @@ def with_tail(model):
 
 @pytest.mark.parametrize("change", [without_head, with_tail], ids=lambda c: c.__name__)
 def test_changed_model_is_run_as_it_is(change):
-    model, reference = model_pair(change)
+    model, naive = model_pair(change)
     x = torch.randn(3, 3, 33, 35, dtype=torch.float64)
-    assert_same_training(model, reference, x, rtol=1e-9)
+    assert_same_training(model, naive, x, rtol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_gives_every_part_the_naive_types(dtype):
-    model, reference = model_pair()
-    model.float(), reference.float()
+def test_autocast_gives_every_part_naive_types(dtype):
+    model, naive = model_pair()
+    model.float(), naive.float()
     x = torch.randn(4, 3, 33, 35).requires_grad_()
 
     def run(module):
@@ -523,7 +523,7 @@ def test_autocast_gives_every_part_the_naive_types(dtype):
         logits.float().square().sum().backward()
         return logits, twin.grad, [p.grad for p in module.parameters()]
 
-    (ours, dx, grads), (theirs, their_dx, their_grads) = run(model), run(reference)
+    (ours, dx, grads), (theirs, their_dx, their_grads) = run(model), run(naive)
     assert ours.dtype == theirs.dtype
     assert dx.dtype == their_dx.dtype
     assert [g.dtype for g in grads] == [g.dtype for g in their_grads]
@@ -531,21 +531,21 @@ def test_autocast_gives_every_part_the_naive_types(dtype):
     assert error < 20 * torch.finfo(dtype).eps
 
 
-def test_networks_are_as_precise_as_the_naive_one():
+def test_networks_are_as_precise_as_naive_ones():
     """In float32 against float64: logits and gradients of a small network, several draws."""
     errors = {"ours": [], "naive": []}
     for seed in range(9):
         torch.manual_seed(seed)
-        model, reference = model_pair()
+        model, naive = model_pair()
         x = torch.randn(4, 3, 33, 35, dtype=torch.float64)
-        truth = training_results(copy.deepcopy(reference), x.clone().requires_grad_())
+        truth = training_results(copy.deepcopy(naive), x.clone().requires_grad_())
         upstream = None
-        for name, module in (("ours", model), ("naive", reference)):
+        for name, module in (("ours", model), ("naive", naive)):
             got = training_results(module.float(), x.float().requires_grad_(), upstream)
             error = [((got[k].double() - v).norm() / v.norm()).item() for k, v in truth.items()]
             errors[name].append(sum(e * e for e in error) ** 0.5)
-    ours, naive = (sorted(errors[name])[4] for name in ("ours", "naive"))
-    assert ours <= 1.5 * naive + torch.finfo(torch.float32).eps
+    error, allowed = (sorted(errors[name])[4] for name in ("ours", "naive"))
+    assert error <= 1.5 * allowed + torch.finfo(torch.float32).eps
 
 
 def test_results_do_not_depend_on_running_together():
@@ -559,7 +559,7 @@ def test_results_do_not_depend_on_running_together():
     assert_same_state(model, apart)
 
 
-def test_sequence_knows_a_stem():
+def test_sequence_knows_stem():
     modules = list(stem_modules().values())
     x = torch.randn(2, 5, 9, 9)
     call, count = sequence.read_stem(modules, x, "auto")
@@ -584,9 +584,9 @@ def test_exit_of_one_value_per_channel_is_refused_as_batch_norm_does():
 
 
 def test_empty_batch_passes_in_evaluation_mode():
-    model, reference = model_pair(nn.Module.eval)
+    model, naive = model_pair(nn.Module.eval)
     x = torch.randn(0, 3, 33, 35, dtype=torch.float64)
-    assert_same_training(model, reference, x)
+    assert_same_training(model, naive, x)
 
 
 def test_hook_on_last_norm_holds_what_caller_changes_in_place():

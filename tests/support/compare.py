@@ -47,18 +47,18 @@ def block_pair(
     change: Callable[[nn.Module], object] = same,
     **options: object,
 ) -> tuple[EfficientDenseBlock, DenseBlock]:
-    """An efficient block and the reference block, equal in every parameter and buffer.
+    """An efficient block and the naive block, equal in every parameter and buffer.
 
     ``change`` is applied to both in turn before they are made equal.
     """
     size = (num_layers, num_input_features, bn_size, growth_rate, drop_rate)
     efficient = EfficientDenseBlock(*size, recompute=recompute, **options).to(dtype)
-    reference = DenseBlock(*size, **options).to(dtype)
-    for block in (efficient, reference):
+    naive = DenseBlock(*size, **options).to(dtype)
+    for block in (efficient, naive):
         change(block)
-    randomise_(reference)
-    efficient.load_state_dict(reference.state_dict())
-    return efficient, reference
+    randomise_(naive)
+    efficient.load_state_dict(naive.state_dict())
+    return efficient, naive
 
 
 def image(
@@ -181,5 +181,5 @@ def assert_same_state(actual: nn.Module, reference: nn.Module, *, rtol: float = 
 
 
 def assert_efficient(block: EfficientDenseBlock, x: Tensor) -> None:
-    """Fail if the block would take the reference path for this input."""
+    """Fail if the block would take the naive path for this input."""
     assert block.why_naive(x) is None

@@ -16,9 +16,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Results = Mapping[str, Tensor]
 
 
-def truth_of(reference: nn.Module, x: Tensor, upstream: Tensor) -> tuple[Results, nn.Module]:
+def truth_of(naive: nn.Module, x: Tensor, upstream: Tensor) -> tuple[Results, nn.Module]:
     """The results of one training step in double precision, and the module that took it."""
-    exact = copy.deepcopy(reference).double()
+    exact = copy.deepcopy(naive).double()
     return training_results(exact, x.detach().double().requires_grad_(), upstream.double()), exact
 
 
@@ -59,19 +59,19 @@ def assert_as_precise(
 
 def assert_training_as_precise(
     efficient: nn.Module,
-    reference: nn.Module,
+    naive: nn.Module,
     draw_input: Callable[[], Tensor],
     dtype: torch.dtype,
     draws: int = DRAWS,
 ) -> None:
     """Compares the errors of outputs, gradients and state dicts after one training step."""
-    shape = copy.deepcopy(reference)(draw_input()).shape[1:]
+    shape = copy.deepcopy(naive)(draw_input()).shape[1:]
     results, states = [], []
     for _ in range(draws):
         x = draw_input().requires_grad_()
-        blocks = copy.deepcopy((efficient, reference))
+        blocks = copy.deepcopy((efficient, naive))
         upstream = torch.randn(len(x), *shape).to(dtype)
-        truth, exact = truth_of(reference, x, upstream)
+        truth, exact = truth_of(naive, x, upstream)
         results.append((*(training_results(block, x, upstream) for block in blocks), truth))
         states.append([block.state_dict() for block in (*blocks, exact)])
     assert_as_precise(results, dtype)

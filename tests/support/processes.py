@@ -78,12 +78,12 @@ def states(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("module."): t for name, t in model.state_dict().items()}
 
 
-def by_shares(reference: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
+def by_shares(naive: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
     """What DDP does with norms of each process's own batch, one share after the other.
 
     Every share starts from the buffers of the first process, which are those that remain.
     """
-    models = [reference, *(copy.deepcopy(reference) for _ in ROWS[1:])]
+    models = [naive, *(copy.deepcopy(naive) for _ in ROWS[1:])]
     for rank, model in enumerate(models):
         for pair in data:
             loss(model, *share(pair, rank)).backward()
@@ -98,21 +98,21 @@ def ddp_step(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
 
 def ddp(mode: str, train: Callable = ddp_step, batches: int = 1, **options: bool) -> dict:
     """Two steps under DDP, norms with each process's own statistics."""
-    model, reference = DDP(network(mode), **options), network("none")
-    optimizers = optimizer(model), optimizer(reference)
+    model, naive = DDP(network(mode), **options), network("none")
+    optimizers = optimizer(model), optimizer(naive)
     differences = []
     for step in range(2):
         data = [batch(10 * step + i) for i in range(batches)]
         train(model, data)
-        by_shares(reference, data)
-        differences.append(worst(grads(model), grads(reference)))
+        by_shares(naive, data)
+        differences.append(worst(grads(model), grads(naive)))
         for each in optimizers:
             each.step()
             each.zero_grad()
     found = states(model)
     for tensor in found.values():
         dist.broadcast(tensor, 0)
-    return {"difference": max(*differences, worst(found, states(reference)))}
+    return {"difference": max(*differences, worst(found, states(naive)))}
 
 
 def no_sync(model: DDP, data: list[tuple[Tensor, Tensor]]) -> None:
@@ -139,34 +139,34 @@ class Branches(nn.Module):
 
 
 def find_unused_parameters(mode: str) -> dict:
-    model, reference = DDP(Branches(mode), find_unused_parameters=True), network("none")
+    model, naive = DDP(Branches(mode), find_unused_parameters=True), network("none")
     data = [batch(0)]
     ddp_step(model, data)
-    by_shares(reference, data)
+    by_shares(naive, data)
     assert all(p.grad is None or not p.grad.any() for p in model.module.unused.parameters())
-    return {"difference": worst(grads(model.module.used), grads(reference))}
+    return {"difference": worst(grads(model.module.used), grads(naive))}
 
 
 def joined(prepare: Callable[[DenseNet], nn.Module], mode: str, steps: int = 2) -> dict:
     """Steps over two processes, and of one process on both their images."""
-    plain, reference = network(mode), network("none")
+    plain, naive = network(mode), network("none")
     model = prepare(plain)
-    reference.train(plain.training)
-    optimizers = optimizer(model), optimizer(reference)
+    naive.train(plain.training)
+    optimizers = optimizer(model), optimizer(naive)
     outputs, differences = [], []
     for step in range(steps):
         images, upstream = batch(step)
         out = model(share((images, upstream))[0])
         (out * share((images, upstream))[1]).sum().backward()
-        expected = reference(images)
+        expected = naive(images)
         (expected * upstream).sum().backward()
         outputs.append(worst({"": out}, {"": expected[ROWS[dist.get_rank()]]}))
-        differences.append(worst(full(grads(model)), grads(reference)))
+        differences.append(worst(full(grads(model)), grads(naive)))
         for each in optimizers:
             each.step()
             each.zero_grad()
     state = full(states(model))
-    return {"difference": max(*outputs, *differences, worst(state, states(reference)))}
+    return {"difference": max(*outputs, *differences, worst(state, states(naive)))}
 
 
 def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ def no_system_folder(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("below", [".", "FashionMNIST/raw"], ids=["flat", "torchvision"])
-def test_data_are_read_from_the_given_folder(tmp_path, zipped, below):
+def test_data_are_read_from_given_folder(tmp_path, zipped, below):
     manifest = write_data(tmp_path / below, zipped=zipped)
     data = load(tmp_path, manifest)
     assert data.train_images.shape == (64, 28, 28)
@@ -26,13 +26,13 @@ def test_data_are_read_from_the_given_folder(tmp_path, zipped, below):
     assert torch.equal(((brightness - 14.5) / 20).round().long(), data.test_labels)
 
 
-def test_the_given_folder_goes_before_the_system_folder(tmp_path):
+def test_given_folder_goes_before_system_folder(tmp_path):
     write_data(fashion_mnist.SYSTEM_FOLDER, seed=1)
     manifest = write_data(tmp_path, seed=2)
     load(tmp_path, manifest)
 
 
-def test_the_system_folder_serves_where_the_given_one_is_empty(tmp_path):
+def test_system_folder_serves_where_given_one_is_empty(tmp_path):
     manifest = write_data(fashion_mnist.SYSTEM_FOLDER, zipped=True)
     assert len(load(tmp_path / "none", manifest).test_images) == 32
 
@@ -60,7 +60,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", [file.name for file in FASHION_MNIST])
 @pytest.mark.parametrize(("spoil", "reason"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_file_is_named_with_its_damage(tmp_path, name, spoil, reason):
+def test_damaged_file_is_named_with_its_damage(tmp_path, name, spoil, reason):
     manifest = write_data(tmp_path)
     write_data(fashion_mnist.SYSTEM_FOLDER)  # sound, but not to be fallen back on
     (tmp_path / name).write_bytes(spoil((tmp_path / name).read_bytes()))
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_named_with_its_damage(tmp_path, name, spoil, reason):
 @pytest.mark.parametrize(
     "content", [b"no gzip", gzip.compress(bytes(1000))[:-12]], ids=["no gzip", "cut short"]
 )
-def test_a_damaged_gz_is_named(tmp_path, content):
+def test_damaged_gz_is_named(tmp_path, content):
     manifest = write_data(tmp_path, zipped=True)
     path = tmp_path / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(content)
@@ -82,7 +82,7 @@ def test_a_damaged_gz_is_named(tmp_path, content):
     assert str(path) in str(caught.value)
 
 
-def test_a_missing_file_is_named_even_if_another_folder_has_it(tmp_path):
+def test_missing_file_is_named_even_if_another_folder_has_it(tmp_path):
     manifest = write_data(tmp_path)
     write_data(fashion_mnist.SYSTEM_FOLDER)
     (tmp_path / "train-labels-idx1-ubyte").unlink()
@@ -90,7 +90,7 @@ def test_a_missing_file_is_named_even_if_another_folder_has_it(tmp_path):
         load(tmp_path, manifest)
 
 
-def test_a_failed_download_becomes_one_clear_line(tmp_path, monkeypatch):
+def test_failed_download_becomes_one_clear_line(tmp_path, monkeypatch):
     import torchvision.datasets
 
     def refuse(*args, **options):
@@ -101,7 +101,7 @@ def test_a_failed_download_becomes_one_clear_line(tmp_path, monkeypatch):
         fashion_mnist.download(tmp_path)
 
 
-def test_real_data_have_the_stated_mean_and_deviation():
+def test_real_data_have_stated_mean_and_deviation():
     folder = fashion_mnist.find(Path("data"))
     if folder is None:
         pytest.skip("no Fashion-MNIST here; `make data` gets it")

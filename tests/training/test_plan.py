@@ -41,7 +41,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("work", "mode"), NETWORKS.values(), ids=NETWORKS)
-def test_the_planned_peak_is_the_measured_one(work: Work, mode: str) -> None:
+def test_planned_peak_equals_measured_peak(work: Work, mode: str) -> None:
     low, high = planned_peaks.BOUNDS
     assert (low, high) == (0.99, 1.03)
     assert low <= planned_peaks.ratio(work, mode)[1] <= high
@@ -50,12 +50,12 @@ def test_the_planned_peak_is_the_measured_one(work: Work, mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["naive", "bottleneck"])
 @pytest.mark.parametrize("work", planned_peaks.NETWORKS[-3:], ids=lambda work: work.model)
-def test_the_planned_peak_of_a_large_network_is_the_measured_one(work: Work, mode: str) -> None:
+def test_planned_peak_of_large_network_equals_measured_peak(work: Work, mode: str) -> None:
     low, high = planned_peaks.BOUNDS
     assert low <= planned_peaks.ratio(work, mode)[1] <= high
 
 
-def test_the_table_of_planned_peaks_shows_every_network_and_the_worst_ratios() -> None:
+def test_table_of_planned_peaks_shows_every_network_and_worst_ratios() -> None:
     found = {
         cifar(40, 12, 16): dict.fromkeys(COMPETITORS, (100 * MIB, 1.01)),
         Work("fashion", 96, 8, in_channels=1): dict.fromkeys(COMPETITORS, (2000 * MIB, 0.995)),
@@ -74,7 +74,7 @@ def batches():
     return plan("64MiB", depth=16, growth_rate=8, device="cpu")
 
 
-def test_the_largest_batch_fits_and_the_next_does_not(batches) -> None:
+def test_largest_batch_fits_and_next_does_not(batches) -> None:
     assert list(batches.fits) == list(COMPETITORS)
     for fit in batches.fits.values():
         assert fit.peak <= batches.budget < fit.next_peak
@@ -84,7 +84,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(batches) -> None:
     assert sizes[-1] > 1.5 * sizes[0]
 
 
-def test_the_deepest_network_fits_and_the_next_does_not() -> None:
+def test_deepest_network_fits_and_next_does_not() -> None:
     made = plan("24MiB", batch_size=16, growth_rate=8, image_size=16, device="cpu")
     for fit in made.fits.values():
         assert fit.peak <= made.budget < fit.next_peak
@@ -93,7 +93,7 @@ def test_the_deepest_network_fits_and_the_next_does_not() -> None:
 
 
 @pytest.mark.slow
-def test_two_gigabytes_hold_eight_times_the_depth_of_naive_and_thrice_that_of_torchvision() -> None:
+def test_two_gigabytes_hold_eight_times_naive_depth_and_thrice_torchvisions() -> None:
     budget = 2 << 30
     naive, checkpointed = plan(
         budget, batch_size=64, device="cpu", modes=["naive", "checkpointed"]
@@ -103,7 +103,7 @@ def test_two_gigabytes_hold_eight_times_the_depth_of_naive_and_thrice_that_of_to
     assert deep.estimate("bottleneck", "cpu").peak.total <= budget
 
 
-def test_a_reserve_is_taken_off_the_budget_on_a_gpu(batches) -> None:
+def test_reserve_is_taken_off_budget_on_gpu(batches) -> None:
     budget = batches.budget + (256 << 20)
     made = plan(budget, depth=16, growth_rate=8, device="cuda", modes=["norm"])
     assert made.reserve == 256 << 20 and batches.reserve == 0
@@ -111,13 +111,13 @@ def test_a_reserve_is_taken_off_the_budget_on_a_gpu(batches) -> None:
     assert "cuBLAS" in made.reserve_reason and "oneDNN" in batches.reserve_reason
 
 
-def test_nothing_fits_is_a_result() -> None:
+def test_plan_says_that_nothing_fits() -> None:
     (fit,) = plan("1MiB", depth=22, device="cpu", modes=["bottleneck"]).fits.values()
     assert (fit.largest, fit.peak, fit.next) == (0, 0, 2)
     assert fit.next_peak > MIB
 
 
-def test_precision_changes_the_plan() -> None:
+def test_precision_changes_plan() -> None:
     options = {"depth": 10, "growth_rate": 4, "device": "cpu", "modes": ["naive"]}
     single, double, half = (
         plan("16MiB", precision=precision, **options)["naive"].largest
@@ -126,7 +126,7 @@ def test_precision_changes_the_plan() -> None:
     assert double < 0.6 * single and half > 1.1 * single
 
 
-def test_a_search_ends_at_the_most_it_looks_at(monkeypatch) -> None:
+def test_search_ends_at_its_limit(monkeypatch) -> None:
     monkeypatch.setattr("efficient_densenet.training.plan.BATCHES", range(2, 5))
     (fit,) = plan("1GiB", depth=10, device="cpu", modes=["norm"]).fits.values()
     assert (fit.largest, fit.next, fit.next_peak) == (4, None, None)
@@ -135,7 +135,7 @@ def test_a_search_ends_at_the_most_it_looks_at(monkeypatch) -> None:
 # Training within a budget
 
 
-def test_the_cheapest_mode_that_fits_is_chosen() -> None:
+def test_cheapest_mode_that_fits_is_chosen() -> None:
     options = {"model": "cifar-bc", "depth": 22, "growth_rate": 8, "batch_size": 32}
     needs = [
         Work("cifar-bc", 32, 32, 22, 8, in_channels=1).estimate(mode, "cpu").peak.total
@@ -149,7 +149,7 @@ def test_the_cheapest_mode_that_fits_is_chosen() -> None:
         config_within(str(needs[2] - 1), options)
 
 
-def test_the_batch_is_chosen_where_the_mode_is_given() -> None:
+def test_batch_is_chosen_where_mode_is_given() -> None:
     options = {"model": "cifar-bc", "depth": 22, "growth_rate": 8, "recompute": "norm"}
     config = config_within("32MiB", options)
     work = Work("cifar-bc", 32, config.batch_size, 22, 8, in_channels=1)
@@ -161,7 +161,7 @@ def test_the_batch_is_chosen_where_the_mode_is_given() -> None:
         config_within("1MiB", options)
 
 
-def test_a_budget_is_for_one_device() -> None:
+def test_budget_is_for_one_device() -> None:
     with pytest.raises(ConfigError, match="budget is for one device, got 2"):
         TrainConfig.of("fashion", budget=2**30, devices=2)
 
@@ -200,17 +200,17 @@ def test_bad_options_get_one_line_that_quotes_them(capsys, options, said) -> Non
     ("options", "said"),
     [("--budget 8GBB", ["'8GBB'", "8GiB"]), ("--budget 1MiB", ["--budget 1MiB", "too small"])],
 )
-def test_bad_budgets_of_a_run_get_one_line_that_quotes_them(capsys, options, said) -> None:
+def test_bad_budgets_of_run_get_one_line_that_quotes_them(capsys, options, said) -> None:
     line = error_of(capsys, "train", *options.split(), "--model", "cifar-bc", "--depth", "10")
     assert all(word in line for word in said), line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask")
-def test_without_a_gpu_a_budget_is_needed(capsys) -> None:
+def test_without_gpu_budget_is_needed(capsys) -> None:
     assert "--budget must be given" in error_of(capsys, "plan")
 
 
-def test_plan_prints_a_table_and_draws_a_chart(capsys, tmp_path) -> None:
+def test_plan_prints_table_and_draws_chart(capsys, tmp_path) -> None:
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
     chart = tmp_path / "plan.png"
@@ -221,7 +221,7 @@ def test_plan_prints_a_table_and_draws_a_chart(capsys, tmp_path) -> None:
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_chart_that_cannot_be_written_gets_one_line(capsys, tmp_path) -> None:
+def test_chart_that_cannot_be_written_gets_one_line(capsys, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "plan.png").mkdir()
     options = "--budget 16MiB --depth 10 --growth-rate 4 --device cpu --chart"
@@ -229,7 +229,7 @@ def test_a_chart_that_cannot_be_written_gets_one_line(capsys, tmp_path) -> None:
     assert "--chart" in line and "plan.png" in line
 
 
-def test_an_interrupted_plan_says_so_in_one_line(capsys, monkeypatch) -> None:
+def test_interrupted_plan_says_so_in_one_line(capsys, monkeypatch) -> None:
     def interrupted(**options) -> None:
         raise KeyboardInterrupt
 

@@ -68,7 +68,7 @@ def rows(out):
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
+def test_killed_and_resumed_run_ends_with_weights_of_uninterrupted_run(tmp_path):
     whole = train(tmp_path, "whole")
     script = KILLED_RUN.format(
         threads=torch.get_num_threads(),
@@ -99,7 +99,7 @@ def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert [row["epoch"] for row in untimed[0]] == ["1", "2", "3", "4"]
 
 
-def test_a_run_leaves_its_record_and_learns(tmp_path, capsys):
+def test_run_leaves_its_record_and_learns(tmp_path, capsys):
     train(tmp_path, "run", epochs=12, drop_rate=0.0)
     out = tmp_path / "run"
     assert json.loads((out / "config.json").read_text())["batch_size"] == 16
@@ -111,7 +111,7 @@ def test_a_run_leaves_its_record_and_learns(tmp_path, capsys):
     assert "naive network" in capsys.readouterr().out
 
 
-def test_the_learning_rate_falls_tenfold_after_half_and_three_quarters(tmp_path):
+def test_learning_rate_falls_tenfold_after_half_and_three_quarters(tmp_path):
     train(tmp_path, "run", epochs=4)
     # Each row has the rate of the step that follows the epoch.
     rates = [float(row["lr"]) for row in rows(tmp_path / "run")]
@@ -127,7 +127,7 @@ def test_another_seed_makes_other_weights(tmp_path):
     assert not torch.equal(first, other)
 
 
-def test_an_interrupt_leaves_lightning_as_an_interrupt(tmp_path, monkeypatch):
+def test_interrupt_passes_through_lightning(tmp_path, monkeypatch):
     def interrupted(self, batch, batch_idx):
         raise KeyboardInterrupt
 
@@ -140,7 +140,7 @@ def test_an_interrupt_leaves_lightning_as_an_interrupt(tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, handler)
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path):
+def test_finished_run_is_not_overwritten(tmp_path):
     train(tmp_path, "run", epochs=1)
     with pytest.raises(ConfigError, match="holds a run: resume it"):
         train(tmp_path, "run", epochs=1)
@@ -148,7 +148,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         train(tmp_path, "run", epochs=2, resume=True)
 
 
-def test_a_checkpoint_loads_without_further_options(tmp_path):
+def test_checkpoint_loads_without_further_options(tmp_path):
     state = train(tmp_path, "run", epochs=1)["state_dict"]
     loaded = training.Classifier.load_from_checkpoint(tmp_path / "run" / "last.ckpt")
     assert isinstance(loaded.model, models.DenseNet)
@@ -177,7 +177,7 @@ def test_other_precisions_train(tmp_path, precision):
 
 
 @pytest.mark.parametrize("model", RECIPES)
-def test_the_smallest_image_of_a_model_is_the_smallest_that_it_can_read(model):
+def test_smallest_image_is_smallest_that_model_can_read(model):
     config = TrainConfig.of(model, recompute="none", image_size=RECIPES[model].min_size)
     with torch.device("meta"):
         network = config.build_model().eval()
@@ -186,13 +186,13 @@ def test_the_smallest_image_of_a_model_is_the_smallest_that_it_can_read(model):
             network(torch.empty(2, 1, config.image_size - 1, config.image_size - 1))
 
 
-def test_a_bottleneck_step_needs_less_than_the_naive_one():
+def test_bottleneck_step_needs_less_than_naive_step():
     config = tiny(depth=40, batch_size=32, image_size=16)
     ours, naive = training.step_memory(config, torch.device("cpu"))
     assert naive > 2 * ours
 
 
-def test_a_run_stays_within_its_budget_and_a_naive_one_cannot(tmp_path):
+def test_run_stays_within_budget_and_naive_run_cannot(tmp_path):
     options = TINY | {"model": "cifar-bc", "epochs": 1, "batch_size": 32, "depth": 22}
     work = planner.Work("cifar-bc", 8, 32, 22, 4, in_channels=1, drop_rate=0.2)
     need = work.estimate("bottleneck", "cpu").peak.total
@@ -207,7 +207,7 @@ def test_a_run_stays_within_its_budget_and_a_naive_one_cannot(tmp_path):
         training.run(naive, tmp_path / "naive", tmp_path / "data", manifest=manifest)
 
 
-def test_a_budget_changes_no_weights(tmp_path):
+def test_budget_changes_no_weights(tmp_path):
     free = train(tmp_path, "free", epochs=1)["state_dict"]
     held = train(tmp_path, "held", epochs=1, budget=2**30)["state_dict"]
     for name, expected in free.items():

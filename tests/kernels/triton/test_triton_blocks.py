@@ -50,61 +50,61 @@ def layout(request, monkeypatch):
 
 @either_mode
 @both_kinds
-def test_training_step_matches_the_naive_block(recompute, bn_size, layout):
-    efficient, reference = block_pair(bn_size=bn_size, recompute=recompute, dtype=torch.float32)
+def test_training_step_matches_naive_block(recompute, bn_size, layout):
+    efficient, naive = block_pair(bn_size=bn_size, recompute=recompute, dtype=torch.float32)
     x = image(dtype=torch.float32)
     assert_efficient(efficient, x)
-    assert_same_training(efficient, reference, x.to(memory_format=layout), rtol=2e-4, steps=2)
+    assert_same_training(efficient, naive, x.to(memory_format=layout), rtol=2e-4, steps=2)
 
 
 @pytest.mark.parametrize("dims", [1, 3])
-def test_other_dimensions_match_the_naive_block(dims):
-    efficient, reference = block_pair(dims=dims, dtype=torch.float32)
-    assert_same_training(efficient, reference, image(dims=dims, dtype=torch.float32), rtol=2e-4)
+def test_other_dimensions_match_naive_block(dims):
+    efficient, naive = block_pair(dims=dims, dtype=torch.float32)
+    assert_same_training(efficient, naive, image(dims=dims, dtype=torch.float32), rtol=2e-4)
 
 
 @both_kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_training_step_is_as_precise_as_the_naive_block(bn_size, dtype):
-    efficient, reference = block_pair(bn_size=bn_size, dtype=dtype)
-    assert_training_as_precise(efficient, reference, lambda: image(dtype=dtype), dtype, draws=5)
+def test_training_step_is_as_precise_as_naive_block(bn_size, dtype):
+    efficient, naive = block_pair(bn_size=bn_size, dtype=dtype)
+    assert_training_as_precise(efficient, naive, lambda: image(dtype=dtype), dtype, draws=5)
 
 
-def test_frozen_norms_and_weights_match_the_naive_block():
+def test_frozen_norms_and_weights_match_naive_block():
     def change(block):
         block.eval()
         for i, parameter in enumerate(block.parameters()):
             parameter.requires_grad_(i % 3 > 0)
 
-    efficient, reference = block_pair(dtype=torch.float32, change=change)
-    assert_same_training(efficient, reference, image(dtype=torch.float32), rtol=2e-4)
+    efficient, naive = block_pair(dtype=torch.float32, change=change)
+    assert_same_training(efficient, naive, image(dtype=torch.float32), rtol=2e-4)
 
 
-def test_autocast_runs_and_keeps_the_types_of_the_naive_block(device):
-    efficient, reference = block_pair(dtype=torch.float32)
+def test_autocast_runs_and_keeps_types_of_naive_block(device):
+    efficient, naive = block_pair(dtype=torch.float32)
     x = image(dtype=torch.float32)
     found = []
-    for block in (efficient, reference):
+    for block in (efficient, naive):
         with torch.autocast(device, dtype=torch.bfloat16):
             out = block(x)
         out.sum().backward()
         found.append([out, *(p.grad for p in block.parameters())])
-    for ours, naive in zip(*found, strict=True):
-        assert ours.dtype == naive.dtype
+    for ours, expected in zip(*found, strict=True):
+        assert ours.dtype == expected.dtype
         assert ours.isfinite().all()
     assert (found[0][0] - found[1][0]).abs().max() < 0.1 * found[1][0].abs().max()
 
 
-def test_network_matches_the_naive_one(layout):
+def test_network_matches_naive_network(layout):
     """Stem, transitions and head, beside the blocks."""
     sizes = {"growth_rate": 3, "block_config": (2, 2), "num_init_features": 6, "bn_size": 2}
-    efficient, reference = (
+    efficient, naive = (
         DenseNet(**sizes, num_classes=5, recompute=mode) for mode in ("bottleneck", "none")
     )
-    randomise_(reference)
-    efficient.load_state_dict(reference.state_dict())
+    randomise_(naive)
+    efficient.load_state_dict(naive.state_dict())
     x = torch.randn(3, 3, 32, 32).to(memory_format=layout)
-    assert_same_training(efficient, reference, x, rtol=1e-3)
+    assert_same_training(efficient, naive, x, rtol=1e-3)
 
 
 @either_mode
@@ -126,17 +126,17 @@ def test_nan_is_not_lost(recompute, layout):
         assert torch.equal(found[0][name].isnan(), expected.isnan()), name
 
 
-def test_compiled_block_matches_the_naive_one():
+def test_compiled_block_matches_naive_block():
     """By operators, whose results may not share memory."""
-    efficient, reference = block_pair(dtype=torch.float32)
+    efficient, naive = block_pair(dtype=torch.float32)
     x = image(dtype=torch.float32)
     compiled = torch.compile(efficient, backend="aot_eager", fullgraph=True)
-    found = [training_results(b, x.clone().requires_grad_()) for b in (compiled, reference)]
-    for ours, naive in zip(*(f.values() for f in found), strict=True):
-        assert_close("of a compiled block", ours, naive, 2e-4)
+    found = [training_results(b, x.clone().requires_grad_()) for b in (compiled, naive)]
+    for ours, expected in zip(*(f.values() for f in found), strict=True):
+        assert_close("of a compiled block", ours, expected, 2e-4)
 
 
-def test_results_are_the_same_every_time():
+def test_results_are_reproducible():
     block, _ = block_pair(dtype=torch.bfloat16)
     x = image(dtype=torch.bfloat16).to(memory_format=FORMATS[2])
     found = []

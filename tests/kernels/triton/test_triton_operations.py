@@ -76,7 +76,7 @@ def test_appended_map_and_its_statistics(shape, dtype, last):
     assert_precise(compute, dtype, y.to(dtype), target)
 
 
-def test_statistics_of_a_large_mean_keep_their_digits():
+def test_statistics_of_large_mean_keep_their_digits():
     y = (torch.randn(4, 3, 15, 15, dtype=torch.float64) + 1000).float()
     expected = y.double().var((0, 2, 3), correction=0)
     found = triton.batch_statistics(y, torch.float32).var.flatten().double()
@@ -156,7 +156,7 @@ def test_finished_map_is_corrected(shape, dtype, last):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_corrected_gradient_is_rounded_to_the_type_of_its_readers(dtype):
+def test_corrected_gradient_is_rounded_to_type_of_its_readers(dtype):
     shape = SHAPES["odd"]
     grad, x = (a_map(shape, shape[1], t, True) for t in (torch.float32, dtype))
     inputs = (grad, x, *vectors(3, shape[1], 2))
@@ -181,7 +181,7 @@ def test_map_beyond_32_bits_has_64_bit_offsets():
 
 
 @pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
-def test_64_bit_offsets_lead_to_the_same_places(last, monkeypatch):
+def test_64_bit_offsets_lead_to_same_places(last, monkeypatch):
     monkeypatch.setattr(launch, "FAR", 0)
     x = a_map(SHAPES["odd"], 5, torch.float32, last)
     assert launch.shared(launch.matrix(x))["INDEX"] == launch.tl.int64
@@ -207,7 +207,7 @@ def test_measuring_tiles_changes_no_result(name, monkeypatch):
     assert len(set(measured)) > 1
 
 
-def test_where_all_must_be_deterministic_it_is_the_first_tile(monkeypatch):
+def test_deterministic_mode_takes_first_tile(monkeypatch):
     """Also if another one was found to be faster before."""
     first, faster = launch.Tile(64, 64, 16, 4, 2), launch.Tile(128, 64, 16, 4, 2)
 
@@ -227,7 +227,7 @@ def test_where_all_must_be_deterministic_it_is_the_first_tile(monkeypatch):
 
 @pytest.mark.parametrize("multiprocessors", [1, 16, 108, 128, 132])
 @pytest.mark.parametrize("sizes", [(64, 64), (252, 128), (1024, 128), (1664, 832)], ids=str)
-def test_weight_gradient_fills_a_device_once(sizes, multiprocessors, monkeypatch):
+def test_weight_gradient_fills_device_once(sizes, multiprocessors, monkeypatch):
     """Its programs, of each tile, all run at a time, unless there are more tiles than that."""
     grids = []
 
