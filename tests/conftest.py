@@ -15,6 +15,19 @@ runs_triton = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") ==
 collect_ignore = [] if runs_triton else ["kernels/triton"]
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """One way to write types, layouts and dimensions; ``None`` leaves the rest to pytest."""
+    if isinstance(val, (torch.dtype, torch.memory_format)):
+        return str(val).removeprefix("torch.")
+    if argname == "dims":
+        return f"{val}d"
+    if argname == "capability":
+        return f"sm_{val}"
+    if isinstance(val, (list, tuple)):
+        return ",".join(map(str, val))
+    return None
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

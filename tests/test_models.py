@@ -70,7 +70,6 @@ def test_cifar_bc_100_12_has_papers_parameters():
         ((250, 24), 15.3),
         ((190, 40), 25.6),
     ],
-    ids=str,
 )
 def test_cifar_model_has_papers_size(arguments, millions):
     with torch.device("meta"):

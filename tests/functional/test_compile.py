@@ -224,7 +224,7 @@ def test_small_activation_budget_recomputes_no_operator(mode, took):
 
 @clause("4 · compiled: autocast")
 @every_mode
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiled_autocast_is_as_precise_as_naive_block(mode, dtype, took):
     efficient, naive = block_pair(recompute=mode, dtype=torch.float32)
     state = copy.deepcopy(naive.state_dict())
@@ -351,7 +351,7 @@ OPCHECKED = {
 @clause("4 · operators pass torch.library.opcheck")
 @recomputing
 @pytest.mark.parametrize("build", OPCHECKED.values(), ids=OPCHECKED)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_operators_pass_opcheck(mode, build, layout, took, monkeypatch):
     """Schema, autograd registration, fake results, and tracing with dynamic shapes."""
     module = build(mode).double()

@@ -37,7 +37,7 @@ def test_block_infers_what_naive_block_does(bn_size, dims, bias, inferred):
     assert len(inferred) == 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_inference_is_as_precise_as_naive_block(dtype, inferred):
     efficient, naive = block_pair(12, 24, 4, 12, dtype=dtype, change=nn.Module.eval)
     x = image(8, 24, dtype=dtype)

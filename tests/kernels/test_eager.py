@@ -10,7 +10,7 @@ from efficient_densenet.kernels.workspace import Workspace
 
 BATCH, MORE = 4, 20
 widths = pytest.mark.parametrize("channels", [1, 5, 12, 48, 129, 132, 136, 256, 300])
-sizes = pytest.mark.parametrize("size", [(32, 32), (31, 29), (7, 5)], ids=str)
+sizes = pytest.mark.parametrize("size", [(32, 32), (31, 29), (7, 5)])
 
 
 def maps(channels, size):

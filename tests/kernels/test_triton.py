@@ -32,7 +32,7 @@ def test_kernels_compute_what_they_should(file):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32])
 def launches(request):
     return request.param, kernel_builds.launches(request.param)
 

@@ -45,7 +45,7 @@ def test_kept_bytes_equal_ledger(measure, scheme, bn_size, num_layers, channels,
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("scheme", MODES)
 def test_kept_bytes_follow_dtype_in_either_layout(scheme, dtype, layout):
     size = (6, 16, 2, 8)

@@ -141,7 +141,7 @@ def test_meter_agrees_with_allocator_on_densenet121(checkpointed: bool) -> None:
     assert metered.peak.step == pytest.approx(truth.peak.step, rel=0.005)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("samples", [8, 16])
 def test_scratch_is_what_allocator_sees_inside_convolution(samples, kernel, layout) -> None:

@@ -22,7 +22,7 @@ either_mode = pytest.mark.parametrize("recompute", MODES)
 @either_mode
 @both_kinds
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_training_step_is_as_precise_as_naive_block(recompute, bn_size, dims, dtype):
     efficient, naive = block_pair(bn_size=bn_size, dims=dims, recompute=recompute, dtype=dtype)
     assert_efficient(efficient, image(dims=dims, dtype=dtype))
@@ -33,7 +33,7 @@ def test_training_step_is_as_precise_as_naive_block(recompute, bn_size, dims, dt
 
 @either_mode
 @both_kinds
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_eval_mode_is_as_precise_as_naive_block(recompute, bn_size, dtype):
     efficient, naive = block_pair(
         bn_size=bn_size, recompute=recompute, dtype=dtype, change=nn.Module.eval
@@ -43,7 +43,7 @@ def test_eval_mode_is_as_precise_as_naive_block(recompute, bn_size, dtype):
 
 @either_mode
 @both_kinds
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_norms_among_half_convolutions_are_as_precise(recompute, bn_size, dtype):
     def change(block):
         for norm in norms(block):
@@ -68,7 +68,7 @@ def test_large_mean_is_as_precise_as_naive_block(recompute, bn_size, offset):
 
 @either_mode
 @both_kinds
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("half_input", [False, True], ids=["float32-input", "half-input"])
 def test_autocast_is_as_precise_as_naive_block(recompute, bn_size, half_input, autocast):
     efficient, naive = block_pair(bn_size=bn_size, recompute=recompute, dtype=torch.float32)

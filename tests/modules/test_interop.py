@@ -60,7 +60,7 @@ def scaled_step(block, x, upstream, dtype, scale):
 @clause("1 · AMP: autocast with GradScaler")
 @every_mode
 @both_kinds
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scaled_step_is_as_precise_as_naive_step(mode, bn_size, dtype, took):
     """The error against float64 is at most 1.5 times the naive block's; types are its own."""
     efficient, naive = block_pair(bn_size=bn_size, recompute=mode, dtype=torch.float32)

@@ -510,7 +510,7 @@ def test_changed_model_is_run_as_it_is(change):
     assert_same_training(model, naive, x, rtol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_every_part_naive_types(dtype):
     model, naive = model_pair()
     model.float(), naive.float()

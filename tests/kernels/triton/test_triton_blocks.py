@@ -64,7 +64,7 @@ def test_other_dimensions_match_naive_block(dims):
 
 
 @both_kinds
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_training_step_is_as_precise_as_naive_block(bn_size, dtype):
     efficient, naive = block_pair(bn_size=bn_size, dtype=dtype)
     assert_training_as_precise(efficient, naive, lambda: image(dtype=dtype), dtype, draws=5)

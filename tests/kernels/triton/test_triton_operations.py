@@ -155,7 +155,7 @@ def test_finished_map_is_corrected(shape, dtype, last):
     assert_precise(compute, dtype, grad, x, *vectors(3, shape[1], len(shape[-1])))
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES)
 def test_corrected_gradient_is_rounded_to_type_of_its_readers(dtype):
     shape = SHAPES["odd"]
     grad, x = (a_map(shape, shape[1], t, True) for t in (torch.float32, dtype))
