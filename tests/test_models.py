@@ -25,9 +25,9 @@ from support.compare import (
     randomise_,
     training_results,
 )
+from support.marks import either_mode
 
 IMAGENET = [densenet121, densenet161, densenet169, densenet201]
-either_mode = pytest.mark.parametrize("recompute", MODES)
 
 
 def parameters(model):

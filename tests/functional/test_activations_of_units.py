@@ -8,18 +8,13 @@ from torch.testing import assert_close
 from efficient_densenet.functional import autograd, operators
 from efficient_densenet.functional.encoding import decode, encode
 from efficient_densenet.functional.precision import Types
-from efficient_densenet.functional.spec import (
-    BlockSpec,
-    LayerSpec,
-    StemSpec,
-    UnitSpec,
-    UnitTensors,
-)
+from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.kernels import workspace
 from efficient_densenet.kernels.interface import RELU, Geometry, Pool
 from efficient_densenet.memory.events import live_bytes
 from efficient_densenet.memory.meter import LiveMeter
 from support.activations import ACTIVATIONS
+from support.marks import either_mode
 
 MODES = ("norm", "bottleneck")
 EPS = 1e-3
@@ -29,7 +24,6 @@ PADDED = Geometry((1, 1), (1, 1), (1, 1), 1)
 HALVES = Pool("average", (2, 2), (2, 2), (0, 0), (1, 1))
 DOUBLE = Types(torch.float64, torch.float64)
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-either_mode = pytest.mark.parametrize("recompute", MODES)
 training_or_not = pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
 
 

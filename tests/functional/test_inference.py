@@ -6,11 +6,10 @@ from torch import nn
 
 from efficient_densenet import convert_, densenet_cifar
 from efficient_densenet.functional import inference
-from support.compare import FORMATS, KINDS, SPATIAL, assert_close, block_pair, image, randomise_
+from support.compare import FORMATS, SPATIAL, assert_close, block_pair, image, randomise_
 from support.libraries import NETWORKS
+from support.marks import both_kinds
 from support.precision import DTYPES, relative_error
-
-both_kinds = pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from torch import nn
 
 from efficient_densenet import EfficientDenseBlock
 from support.compare import (
-    KINDS,
     MODES,
     SPATIAL,
     assert_all_close,
@@ -21,9 +20,9 @@ from support.compare import (
     norms,
     training_results,
 )
+from support.marks import both_kinds
 
 pytestmark = pytest.mark.parametrize("recompute", MODES)
-both_kinds = pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
 
 
 def set_all(**values):

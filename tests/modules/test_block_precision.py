@@ -6,17 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from support.compare import KINDS, MODES, assert_efficient, block_pair, image, norms
-from support.precision import (
-    DRAWS,
-    DTYPES,
-    assert_as_precise,
-    assert_training_as_precise,
-    truth_of,
-)
-
-both_kinds = pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
-either_mode = pytest.mark.parametrize("recompute", MODES)
+from support.compare import assert_efficient, block_pair, image, norms
+from support.marks import both_kinds, either_mode
+from support.precision import DRAWS, DTYPES, assert_as_precise, assert_training_as_precise, truth_of
 
 
 @either_mode

@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from support.commands import ENVIRONMENT
+from support.marks import ALL_MODES, every_mode, recomputing
 
-MODES = ("none", "norm", "bottleneck")
-RECOMPUTING = MODES[1:]
 TRAIN = ["-m", "support.train_on_random_data"]
-every_mode = pytest.mark.parametrize("mode", MODES)
-recomputing = pytest.mark.parametrize("mode", RECOMPUTING)
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or sys.platform != "linux",
@@ -75,7 +72,7 @@ SHARES = {
     [
         pytest.param(name, mode, marks=pytest.mark.clause(f"3 · {text}"), id=f"{name}-{mode}")
         for name, text in SHARES.items()
-        for mode in MODES
+        for mode in ALL_MODES
     ],
 )
 def test_two_processes_train_as_one(results, scenario, mode, took):

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from efficient_densenet import DenseNet
-from support.compare import MODES, assert_close, randomise_
+from support.compare import assert_close, randomise_
+from support.marks import clause, every_mode
 
-every_mode = pytest.mark.parametrize("mode", ("none", *MODES))
-clause = pytest.mark.clause
 BATCH = ({0: torch.export.Dim("batch")},)
 
 

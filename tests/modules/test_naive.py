@@ -5,12 +5,7 @@ import torch
 from torch import nn
 from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 
-from efficient_densenet.modules.naive import (
-    BottleneckLayer,
-    DenseBlock,
-    Transition,
-    compressed,
-)
+from efficient_densenet.modules.naive import BottleneckLayer, DenseBlock, Transition, compressed
 from support.compare import KINDS, SPATIAL, assert_close, assert_same_training, image, randomise_
 
 

@@ -18,6 +18,8 @@ import torch
 import torchvision
 from torch import nn
 
+from efficient_densenet.modules.block import RecomputingBlock
+
 
 def torchreid_densenet() -> ModuleType:
     """torchreid's module of DenseNets alone: the package imports what it does not require."""
@@ -180,3 +182,12 @@ NETWORKS = {
     ),
     "pytorchcv-cifar-basic": Network("pytorchcv", lambda: _pytorchcv_cifar(False), (3, 3, 16, 16)),
 }
+
+
+def small() -> nn.Module:
+    """A small network of torchvision's."""
+    return torchvision.models.DenseNet(6, (2, 3), 8, 2, num_classes=5).double()
+
+
+def blocks(model: nn.Module) -> list[RecomputingBlock]:
+    return [m for m in model.modules() if isinstance(m, RecomputingBlock)]

@@ -10,11 +10,7 @@ import torch
 from efficient_densenet import plan
 from efficient_densenet.cli import main
 from efficient_densenet.training.config import ConfigError, TrainConfig
-from efficient_densenet.training.plan import (
-    COMPETITORS,
-    Work,
-    config_within,
-)
+from efficient_densenet.training.plan import COMPETITORS, Work, config_within
 from scripts import planned_peaks
 from support.commands import error_of
 

@@ -11,8 +11,6 @@ from efficient_densenet.kernels.layout import outer_format
 from efficient_densenet.kernels.triton import launch
 from support.compare import (
     FORMATS,
-    KINDS,
-    MODES,
     assert_close,
     assert_efficient,
     assert_same_training,
@@ -22,10 +20,8 @@ from support.compare import (
     randomise_,
     training_results,
 )
+from support.marks import both_kinds, either_mode
 from support.precision import assert_training_as_precise
-
-both_kinds = pytest.mark.parametrize("bn_size", KINDS.values(), ids=KINDS)
-either_mode = pytest.mark.parametrize("recompute", MODES)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,193 @@
+"""Which blocks are converted: chosen by the caller, refused with the reason, left alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.densenet import _DenseBlock, _DenseLayer
+
+from efficient_densenet import EfficientDenseBlock, convert_, densenet_cifar, revert_
+from support.compare import assert_same_training
+from support.copies import pickled
+from support.libraries import NETWORKS, Tiramisu, TiramisuBlock, TiramisuLayer, blocks, small
+
+
+def test_model_without_blocks_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    report = convert_(model, strict=True)
+    assert not report.findings
+    assert type(model) is nn.Sequential
+    assert "no dense blocks" in str(report)
+
+
+def test_single_block_converts():
+    block = small().features.denseblock1
+    report = convert_(block)
+    assert report[""].converted
+    assert block.why_naive(torch.randn(2, 8, 5, 5, dtype=torch.float64)) is None
+
+
+def test_auto_keeps_only_features_and_second_call_changes_mode():
+    model = small()
+    convert_(model)
+    assert {block.recompute for block in blocks(model)} == {"bottleneck"}
+    convert_(model, recompute="norm")
+    assert {block.recompute for block in blocks(model)} == {"norm"}
+
+
+@pytest.mark.parametrize("recompute", ["none", "all", None])
+def test_unknown_mode_is_refused(recompute):
+    model = small()
+    with pytest.raises(ValueError, match=rf"recompute must be one of .*got {recompute!r}"):
+        convert_(model, recompute=recompute)
+    assert not blocks(model)
+
+
+def test_filter_chooses_by_module_and_name():
+    model = small()
+    seen = []
+
+    def only_the_second(module, name):
+        seen.append((name, module))
+        return name == "features.denseblock2"
+
+    report = convert_(model, filter_fn=only_the_second, strict=True)
+    assert [f.path for f in report.replaced] == ["features.denseblock2"]
+    assert report["features.denseblock1"].reason == "filter_fn leaves it out"
+    assert all(model.get_submodule(name) is module for name, module in seen)
+
+
+class OwnForward(_DenseBlock):
+    def forward(self, x):
+        return super().forward(x) * 2.0
+
+
+class SameForward(_DenseBlock):
+    pass
+
+
+class OwnLayer(_DenseLayer):
+    def forward(self, input):
+        return super().forward(input) * 2.0
+
+
+def with_block(cls):
+    model = small()
+    model.features.denseblock1.__class__ = cls
+    return model
+
+
+def test_subclass_with_its_own_forward_is_left_alone():
+    model = with_block(OwnForward)
+    report = convert_(model)
+    assert type(model.features.denseblock1) is OwnForward
+    assert report["features.denseblock1"].reason == "OwnForward has a forward function of its own"
+    assert report["features.denseblock2"].converted
+
+
+def test_subclass_without_its_own_forward_is_converted():
+    model = with_block(SameForward)
+    assert convert_(model)["features.denseblock1"].converted
+    assert isinstance(pickled(model).features.denseblock1, SameForward)
+
+
+def test_forward_of_instance_leaves_its_block_alone():
+    model = small()
+    block = model.features.denseblock1
+    block.forward = lambda x: x
+    assert not convert_(model)["features.denseblock1"].converted
+
+
+def test_strict_raises_with_reasons_and_changes_nothing():
+    model = with_block(OwnForward)
+    model.features.denseblock2.denselayer3.relu1 = nn.Hardswish()
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError) as caught:
+        convert_(model, strict=True)
+    assert str(caught.value) == (
+        "2 dense block(s) cannot be converted: features.denseblock1: OwnForward has a forward "
+        "function of its own; features.denseblock2: denselayer3.relu1 is a Hardswish"
+    )
+    assert [type(m) for m in model.modules()] == classes
+
+
+def own_layer(block):
+    block.denselayer1.__class__ = OwnLayer
+
+
+def group_norm(block):
+    block.denselayer2.norm1 = nn.GroupNorm(2, 14).double()
+
+
+def added_child(block):
+    block.denselayer1.extra = nn.Identity()
+
+
+def hook(block):
+    block.denselayer1.conv2.register_forward_hook(lambda *args: None)
+
+
+REASONS = {
+    own_layer: "denselayer1",
+    group_norm: "denselayer2.norm1 is a GroupNorm",
+    added_child: "denselayer1.extra is a Identity",
+    hook: "denselayer1.conv2 has hooks or a forward of its own",
+}
+
+
+@pytest.mark.parametrize("change", REASONS, ids=lambda change: change.__name__)
+def test_what_is_not_known_falls_back_and_says_why(change):
+    """Before the conversion the block is left alone; after it, it runs as it was."""
+    reason, x = REASONS[change], torch.randn(3, 3, 36, 32, dtype=torch.float64)
+    early, late = small(), small()
+    change(early.features.denseblock1)
+    assert reason in convert_(early)["features.denseblock1"].reason
+    convert_(late)
+    original = copy.deepcopy(late)
+    revert_(original)
+    for model in (late, original):
+        change(model.features.denseblock1)
+    assert reason in late.features.denseblock1.why_naive(x[:, :1].expand(-1, 8, -1, -1))
+    assert_same_training(late, original, x, rtol=1e-9)
+
+
+def test_segmentation_encoder_says_that_it_calls_transitions_by_name():
+    report = convert_(NETWORKS["segmentation-encoder"].make())
+    reasons = {f.reason for f in report if f.kind != "dense block"}
+    assert reasons == {"DenseNetEncoder calls its parts one by one"}
+
+
+def test_our_own_blocks_are_left_as_they_are():
+    model = densenet_cifar(10, 4)
+    report = convert_(model, strict=True)
+    assert {f.reason for f in report} == {"is efficient by itself"}
+    assert type(model.features.denseblock1) is EfficientDenseBlock
+
+
+class Sparse(TiramisuBlock):
+    """Connects each layer to the input and the last one only."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([layer(x), x], 1)
+        return x
+
+
+class Scaling(TiramisuLayer):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+def test_block_of_no_library_that_connects_otherwise_is_left_alone():
+    model = Tiramisu()
+    model.down.__class__ = Sparse
+    report = convert_(model)
+    assert "does not connect densely" in report["down"].reason
+    assert report["middle"].converted
+
+
+def test_layer_of_no_library_with_its_own_forward_is_left_alone():
+    model = Tiramisu()
+    model.down.layers[1].__class__ = Scaling
+    assert convert_(model)["down"].reason == "Scaling has a forward function of its own"
