@@ -1,7 +1,8 @@
 """The ``efficient-densenet`` command.
 
 Bad input ends in one line on stderr that quotes it and exit status 2; memory that ran out, in one
-line and exit status 1; Ctrl-C, in one line and exit status 130.
+line and exit status 1, which is also that of a plan in which nothing fits; Ctrl-C, in one line and
+exit status 130.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (``sys.argv`` if ``None``); returns the exit status."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return int(args.run(args))
     except ConfigError as error:
         return _complain(args, 2, f"error: {_option(error.argument)} {error.problem}")
     except (DataError, _ExtraMissing) as error:
@@ -44,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(args, 1, f"out of memory: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         return _complain(args, 130, "interrupted")
-    return 0
 
 
 def _complain(args: argparse.Namespace, status: int, message: str) -> int:
@@ -59,6 +60,9 @@ def _option(argument: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="efficient-densenet", description="DenseNets trained in O(kL) memory.")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {version('efficient_densenet')}"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_plan(commands)
@@ -117,7 +121,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     folders.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in --out, from its last finished epoch",
+        help="resume the run in --out after its last finished epoch; --epochs may be more",
     )
 
 
@@ -158,7 +162,7 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> int:
     if args.chart is not None and not (args.chart.suffix == ".png" and args.chart.parent.is_dir()):
         raise ConfigError(
             "chart", f"must be a .png file in a folder that exists, got {str(args.chart)!r}"
@@ -168,22 +172,18 @@ def _plan(args: argparse.Namespace) -> None:
         *("in_channels", "num_classes", "precision", "device"),
     )
     made = planner.plan(**{name: getattr(args, name) for name in names})
-    if args.json:
-        print(json.dumps(asdict(made), indent=2))
-    if args.json and args.chart is None:
-        return
-    with _extra("a table or a chart"):
-        from efficient_densenet.training import pictures
     if args.chart is not None:
+        with _extra("a chart"):
+            from efficient_densenet.training import pictures
         try:
             pictures.plan_chart(made, args.chart)
         except OSError as error:
             raise ConfigError("chart", f"{str(args.chart)!r} cannot be written: {error}") from error
-    if not args.json:
-        pictures.show(made)
+    print(json.dumps(asdict(made), indent=2) if args.json else made)
+    return 0 if any(fit.largest for fit in made.fits.values()) else 1
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     options = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
     if args.budget is None:
         config = TrainConfig.of(**options)
@@ -192,6 +192,7 @@ def _train(args: argparse.Namespace) -> None:
     with _extra("training"):
         from efficient_densenet.training import run as training
     training.run(config, args.out, args.data_dir, args.resume)
+    return 0
 
 
 class _ExtraMissing(Exception):

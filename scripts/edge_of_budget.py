@@ -25,7 +25,7 @@ from efficient_densenet.memory.batch import Batch
 from efficient_densenet.memory.running import RunningStep
 from efficient_densenet.memory.sizes import format_size, parse_size
 from efficient_densenet.training.config import AUTOCAST, make_optimizer
-from efficient_densenet.training.plan import COMPETITORS, Work
+from efficient_densenet.training.work import COMPETITORS, Work
 from scripts import marked
 
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from benchmarks.provenance import commit, cpu
 from efficient_densenet import plan
 from efficient_densenet.memory.sizes import format_size
 from efficient_densenet.training import pictures
-from efficient_densenet.training.plan import COMPETITORS, Plan, Work
+from efficient_densenet.training.plan import Plan
+from efficient_densenet.training.work import COMPETITORS, Work
 from scripts import marked, planned_peaks
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"

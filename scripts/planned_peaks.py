@@ -20,7 +20,7 @@ from benchmarks.provenance import provenance
 from efficient_densenet.memory.report import StepReport
 from efficient_densenet.memory.step import measure
 from efficient_densenet.training.config import make_optimizer
-from efficient_densenet.training.plan import COMPETITORS, Work
+from efficient_densenet.training.work import COMPETITORS, Work
 from scripts import marked
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"

@@ -75,3 +75,9 @@ def test_module_runs_as_command():
     command = [sys.executable, "-m", "efficient_densenet", "train", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "fashion" in done.stdout
+
+
+def test_version_is_told(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("efficient-densenet 0.")

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.cases import DEVICE
 from benchmarks.gpu.runner import Job, PartFailed
-from efficient_densenet.training.plan import COMPETITORS, Work, plan_work
+from efficient_densenet.training.plan import plan_work
+from efficient_densenet.training.work import COMPETITORS, Work
 from scripts.edge_of_budget import step_within
 
 BEYOND_THE_PLAN = 0.03

@@ -26,7 +26,7 @@ from benchmarks.instruments import (
 )
 from benchmarks.precision import PrecisionJudge
 from efficient_densenet.training.config import make_optimizer
-from efficient_densenet.training.plan import COMPETITORS, Work
+from efficient_densenet.training.work import COMPETITORS, Work
 from scripts.edge_of_budget import step_within
 
 LEARNING_RATE = 0.01

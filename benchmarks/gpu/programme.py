@@ -22,7 +22,7 @@ from benchmarks.gpu import limits, parts
 from benchmarks.gpu.limits import Question
 from benchmarks.gpu.operations import Site, operations
 from benchmarks.gpu.runner import Part
-from efficient_densenet.training.plan import Work
+from efficient_densenet.training.work import Work
 
 BF16 = torch.bfloat16
 IMPLEMENTATIONS = ("eager", "triton")

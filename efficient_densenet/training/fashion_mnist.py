@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import shutil
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -121,7 +123,9 @@ def download(data_dir: Path) -> None:
     from torchvision.datasets import FashionMNIST  # type: ignore[import-untyped]
 
     try:
-        FashionMNIST(data_dir, download=True)
+        with TemporaryDirectory() as scratch:  # what is there in part would count as damaged
+            FashionMNIST(scratch, download=True)
+            shutil.copytree(scratch, data_dir, dirs_exist_ok=True)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"no Fashion-MNIST in {str(data_dir)!r} or {str(SYSTEM_FOLDER)!r}, "

@@ -1,4 +1,4 @@
-"""Pictures of memory: a plan as a table and a chart, and what lived when in one step."""
+"""Pictures of memory: what a plan found, and what lived when in one step."""
 
 from __future__ import annotations
 
@@ -7,55 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from efficient_densenet.memory.report import StepReport
 from efficient_densenet.memory.sizes import format_size
-from efficient_densenet.training.plan import COMPETITORS, Plan, Work
+from efficient_densenet.training.plan import Plan
+from efficient_densenet.training.work import COMPETITORS
 
 GRID_COLOUR = "#e5e7eb"
 MIB, GIB = 2**20, 2**30
-
-
-def show(plan: Plan) -> None:
-    """Print a plan as a table, with the reserve beneath it."""
-    table = Table(title=title(plan), title_justify="left")
-    table.add_column("mode")
-    for name in (f"largest {plan.varies}", "peak", "one size up", "its peak"):
-        table.add_column(name, justify="right")
-    for mode, fit in plan.fits.items():
-        table.add_row(
-            mode,
-            str(fit.largest) if fit.largest else "none fits",
-            format_size(fit.peak) if fit.largest else "",
-            "" if fit.next is None else str(fit.next),
-            "" if fit.next_peak is None else format_size(fit.next_peak),
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        f"Peaks are estimated. Reserve on {plan.device}: {format_size(plan.reserve)} "
-        f"({plan.reserve_reason}).",
-        highlight=False,
-    )
-
-
-def title(plan: Plan) -> str:
-    """What was planned, in one line."""
-    return f"{_name(plan.work, plan.varies)} in {format_size(plan.budget)}"
-
-
-def _name(work: Work, varies: str) -> str:
-    parts = [
-        work.model if work.depth is None or varies == "depth" else f"{work.model}-{work.depth}"
-    ]
-    if work.growth_rate:
-        parts.append(f"k={work.growth_rate}")
-    parts.append(f"{work.image_size}x{work.image_size}x{work.in_channels}")
-    if varies == "depth":
-        parts.append(f"batch {work.batch_size}")
-    return ", ".join([*parts, f"precision {work.precision}"])
 
 
 def plan_chart(plan: Plan, path: Path) -> None:
@@ -85,7 +44,7 @@ def plan_chart(plan: Plan, path: Path) -> None:
         xycoords="axes fraction",
         ha="right",
     )
-    axes.set(title=title(plan), xlabel=plan.varies, ylabel="estimated peak, GiB")
+    axes.set(title=plan.title, xlabel=plan.varies, ylabel="estimated peak, GiB")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.12 * room / GIB)
     _finish(axes)
@@ -111,7 +70,7 @@ def fits_chart(plans: Sequence[Plan], path: Path) -> None:
         axes.bar_label(bars, fontsize=8, padding=2)
     axes.set_xticks(range(len(plans)), [f"{p.budget / 1e9:.0f} GB" for p in plans])
     axes.set(
-        title=f"{_name(plans[0].work, plans[0].varies)}: largest {plans[0].varies}, estimated",
+        title=f"{plans[0].subject}: largest {plans[0].varies}, estimated",
         yscale="log",
         ylabel=f"{plans[0].varies}, log scale",
         xlabel=f"budget ({format_size(plans[0].reserve)} of it in reserve)",

@@ -6,144 +6,30 @@ optimizer state included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
-from efficient_densenet.functional.modes import MODES, Mode, Recompute
+from efficient_densenet.functional.modes import MODES, Recompute
 from efficient_densenet.memory.devices import DEVICES, present_device
-from efficient_densenet.memory.plan import Fit, find_largest, largest_batch
-from efficient_densenet.memory.report import StepReport
+from efficient_densenet.memory.plan import Fit
 from efficient_densenet.memory.sizes import format_size
-from efficient_densenet.memory.step import estimate
-from efficient_densenet.modules.checkpointed import CHECKPOINTED, checkpointed_
 from efficient_densenet.training.config import (
-    AUTOCAST,
     PRECISIONS,
     RECIPES,
     SMALLEST_BATCH,
     ConfigError,
     TrainConfig,
-    build_network,
     check_at_least,
     check_budget,
     check_choice,
     check_network,
-    make_optimizer,
 )
+from efficient_densenet.training.work import COMPETITORS, Work
 
 Varies = Literal["batch", "depth"]
 
-COMPETITORS: dict[str, Mode] = {
-    mode.label: mode for mode in (MODES["none"], CHECKPOINTED, MODES["norm"], MODES["bottleneck"])
-}
-"""What is planned for, by what tables call it."""
-
-BATCHES, DEPTHS = range(SMALLEST_BATCH, 2**20 + 1), range(10, 3004 + 1, 6)
-"""Where a search begins, and where it ends whatever would still fit."""
-
 TRAIN_IMAGES = 60_000  # of Fashion-MNIST
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is trained, but for its size.
-
-    Attributes:
-        model: a name of ``config.RECIPES``.
-        image_size: pixels, height and width.
-        batch_size: images of a step.
-        depth: layers, of ``cifar-bc`` alone.
-        growth_rate: channels ``k``, of ``cifar-bc`` alone.
-        in_channels: channels of an image.
-        num_classes: number of logits.
-        drop_rate: dropout.
-        precision: as in training.
-    """
-
-    model: str
-    image_size: int
-    batch_size: int = SMALLEST_BATCH
-    depth: int | None = None
-    growth_rate: int | None = None
-    in_channels: int = 3
-    num_classes: int = 10
-    drop_rate: float = 0.0
-    precision: str = "32-true"
-
-    @property
-    def step(self) -> dict[str, Any]:
-        """What a step is, beside network and batch: arguments of :func:`estimate`."""
-        return {
-            "make_optimizer": partial(make_optimizer, lr=0.1),
-            "autocast_dtype": AUTOCAST.get(self.precision),
-        }
-
-    def build(self, mode: str) -> nn.Module:
-        """The network, with the parameters on torch's default device.
-
-        Raises:
-            ConfigError: if no such network has this depth.
-        """
-        network = build_network(
-            self.model,
-            self.depth,
-            self.growth_rate,
-            in_channels=self.in_channels,
-            num_classes=self.num_classes,
-            drop_rate=self.drop_rate,
-            recompute=COMPETITORS[mode].name,
-        )
-        if mode == CHECKPOINTED.label:
-            checkpointed_(network)
-        return network.double() if self.precision == "64-true" else network
-
-    def estimate(self, mode: str, device: str) -> StepReport:
-        """Memory of a training step on a kind of device, with training's optimizer.
-
-        Raises:
-            ConfigError: if the network does not exist, or has more bytes than torch can count.
-        """
-        images = (self.batch_size, self.in_channels, self.image_size, self.image_size)
-        with _countable(self.model):
-            network = self._build_hollow(mode)
-            return estimate(network, images, target=(self.batch_size,), device=device, **self.step)
-
-    def largest_batch(self, mode: str, budget: int, device: str) -> Fit:
-        """The largest batch whose step fits, whatever ``batch_size`` says. Errors as above."""
-        images = (None, self.in_channels, self.image_size, self.image_size)
-        options = {"target": (None,), "device": device, "sizes": BATCHES, **self.step}
-        with _countable(self.model):
-            return largest_batch(self._build_hollow(mode), images, budget, **options)
-
-    def greatest_depth(self, mode: str, budget: int, device: str) -> Fit:
-        """The deepest network whose step fits, whatever ``depth`` says. Errors as above."""
-
-        def peak(depth: int) -> int:
-            return replace(self, depth=depth).estimate(mode, device).peak.total
-
-        return find_largest(peak, budget - DEVICES[device].reserve, DEPTHS)
-
-    def _build_hollow(self, mode: str) -> nn.Module:
-        with torch.device("meta"):
-            return self.build(mode)
-
-
-@contextmanager
-def _countable(model: str) -> Iterator[None]:
-    """Turns torch's complaint about a size beyond 2**63 into a :class:`ConfigError`."""
-    try:
-        yield
-    except (OverflowError, RuntimeError, TypeError) as error:
-        told = str(error).splitlines()[0]
-        if "overflow" not in told.lower():
-            raise
-        raise ConfigError("model", f"{model}: no memory can hold it: {told}") from error
 
 
 @dataclass(frozen=True)
@@ -170,6 +56,50 @@ class Plan:
 
     def __getitem__(self, mode: str) -> Fit:
         return self.fits[mode]
+
+    @property
+    def subject(self) -> str:
+        """What was planned for, in one line."""
+        work, by_depth = self.work, self.varies == "depth"
+        parts = [work.model if work.depth is None or by_depth else f"{work.model}-{work.depth}"]
+        if work.growth_rate:
+            parts.append(f"k={work.growth_rate}")
+        parts.append(f"{work.image_size}x{work.image_size}x{work.in_channels}")
+        if by_depth:
+            parts.append(f"batch {work.batch_size}")
+        return ", ".join([*parts, f"precision {work.precision}"])
+
+    @property
+    def title(self) -> str:
+        """What was planned, in one line."""
+        return f"{self.subject} in {format_size(self.budget)}"
+
+    def __str__(self) -> str:
+        rows = [("mode", f"largest {self.varies}", "peak", "one size up", "its peak")]
+        rows += [(mode, *_cells(fit)) for mode, fit in self.fits.items()]
+        reserve = f"{format_size(self.reserve)} ({self.reserve_reason})"
+        return "\n".join(
+            [
+                self.title,
+                *_format_table(rows),
+                f"Peaks are estimated. Reserve on {self.device}: {reserve}.",
+            ]
+        )
+
+
+def _cells(fit: Fit) -> tuple[str, str, str, str]:
+    largest, peak = (str(fit.largest), format_size(fit.peak)) if fit.largest else ("none fits", "")
+    if fit.next is None:
+        return largest, peak, "", ""
+    return largest, peak, str(fit.next), format_size(fit.next_peak or 0)
+
+
+def _format_table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table whose first column is flush left and whose others are flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
 
 
 def plan(
@@ -242,8 +172,7 @@ def plan(
         drop_rate,
         precision,
     )
-    with torch.device("meta"), _countable(model):
-        work.build("naive")  # a depth that no network has is refused before any search
+    work.check()
     varies: Varies = "depth" if batch_size else "batch"
     return plan_work(work, varies, check_budget(budget), device, modes)
 
@@ -296,7 +225,7 @@ def _cheapest(config: TrainConfig, budget: int) -> Recompute:
     device = present_device()
     needed = 0
     for mode in MODES.values():
-        peak = work_of(config).estimate(mode.label, device).peak.total
+        peak = Work.of(config).estimate(mode.label, device).peak.total
         needed = peak + DEVICES[device].reserve
         if needed <= budget:
             return mode.name
@@ -308,24 +237,10 @@ def _cheapest(config: TrainConfig, budget: int) -> Recompute:
 
 def _largest_batch(config: TrainConfig, budget: int) -> int:
     mode = MODES[config.recompute].label
-    fit = plan_work(work_of(config), "batch", budget, present_device(), [mode])[mode]
+    fit = plan_work(Work.of(config), "batch", budget, present_device(), [mode])[mode]
     if not fit.largest:
         raise _NothingFits(
             f"recompute {config.recompute!r} needs {format_size(fit.next_peak or 0)} "
             f"for a batch of {fit.next}"
         )
     return min(fit.largest, config.train_size or TRAIN_IMAGES)
-
-
-def work_of(config: TrainConfig) -> Work:
-    """The step of a training run."""
-    return Work(
-        config.model,
-        config.image_size,
-        config.batch_size,
-        config.depth,
-        config.growth_rate,
-        in_channels=1,
-        drop_rate=config.drop_rate,
-        precision=config.precision,
-    )

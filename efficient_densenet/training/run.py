@@ -8,7 +8,6 @@ finished epochs' metrics.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -35,12 +34,12 @@ from efficient_densenet.memory import step as memory
 from efficient_densenet.memory.budget import enforce
 from efficient_densenet.memory.devices import present_device
 from efficient_densenet.training import fashion_mnist
-from efficient_densenet.training import plan as planner
 from efficient_densenet.training import summary as curves
 from efficient_densenet.training.config import AUTOCAST, ConfigError, TrainConfig, make_optimizer
 from efficient_densenet.training.fashion_mnist import FASHION_MNIST, Manifest
+from efficient_densenet.training.folder import RunFolder
+from efficient_densenet.training.work import Work
 
-CHECKPOINT = "last.ckpt"
 METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 TEST_BATCH = 256
 
@@ -252,7 +251,8 @@ def run(
         config: what to train.
         out: folder for configuration, metrics, checkpoint, curves and summary.
         data_dir: as for :class:`FashionMNISTData`.
-        resume: go on from the checkpoint in ``out``, or from the start if it has none yet.
+        resume: go on from the checkpoint in ``out``, or from the start if it has none yet. Of the
+            run's options only ``epochs`` may differ, and be more.
         manifest: as for :class:`FashionMNISTData`.
 
     Raises:
@@ -264,15 +264,18 @@ def run(
     L.seed_everything(config.seed, verbose=False)
     classifier = Classifier(**asdict(config))
     data = FashionMNISTData(config, data_dir, manifest)
-    _open_folder(out, config, resume)
-    checkpoint = out / CHECKPOINT
-    trainer = _trainer(config, out)
-    ckpt_path = checkpoint if resume and checkpoint.exists() else None
+    folder = RunFolder(out)
+    rank_zero_only(folder.open)(config, resume)
+    trainer: L.Trainer | None = None
     try:
+        trainer = _trainer(config, out)
+        ckpt_path = folder.checkpoint if folder.checkpoint.exists() else None
         trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
-    except SystemExit:
-        if trainer.interrupted:  # Lightning turns Ctrl-C into an exit without a word
-            raise KeyboardInterrupt from None
+    except BaseException as error:
+        if trainer is None or trainer.global_step == 0:
+            rank_zero_only(folder.discard)()
+        if isinstance(error, SystemExit) and trainer is not None and trainer.interrupted:
+            raise KeyboardInterrupt from None  # which Lightning made an exit without a word
         raise
     if trainer.is_global_zero:
         device = trainer.strategy.root_device
@@ -298,7 +301,7 @@ def step_memory(config: TrainConfig, device: torch.device) -> tuple[int, int]:
         make_optimizer=partial(make_optimizer, lr=config.lr),
         autocast_dtype=AUTOCAST.get(config.precision),
     )
-    naive = planner.work_of(config).estimate("naive", present_device())
+    naive = Work.of(config).estimate("naive", present_device())
     return ours.peak.total, naive.peak.total
 
 
@@ -330,28 +333,6 @@ def _trainer(config: TrainConfig, out: Path) -> L.Trainer:
         raise ConfigError(
             "devices", f"{config.devices} with precision {config.precision}: {reason}"
         ) from error
-
-
-@rank_zero_only
-def _open_folder(out: Path, config: TrainConfig, resume: bool) -> None:
-    """Write the configuration into ``out``, or see that the run to resume there has the same."""
-    path = out / "config.json"
-    options = asdict(config)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / CHECKPOINT).exists():
-            path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-            return
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError("out", f"{str(out)!r} cannot hold a run: {error}") from error
-    if not resume:
-        raise ConfigError("out", f"{str(out)!r} holds a run: resume it, or name another folder")
-    for name, value in options.items():
-        if earlier.get(name) != value:
-            raise ConfigError(
-                name, f"is {earlier.get(name)} in the run to resume in {str(out)!r}, not {value}"
-            )
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -21,7 +21,7 @@ from benchmarks.gpu.limits import Question
 from benchmarks.gpu.programme import REAL, REHEARSAL, programme
 from benchmarks.gpu.runner import CUT_OFF, FAILED, LEAST, OK, SKIPPED, Part, Record, run_parts
 from benchmarks.instruments import NO_TIME, SharpJudge, compete
-from efficient_densenet.training.plan import Work
+from efficient_densenet.training.work import Work
 from support import runner_parts
 from support.commands import ENVIRONMENT, ROOT
 

@@ -17,7 +17,7 @@ from efficient_densenet.memory.meter import LiveMeter
 from efficient_densenet.models import densenet_cifar
 from efficient_densenet.training import plan as planner
 from efficient_densenet.training.config import make_optimizer
-from efficient_densenet.training.plan import COMPETITORS, Work
+from efficient_densenet.training.work import COMPETITORS, Work
 from scripts import edge_of_budget
 
 CPU = torch.device("cpu")

@@ -1,4 +1,5 @@
 import gzip
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,24 @@ def test_failed_download_becomes_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", refuse)
     with pytest.raises(DataError, match=r"no route to host.*To get the data"):
         fashion_mnist.download(tmp_path)
+
+
+def test_broken_download_leaves_nothing_and_whole_one_everything(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def fetch(root, download, fails):
+        write_data(Path(root) / "FashionMNIST" / "raw")
+        if fails:
+            raise RuntimeError("connection lost")
+
+    for fails in (True, False):
+        monkeypatch.setattr(torchvision.datasets, "FashionMNIST", partial(fetch, fails=fails))
+        try:
+            fashion_mnist.download(tmp_path / "data")
+        except DataError as error:
+            assert "connection lost" in str(error)
+        assert (tmp_path / "data").exists() != fails
+    assert fashion_mnist.find(tmp_path / "data") == tmp_path / "data" / "FashionMNIST" / "raw"
 
 
 def test_real_data_have_stated_mean_and_deviation():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ import torch
 from efficient_densenet import plan
 from efficient_densenet.cli import main
 from efficient_densenet.training.config import ConfigError, TrainConfig
-from efficient_densenet.training.plan import COMPETITORS, Work, config_within
+from efficient_densenet.training.plan import config_within
+from efficient_densenet.training.work import COMPETITORS, Work
 from scripts import planned_peaks
-from support.commands import error_of
+from support.commands import ENVIRONMENT, error_of
 
 MIB = 2**20
 
@@ -123,7 +126,7 @@ def test_precision_changes_plan() -> None:
 
 
 def test_search_ends_at_its_limit(monkeypatch) -> None:
-    monkeypatch.setattr("efficient_densenet.training.plan.BATCHES", range(2, 5))
+    monkeypatch.setattr("efficient_densenet.training.work.BATCHES", range(2, 5))
     (fit,) = plan("1GiB", depth=10, device="cpu", modes=["norm"]).fits.values()
     assert (fit.largest, fit.next, fit.next_peak) == (4, None, None)
 
@@ -207,7 +210,6 @@ def test_without_gpu_budget_is_needed(capsys) -> None:
 
 
 def test_plan_prints_table_and_draws_chart(capsys, tmp_path) -> None:
-    pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
     chart = tmp_path / "plan.png"
     options = "--budget 16MiB --depth 10 --growth-rate 4 --device cpu"
@@ -236,9 +238,36 @@ def test_interrupted_plan_says_so_in_one_line(capsys, monkeypatch) -> None:
 
 def test_plan_prints_json(capsys) -> None:
     options = "--budget 16MiB --batch-size 8 --growth-rate 4 --device cuda --json"
-    assert main(["plan", *options.split()]) == 0
+    assert main(["plan", *options.split()]) == 1  # as nothing fits
     made = json.loads(capsys.readouterr().out)
     assert (made["budget"], made["varies"], made["work"]["batch_size"]) == (16 * MIB, "depth", 8)
     assert [fit["largest"] for fit in made["fits"].values()] == [
         0
     ] * 4  # the reserve is more than that
+
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("rich", "matplotlib", "lightning"):
+    sys.modules[name] = None
+from efficient_densenet.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        ("--budget 16MiB", 0, "largest batch"),
+        ("--budget 16KiB", 1, "none fits"),
+        ("--budget 16MiB --json", 0, '"largest"'),
+        ("--budget 16MiB --chart plan.png", 2, "a chart needs 'matplotlib"),
+    ],
+    ids=["a table", "nothing fits", "json", "a chart"],
+)
+def test_plan_needs_no_extra_but_for_charts(tmp_path, options, status, said) -> None:
+    network = "--depth 10 --growth-rate 4 --image-size 8 --device cpu"
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, "plan", *network.split(), *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    assert done.returncode == status, done.stderr
+    assert said in (done.stderr if status == 2 else done.stdout)

@@ -14,6 +14,7 @@ from efficient_densenet.memory.budget import BudgetExceeded
 from efficient_densenet.training import plan as planner
 from efficient_densenet.training import run as training
 from efficient_densenet.training.config import RECIPES, ConfigError, TrainConfig
+from efficient_densenet.training.work import Work
 from support.commands import ENVIRONMENT
 from support.images import write_data
 
@@ -144,8 +145,80 @@ def test_finished_run_is_not_overwritten(tmp_path):
     train(tmp_path, "run", epochs=1)
     with pytest.raises(ConfigError, match="holds a run: resume it"):
         train(tmp_path, "run", epochs=1)
-    with pytest.raises(ConfigError, match="epochs is 1 in the run to resume"):
+    with pytest.raises(ConfigError, match="seed is 3 in the run to resume"):
+        train(tmp_path, "run", epochs=1, seed=4, resume=True)
+
+
+def test_run_is_extended_by_more_epochs_at_its_last_rate_but_not_cut_short(tmp_path):
+    left = train(tmp_path, "run", epochs=2)["state_dict"]
+    longer = train(tmp_path, "run", epochs=4, resume=True)["state_dict"]
+    found = rows(tmp_path / "run")
+    assert [row["epoch"] for row in found] == ["1", "2", "3", "4"]
+    assert [float(row["lr"]) for row in found] == pytest.approx([0.01, 0.001, 0.001, 0.001])
+    assert not torch.equal(left["model.classifier.weight"], longer["model.classifier.weight"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 4
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 4
+    with pytest.raises(ConfigError, match="epochs is 4 in the run to resume"):
+        train(tmp_path, "run", epochs=3, resume=True)
+
+
+def spoil(path, damage):
+    content = path.read_bytes()
+    path.write_bytes({"cut short": content[: len(content) // 2], "garbage": b"\0garbage"}[damage])
+
+
+@pytest.mark.parametrize("damage", ["cut short", "garbage"])
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [("last.ckpt", "remove it to start again"), ("config.json", "restore it from hparams.yaml")],
+)
+def test_damaged_file_is_named_with_way_out(tmp_path, name, way_out, damage):
+    train(tmp_path, "run", epochs=1)
+    path = tmp_path / "run" / name
+    spoil(path, damage)
+    with pytest.raises(ConfigError, match="is damaged") as caught:
+        train(tmp_path, "run", epochs=1, resume=True)
+    assert repr(str(path)) in str(caught.value) and way_out in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.value.argument == "out"
+
+
+def test_checkpoint_of_something_else_is_named(tmp_path):
+    train(tmp_path, "run", epochs=1)
+    torch.save({"state_dict": {}}, tmp_path / "run" / "last.ckpt")
+    with pytest.raises(ConfigError, match=r"last\.ckpt' is damaged \(it has no history, optimizer"):
+        train(tmp_path, "run", epochs=1, resume=True)
+
+
+@pytest.mark.parametrize("existed", [False, True], ids=["new folder", "old folder"])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"train_size": 65}, ConfigError), ({"budget": 2**16}, BudgetExceeded)],
+    ids=["too few images", "too little memory"],
+)
+def test_run_that_cannot_start_leaves_nothing(tmp_path, options, error, existed):
+    write_data(tmp_path / "data")
+    out = tmp_path / "runs" / "first"
+    if existed:
+        out.mkdir(parents=True)
+        (out / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error):
+        train(tmp_path, "runs/first", **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resumed_run_that_fails_keeps_what_it_had(tmp_path, monkeypatch):
+    train(tmp_path, "run", epochs=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.ckpt")}
+
+    def failing(self, batch, batch_idx):
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(training.Classifier, "training_step", failing)
+    with pytest.raises(RuntimeError, match="injected"):
         train(tmp_path, "run", epochs=2, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+    assert (tmp_path / "run" / "config.json").exists()
 
 
 def test_checkpoint_loads_without_further_options(tmp_path):
@@ -194,7 +267,7 @@ def test_bottleneck_step_needs_less_than_naive_step():
 
 def test_run_stays_within_budget_and_naive_run_cannot(tmp_path):
     options = TINY | {"model": "cifar-bc", "epochs": 1, "batch_size": 32, "depth": 22}
-    work = planner.Work("cifar-bc", 8, 32, 22, 4, in_channels=1, drop_rate=0.2)
+    work = Work("cifar-bc", 8, 32, 22, 4, in_channels=1, drop_rate=0.2)
     need = work.estimate("bottleneck", "cpu").peak.total
     config = planner.config_within(str(need), options)
     assert config.recompute == "bottleneck"
