@@ -1,7 +1,7 @@
 """Builds Triton's kernels for GPUs that are not here, and reads what the builds say.
 
-The launches of a layer are recorded on maps without values, and each is compiled as it would be
-for a device: the same types, strides, divisibility and constants.
+The launches of a layer are recorded on maps without values, and Triton compiles each as it would on
+a device: the same types, strides, divisibility and constants.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from efficient_densenet.kernels import workspace
 from efficient_densenet.kernels.interface import (
@@ -39,11 +39,6 @@ TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The instruction of the tensor cores.
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-}
 # Samples, positions per side, channels read, of the bottleneck, and added: the last layer of
 # DenseNet-121's first block at 224x224.
 LAYER = (64, 56, 224, 128, 32)
@@ -64,7 +59,7 @@ class Launch:
 
     @property
     def tile(self) -> str:
-        sizes = [self.arguments.get(name) for name in ("ROWS", "COLUMNS", "DEPTH")]
+        sizes = [self.arguments.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
         return "×".join(str(size) for size in sizes if size)
 
 
@@ -158,21 +153,32 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     operations.correct(a_map(width, torch.float32), z, mean, a, b, a_map(width))
 
 
+class AbsentGPU:
+    """What Triton asks of a driver before it builds: enough for a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # what has been built is remembered by this number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
 def build(launch: Launch, capability: int) -> Build:
     """Compiles a launch for a GPU of that compute capability."""
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        signature[name] = _type(value, launch.kernel.params[i])
-        if signature[name] == "constexpr":
-            constants[(i,)] = value
-        elif _is_aligned(value) and not launch.kernel.params[i].do_not_specialize:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
-    )
+    with patch.object(driver, "_active", AbsentGPU(capability)):
+        compiled = launch.kernel.run(
+            **launch.arguments,
+            grid=(1,),
+            warmup=True,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
     usage, code = (
         _disassembled(compiled.asm["cubin"], option)
         for option in ("--dump-resource-usage", "--dump-sass")
@@ -186,24 +192,6 @@ def build(launch: Launch, capability: int) -> Build:
     scalar = len(re.findall(r"\b(?:LDG|STG)\.E\S*\.U16\b", code))
     spilled = stack + local > 0 or bool(instructions & {"STL", "LDL"})
     return Build(registers, spilled, static + compiled.metadata.shared, scalar, instructions, ptx)
-
-
-def _type(value: Any, parameter: Any) -> str:
-    """How Triton would type an argument: integers that are one are constants of the build."""
-    if isinstance(value, Tensor):
-        return POINTERS[value.dtype]
-    if parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
-        return "constexpr"
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _is_aligned(value: Any) -> bool:
-    """Whether a pointer or a number is a multiple of 16: memory without values begins at none."""
-    if isinstance(value, Tensor):
-        return value.storage_offset() * value.itemsize % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
 
 
 def _disassembled(binary: bytes, option: str) -> str:

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from efficient_densenet.memory.shapes import tensors_of
 from scripts import marked
 from scripts.kernel_builds import LAYER, TARGETS, Build, Launch, build, launches
 
@@ -23,27 +24,33 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 MIB, KIB = 2**20, 2**10
 WRITES = {
     "append": ("into", "pair"),
-    "fold_moments": ("mean", "var"),
-    "ready": ("vectors",),
+    "fold_moments": ("statistics",),
+    "make_norm": ("vectors",),
     "product": ("y", "pair"),
     "rectify": ("out",),
     "rectify_backward": ("target", "pair"),
     "weight_gradient": ("parts",),
     "input_gradient": ("target", "pair"),
-    "collect": ("beta_gradient", "gamma_gradient", "total_d", "total_dx"),
+    "collect": ("beta_gradient", "gamma_gradient", "totals"),
     "correct": ("out",),
 }
 
 
 def moved(launch: Launch) -> tuple[int, int]:
     """Bytes of the tensors that a launch reads, and of those that it writes."""
-    tensors = {name: t for name, t in launch.arguments.items() if isinstance(t, Tensor)}
-    written = {name: tensors[name] for name in WRITES[launch.name]}
-    again = written if launch.arguments.get("ACCUMULATE") or "total_d" in written else {}
-    read = {name: t for name, t in tensors.items() if name not in written}
-    total = [sum({id(t): t.nbytes for t in part.values()}.values()) for part in (read, written)]
-    back = sum(t.nbytes for name, t in again.items() if name.startswith(("target", "total")))
-    return total[0] + back, total[1]
+    read, written = [], []
+    for name, value in launch.arguments.items():
+        adds = name == "totals" or (name == "target" and launch.arguments["ACCUMULATE"])
+        if name in WRITES[launch.name]:
+            written += tensors_of([value])
+        if name not in WRITES[launch.name] or adds:
+            read += tensors_of([value])
+    return _bytes(read), _bytes(written)
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Each tensor once: where one is not wanted, another stands in its place."""
+    return sum({id(t): t.nbytes for t in tensors}.values())
 
 
 def markdown() -> str:

@@ -8,25 +8,25 @@ from torch import Tensor
 
 from efficient_densenet.kernels.interface import Norm, Statistics
 from efficient_densenet.kernels.triton import launch
-from efficient_densenet.kernels.triton.launch import matrix, pair_of, plane, shared
+from efficient_densenet.kernels.triton.launch import elementwise, matrix, pair_of, shared
 from efficient_densenet.kernels.triton.tile import (
+    load_tile,
     norm_vectors,
     rectified,
-    row_offsets,
     store_moments,
     store_through_rectifier,
-    tile_of,
+    store_tile,
 )
 from efficient_densenet.kernels.triton.vectors import launch_fold
 
 
 @triton.jit
-def _place(channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _place(N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The row of tiles that a program has, its rows, and its columns."""
-    across = tl.cdiv(channels, COLUMNS)
+    across = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // across
-    rows = row * ROWS + tl.arange(0, ROWS)
-    return row, rows, (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row, m, (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -34,69 +34,47 @@ def append(
     y,
     into,
     pair,
-    values,
+    M,
+    N,
     positions,
-    channels,
-    y_sample,
-    y_channel,
-    y_position,
-    into_sample,
-    into_channel,
-    into_position,
     COPY: tl.constexpr,
     STATISTICS: tl.constexpr,
     FLAT: tl.constexpr,
     INDEX: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """``into = y`` if ``COPY``; the statistics of the values as ``into`` holds them."""
-    row, rows, columns = _place(channels, ROWS, COLUMNS)
-    inside_rows, inside = rows < values, columns < channels
-    mask = inside_rows[:, None] & inside[None, :]
-    offsets = row_offsets(rows, positions, y_sample, y_position, FLAT, INDEX)
-    tile = tl.load(y + tile_of(offsets, columns, y_channel, INDEX), mask=mask, other=0.0)
+    row, m, n = _place(N, BLOCK_M, BLOCK_N)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    tile = load_tile(y, m, n, inside, positions, FLAT, INDEX)
     if COPY:
-        tile = tile.to(into.dtype.element_ty)
-        offsets = row_offsets(rows, positions, into_sample, into_position, FLAT, INDEX)
-        tl.store(into + tile_of(offsets, columns, into_channel, INDEX), tile, mask=mask)
+        tile = tile.to(into.data.dtype.element_ty)
+        store_tile(into, tile, m, n, inside, positions, FLAT, INDEX)
     if STATISTICS:
-        count, tiles = tl.minimum(values - row * ROWS, ROWS), tl.cdiv(values, ROWS)
-        seen = tile.to(tl.float32)
-        store_moments(pair, row, tiles, seen, inside_rows, count, columns, channels, inside)
+        store_moments(pair, row, tile.to(tl.float32), m, M, n, N, BLOCK_M)
 
 
 @triton.jit
 def rectify(
     x,
+    norm,
     out,
-    mean,
-    scale,
-    bias,
-    values,
+    M,
+    N,
     positions,
-    channels,
-    x_sample,
-    x_channel,
-    x_position,
-    out_sample,
-    out_channel,
-    out_position,
     FLAT: tl.constexpr,
     INDEX: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """``out = relu((x - mean) * scale + bias)``."""
-    _, rows, columns = _place(channels, ROWS, COLUMNS)
-    inside = columns < channels
-    mask = (rows < values)[:, None] & inside[None, :]
-    offsets = row_offsets(rows, positions, x_sample, x_position, FLAT, INDEX)
-    tile = tl.load(x + tile_of(offsets, columns, x_channel, INDEX), mask=mask, other=0.0)
-    m, s, b = norm_vectors(mean, scale, bias, columns, inside)
-    tile = rectified(tile, m, s, b, out.dtype.element_ty)
-    offsets = row_offsets(rows, positions, out_sample, out_position, FLAT, INDEX)
-    tl.store(out + tile_of(offsets, columns, out_channel, INDEX), tile, mask=mask)
+    _, m, n = _place(N, BLOCK_M, BLOCK_N)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    tile = load_tile(x, m, n, inside, positions, FLAT, INDEX)
+    mean, scale, bias = norm_vectors(norm, n, n < N)
+    tile = rectified(tile, mean, scale, bias, out.data.dtype.element_ty)
+    store_tile(out, tile, m, n, inside, positions, FLAT, INDEX)
 
 
 @triton.jit
@@ -104,66 +82,44 @@ def rectify_backward(
     d,
     x,
     target,
-    mean,
-    scale,
-    bias,
+    norm,
     pair,
-    values,
+    M,
+    N,
     positions,
-    channels,
-    d_sample,
-    d_channel,
-    d_position,
-    x_sample,
-    x_channel,
-    x_position,
-    target_sample,
-    target_channel,
-    target_position,
-    SUMS: tl.constexpr,
     TARGET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     FLAT: tl.constexpr,
     INDEX: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """``target += scale * d`` where ``x`` was rectified to more than zero.
 
     ``d`` is the gradient of the rectified map. Leaves sums as ``store_through_rectifier`` does.
     """
-    row, rows, columns = _place(channels, ROWS, COLUMNS)
-    mask = (rows < values)[:, None] & (columns < channels)[None, :]
-    offsets = row_offsets(rows, positions, d_sample, d_position, FLAT, INDEX)
-    tile = tl.load(d + tile_of(offsets, columns, d_channel, INDEX), mask=mask, other=0.0)
+    row, m, n = _place(N, BLOCK_M, BLOCK_N)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    tile = load_tile(d, m, n, inside, positions, FLAT, INDEX)
     store_through_rectifier(
         tile.to(tl.float32),
         x,
         target,
-        mean,
-        scale,
-        bias,
-        scale,
+        norm,
+        norm.scale,
         pair,
         row,
-        tl.cdiv(values, ROWS),
-        rows,
-        columns,
-        values,
-        channels,
+        m,
+        n,
+        M,
+        N,
         positions,
-        x_sample,
-        x_channel,
-        x_position,
-        target_sample,
-        target_channel,
-        target_position,
-        d.dtype.element_ty,
-        SUMS,
+        d.data.dtype.element_ty,
         TARGET,
         ACCUMULATE,
         FLAT,
         INDEX,
+        BLOCK_M,
     )
 
 
@@ -175,85 +131,55 @@ def correct(
     mean,
     a,
     b,
-    values,
+    M,
+    N,
     positions,
-    channels,
-    grad_sample,
-    grad_channel,
-    grad_position,
-    x_sample,
-    x_channel,
-    x_position,
-    out_sample,
-    out_channel,
-    out_position,
     FLAT: tl.constexpr,
     INDEX: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """``out = grad - a - (x - mean) * b``."""
-    _, rows, columns = _place(channels, ROWS, COLUMNS)
-    inside = columns < channels
-    mask = (rows < values)[:, None] & inside[None, :]
-    offsets = row_offsets(rows, positions, grad_sample, grad_position, FLAT, INDEX)
-    g = tl.load(grad + tile_of(offsets, columns, grad_channel, INDEX), mask=mask, other=0.0)
-    offsets = row_offsets(rows, positions, x_sample, x_position, FLAT, INDEX)
-    tile = tl.load(x + tile_of(offsets, columns, x_channel, INDEX), mask=mask, other=0.0)
-    m, first, second = norm_vectors(mean, a, b, columns, inside)
-    g = g.to(tl.float32) - first[None, :]
-    g -= (tile.to(tl.float32) - m[None, :]) * second[None, :]
-    offsets = row_offsets(rows, positions, out_sample, out_position, FLAT, INDEX)
-    place = out + tile_of(offsets, columns, out_channel, INDEX)
-    tl.store(place, g.to(out.dtype.element_ty), mask=mask)
+    _, m, n = _place(N, BLOCK_M, BLOCK_N)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    center = tl.load(mean + n, mask=n < N, other=0.0)[None, :]
+    first = tl.load(a + n, mask=n < N, other=0.0)[None, :]
+    second = tl.load(b + n, mask=n < N, other=0.0)[None, :]
+    g = load_tile(grad, m, n, inside, positions, FLAT, INDEX).to(tl.float32) - first
+    g -= (load_tile(x, m, n, inside, positions, FLAT, INDEX).to(tl.float32) - center) * second
+    store_tile(out, g, m, n, inside, positions, FLAT, INDEX)
 
 
 def launch_append(y: Tensor, into: Tensor | None, statistics: Statistics | None) -> None:
     """The operation ``append``."""
     source = matrix(y)
     place = source if into is None else matrix(into)
-    grid, tile = plane(source)
-    pair = pair_of(source, tile["ROWS"]) if statistics else y
+    grid, tile = elementwise(source)
+    pair = pair_of(source, tile["BLOCK_M"]) if statistics else y
     launch.run(
         append,
         grid,
-        source.map,
-        place.map,
+        source,
+        place,
         pair,
-        source.values,
-        source.positions,
+        source.rows,
         source.channels,
-        *source.strides,
-        *place.strides,
+        source.positions,
         COPY=into is not None,
         STATISTICS=statistics is not None,
         **shared(source, place),
         **tile,
     )
     if statistics is not None:
-        launch_fold(pair, source.values, tile["ROWS"], statistics)
+        launch_fold(pair, source.rows, tile["BLOCK_M"], statistics)
 
 
 def launch_rectify(norm: Norm, x: Tensor, out: Tensor) -> Tensor:
     """The norm and the rectifier of a map, into ``out``."""
     source, place = matrix(x), matrix(out)
-    grid, tile = plane(source)
-    launch.run(
-        rectify,
-        grid,
-        source.map,
-        place.map,
-        norm.mean,
-        norm.scale,
-        norm.bias,
-        source.values,
-        source.positions,
-        source.channels,
-        *source.strides,
-        *place.strides,
-        **shared(source, place),
-        **tile,
-    )
+    grid, tile = elementwise(source)
+    sizes = (source.rows, source.channels, source.positions)
+    launch.run(rectify, grid, source, norm, place, *sizes, **shared(source, place), **tile)
     return out
 
 
@@ -263,25 +189,19 @@ def launch_rectify_backward(
     """Writes or adds the gradient through them, if there is a target; the sums by tile."""
     arriving, source = matrix(d), matrix(x)
     place = source if target is None else matrix(target)
-    grid, tile = plane(source)
-    pair = pair_of(source, tile["ROWS"])
+    grid, tile = elementwise(source)
+    pair = pair_of(source, tile["BLOCK_M"])
     launch.run(
         rectify_backward,
         grid,
-        arriving.map,
-        source.map,
-        place.map,
-        norm.mean,
-        norm.scale,
-        norm.bias,
+        arriving,
+        source,
+        place,
+        norm,
         pair,
-        source.values,
-        source.positions,
+        source.rows,
         source.channels,
-        *arriving.strides,
-        *source.strides,
-        *place.strides,
-        SUMS=True,
+        source.positions,
         TARGET=target is not None,
         ACCUMULATE=accumulate,
         **shared(arriving, source, place),
@@ -294,24 +214,9 @@ def launch_correct(
     grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor
 ) -> Tensor:
     """The operation ``correct``."""
-    g, m, place = matrix(grad), matrix(x), matrix(out)
-    grid, tile = plane(m)
-    launch.run(
-        correct,
-        grid,
-        g.map,
-        m.map,
-        place.map,
-        mean,
-        a,
-        b,
-        m.values,
-        m.positions,
-        m.channels,
-        *g.strides,
-        *m.strides,
-        *place.strides,
-        **shared(g, m, place),
-        **tile,
-    )
+    g, source, place = matrix(grad), matrix(x), matrix(out)
+    grid, tile = elementwise(source)
+    sizes = (source.rows, source.channels, source.positions)
+    constants = shared(g, source, place)
+    launch.run(correct, grid, g, source, place, mean, a, b, *sizes, **constants, **tile)
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Norm, Tail
+from efficient_densenet.kernels.interface import Norm, Sums, Tail
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton.launch import (
     Tile,
@@ -15,11 +15,12 @@ from efficient_densenet.kernels.triton.launch import (
     matrix,
     pair_of,
     product_constants,
-    product_tiles,
     quotient,
     shared,
+    tiles_for,
 )
 from efficient_densenet.kernels.triton.tile import (
+    load_tile,
     norm_vectors,
     rectified,
     row_offsets,
@@ -27,16 +28,18 @@ from efficient_densenet.kernels.triton.tile import (
     tile_of,
 )
 
-# Rows, columns, depth, warps and stages to choose from; the first runs where none may be measured.
+# To choose from; the first runs where none may be measured.
 WEIGHT_TILES = (
-    Tile(128, 64, 64, 8, 3),
-    Tile(64, 64, 64, 4, 3),
+    Tile(m=64, n=128, k=64, warps=8, stages=3),
+    Tile(m=64, n=64, k=64, warps=4, stages=3),
 )
+EXACT_WEIGHT = Tile(m=16, n=64, k=64, warps=8, stages=2)
 INPUT_TILES = (
-    Tile(64, 64, 64, 8, 2),
-    Tile(128, 32, 64, 8, 2),
-    Tile(128, 64, 64, 8, 2),
+    Tile(m=64, n=64, k=64, warps=8, stages=2),
+    Tile(m=128, n=64, k=32, warps=8, stages=2),
+    Tile(m=128, n=64, k=64, warps=8, stages=2),
 )
+EXACT_INPUT = Tile(m=64, n=16, k=64, warps=8, stages=2)
 # Programs of a weight's gradient that a multiprocessor runs at a time: each takes up to 120
 # registers in 256 threads, and 73 KiB.
 RESIDENT = 2
@@ -46,58 +49,42 @@ RESIDENT = 2
 def weight_gradient(
     grad,
     x,
-    mean,
-    scale,
-    bias,
+    norm,
     parts,
-    values,
-    positions,
-    inner,
-    outer,
+    M,
+    N,
+    K,
     share,
-    grad_sample,
-    grad_channel,
-    grad_position,
-    x_sample,
-    x_channel,
-    x_position,
+    positions,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
     INDEX: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """``parts[p, j, k] = Σ_m grad[m, j] * relu((x[m, k] - mean[k]) * scale[k] + bias[k])``.
+    """``parts[p, n, k] = Σ_m grad[m, n] * relu((x[m, k] - mean[k]) * scale[k] + bias[k])``.
 
-    Part ``p`` sums over ``share`` rows of the maps, a multiple of ``DEPTH``.
+    Part ``p`` sums over ``share`` rows of the maps, a multiple of ``BLOCK_M``.
     """
     part = tl.program_id(1)
-    across = tl.cdiv(inner, COLUMNS)
-    j = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
-    k = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_j, inside_k = j < outer, k < inner
-    m, s, b = norm_vectors(mean, scale, bias, k, inside_k)
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(part * share, tl.minimum((part + 1) * share, values), DEPTH):
-        rows = start + tl.arange(0, DEPTH)
-        inside_rows = rows < values
-        grad_rows = row_offsets(rows, positions, grad_sample, grad_position, FLAT, INDEX)
-        g = tl.load(
-            grad + grad_rows[None, :] + j.to(INDEX)[:, None] * grad_channel,
-            mask=inside_j[:, None] & inside_rows[None, :],
-            other=0.0,
-        ).to(DTYPE)
-        x_rows = row_offsets(rows, positions, x_sample, x_position, FLAT, INDEX)
-        x_tile = tl.load(
-            x + tile_of(x_rows, k, x_channel, INDEX),
-            mask=inside_rows[:, None] & inside_k[None, :],
-            other=0.0,
-        )
-        total = tl.dot(g, rectified(x_tile, m, s, b, DTYPE), total, input_precision=PRECISION)
-    place = parts + part * outer * inner + j[:, None] * inner + k[None, :]
-    tl.store(place, total, mask=inside_j[:, None] & inside_k[None, :])
+    across = tl.cdiv(K, BLOCK_K)
+    n = (tl.program_id(0) // across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = (tl.program_id(0) % across) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mean, scale, bias = norm_vectors(norm, k, k < K)
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for start in range(part * share, tl.minimum((part + 1) * share, M), BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        grad_rows = row_offsets(grad, m, positions, FLAT, INDEX)
+        place = grad.data + grad_rows[None, :] + n.to(INDEX)[:, None] * grad.channel
+        g = tl.load(place, mask=(n < N)[:, None] & (m < M)[None, :], other=0.0).to(DTYPE)
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        x_tile = load_tile(x, m, k, inside, positions, FLAT, INDEX)
+        a = rectified(x_tile, mean, scale, bias, DTYPE)
+        total = tl.dot(g, a, total, input_precision=PRECISION)
+    place = parts + part * N * K + n[:, None] * K + k[None, :]
+    tl.store(place, total, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
@@ -106,167 +93,124 @@ def input_gradient(
     weight,
     x,
     target,
-    mean,
-    scale,
-    bias,
+    norm,
     gain,
     pair,
-    values,
+    M,
+    N,
+    K,
     positions,
-    inner,
-    outer,
-    grad_sample,
-    grad_channel,
-    grad_position,
-    x_sample,
-    x_channel,
-    x_position,
-    target_sample,
-    target_channel,
-    target_position,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUMS: tl.constexpr,
     TARGET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     FLAT: tl.constexpr,
     INDEX: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """``d[m, k] = Σ_j grad[m, j] * weight[j, k]`` where ``x`` was rectified to more than zero.
+    """``d[m, k] = Σ_n grad[m, n] * weight[n, k]`` where ``x`` was rectified to more than zero.
 
     Then ``target += gain * d``, and the sums, as in ``store_through_rectifier``.
     """
-    across = tl.cdiv(inner, COLUMNS)
+    across = tl.cdiv(K, BLOCK_K)
     row = tl.program_id(0) // across
-    rows = row * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_rows, inside = rows < values, columns < inner
-    grad_rows = row_offsets(rows, positions, grad_sample, grad_position, FLAT, INDEX)
-    d = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, outer, DEPTH):
-        j = start + tl.arange(0, DEPTH)
-        inside_j = j < outer
-        g = tl.load(
-            grad + tile_of(grad_rows, j, grad_channel, INDEX),
-            mask=inside_rows[:, None] & inside_j[None, :],
-            other=0.0,
-        ).to(DTYPE)
-        w = tl.load(
-            weight + j[:, None] * inner + columns[None, :],
-            mask=inside_j[:, None] & inside[None, :],
-            other=0.0,
-        )
+    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = (tl.program_id(0) % across) * BLOCK_K + tl.arange(0, BLOCK_K)
+    grad_rows = row_offsets(grad, m, positions, FLAT, INDEX)
+    d = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        g = tl.load(tile_of(grad, grad_rows, n, INDEX), mask=inside, other=0.0).to(DTYPE)
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        w = tl.load(weight + n[:, None] * K + k[None, :], mask=inside, other=0.0)
         d = tl.dot(g, w, d, input_precision=PRECISION)
     store_through_rectifier(
         d,
         x,
         target,
-        mean,
-        scale,
-        bias,
+        norm,
         gain,
         pair,
         row,
-        tl.cdiv(values, ROWS),
-        rows,
-        columns,
-        values,
-        inner,
+        m,
+        k,
+        M,
+        K,
         positions,
-        x_sample,
-        x_channel,
-        x_position,
-        target_sample,
-        target_channel,
-        target_position,
         DTYPE,
-        SUMS,
         TARGET,
         ACCUMULATE,
         FLAT,
         INDEX,
+        BLOCK_M,
     )
 
 
 def launch_weight_gradient(grad: Tensor, x: Tensor, norm: Norm, tail: Tail) -> Tensor:
     """The weight's gradient, in its shape and in the type of the norm."""
     source, arriving = matrix(x), matrix(grad)
-    inner, outer, values = x.shape[1], grad.shape[1], source.values
+    reads, leaves = x.shape[1], grad.shape[1]
     constants = product_constants(tail.dtype) | shared(source, arriving)
     together = RESIDENT * launch.multiprocessors(x.device)
 
     def attempt(tile: Tile) -> Tensor:
         # The sum is divided among as many programs as run at a time: one more would run alone.
-        tiles = quotient(outer, tile.rows) * quotient(inner, tile.columns)
-        steps = quotient(values, tile.depth)
-        share = quotient(steps, min(steps, max(1, together // tiles))) * tile.depth
-        parts = norm.mean.new_empty((quotient(values, share), outer, inner))
+        tiles = quotient(leaves, tile.n) * quotient(reads, tile.k)
+        steps = quotient(source.rows, tile.m)
+        share = quotient(steps, min(steps, max(1, together // tiles))) * tile.m
+        parts = norm.mean.new_empty((quotient(source.rows, share), leaves, reads))
         launch.run(
             weight_gradient,
             (tiles, len(parts)),
-            arriving.map,
-            source.map,
-            norm.mean,
-            norm.scale,
-            norm.bias,
+            arriving,
+            source,
+            norm,
             parts,
-            values,
-            source.positions,
-            inner,
-            outer,
+            source.rows,
+            leaves,
+            reads,
             share,
-            *arriving.strides,
-            *source.strides,
+            source.positions,
             **constants,
             **tile.options,
         )
         return parts
 
-    parts = attempt(
-        launch.fastest(
-            product_tiles(WEIGHT_TILES, tail.dtype), source, ("weight", outer, tail.dtype), attempt
-        )
-    )
+    tiles = tiles_for(tail.dtype, WEIGHT_TILES, EXACT_WEIGHT)
+    parts = attempt(launch.fastest(tiles, source, ("weight", leaves, tail.dtype), attempt))
     total = parts[0] if len(parts) == 1 else parts.sum(0)
-    return total.view(outer, inner, *norm.mean.shape[1:])
+    return total.view(leaves, reads, *norm.mean.shape[1:])
 
 
 def launch_input_gradient(
     grad: Tensor, x: Tensor, norm: Norm, tail: Tail, target: Tensor | None, accumulate: bool
-) -> Tensor:
+) -> Sums:
     """Writes or adds the input's gradient, if there is a target; the sums by tile."""
     weight, _ = factors(tail)
-    outer, inner = weight.shape
+    leaves, reads = weight.shape
     source, arriving = matrix(x), matrix(grad)
     place = source if target is None else matrix(target)
-    values = source.values
     constants = product_constants(tail.dtype) | shared(source, arriving, place)
 
     def attempt(tile: Tile, gain: Tensor) -> Tensor:
-        pair = pair_of(source, tile.rows)
+        pair = pair_of(source, tile.m)
         launch.run(
             input_gradient,
-            (quotient(values, tile.rows) * quotient(inner, tile.columns),),
-            arriving.map,
+            (quotient(source.rows, tile.m) * quotient(reads, tile.k),),
+            arriving,
             weight,
-            source.map,
-            place.map,
-            norm.mean,
-            norm.scale,
-            norm.bias,
+            source,
+            place,
+            norm,
             gain,
             pair,
-            values,
+            source.rows,
+            leaves,
+            reads,
             source.positions,
-            inner,
-            outer,
-            *arriving.strides,
-            *source.strides,
-            *place.strides,
-            SUMS=True,
             TARGET=target is not None,
             ACCUMULATE=accumulate,
             **constants,
@@ -277,7 +221,6 @@ def launch_input_gradient(
     def rehearse(tile: Tile) -> None:
         attempt(tile, torch.zeros_like(norm.scale))  # adds zeros to the target
 
-    key = ("input", outer, tail.dtype, target is None, accumulate)
-    return attempt(
-        launch.fastest(product_tiles(INPUT_TILES, tail.dtype), source, key, rehearse), norm.scale
-    )
+    key = ("input", leaves, tail.dtype, target is None, accumulate)
+    tiles = tiles_for(tail.dtype, INPUT_TILES, EXACT_INPUT)
+    return Sums(*attempt(launch.fastest(tiles, source, key, rehearse), norm.scale))

@@ -22,27 +22,28 @@ DTYPES = {
 
 
 class Tile(NamedTuple):
-    """Rows and columns of the tile of a program, the step of its loop, and how it is built."""
+    """What a program of a product works on at a time, and how it is built.
 
-    rows: int
-    columns: int
-    depth: int
+    ``m`` rows of the maps, ``n`` channels that the convolution leaves, ``k`` that it reads: two of
+    them are the tile that the program computes, the third is the step of its loop.
+    """
+
+    m: int
+    n: int
+    k: int
     warps: int
     stages: int
 
     @property
     def options(self) -> dict[str, int]:
         """What a launch takes of it."""
-        rows, columns, depth, warps, stages = self
-        sizes = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}
-        return {**sizes, "warps": warps, "stages": stages}
+        m, n, k, warps, stages = self
+        return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "warps": warps, "stages": stages}
 
 
 # Values in the tile of an element-wise kernel, its widest row of channels, and its warps: a thread
 # has 16 values, two accesses of 16 bytes in bfloat16, and so few registers that many fit a device.
 TILE_VALUES, TILE_COLUMNS, TILE_WARPS = 4096, 64, 8
-# For float32 that may not be rounded to TF32: no tensor core does it, and large tiles would spill.
-EXACT = Tile(64, 64, 16, 8, 2)
 # Multiprocessors to assume where there is no device: those of an H100.
 MULTIPROCESSORS = 132
 # What a 32-bit offset reaches.
@@ -50,29 +51,28 @@ FAR = 2**31
 
 
 class Matrix(NamedTuple):
-    """A map ``(samples, channels, positions)`` as kernels see it."""
+    """A map ``(samples, channels, positions)`` as kernels take it: its memory and its strides.
 
-    map: Tensor
+    They see a matrix with a row for each position of each sample and a column for each channel.
+    """
+
+    data: Tensor
     sample: int
     channel: int
     position: int
 
     @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.sample, self.channel, self.position
+    def rows(self) -> int:
+        """Values per channel."""
+        return self.data.shape[0] * self.data.shape[2]
 
     @property
     def channels(self) -> int:
-        return self.map.shape[1]
+        return self.data.shape[1]
 
     @property
     def positions(self) -> int:
-        return self.map.shape[2]
-
-    @property
-    def values(self) -> int:
-        """Values per channel."""
-        return self.map.shape[0] * self.map.shape[2]
+        return self.data.shape[2]
 
 
 def matrix(x: Tensor) -> Matrix:
@@ -83,9 +83,9 @@ def matrix(x: Tensor) -> Matrix:
 
 def shared(*matrices: Matrix) -> dict[str, Any]:
     """What a kernel must know of where all its maps lie: constants of its build."""
-    samples, _, positions = matrices[0].map.shape
+    samples, _, positions = matrices[0].data.shape
     flat = samples == 1 or all(m.sample == positions * m.position for m in matrices)
-    far = any(_extent(m.map) >= FAR for m in matrices)
+    far = any(_extent(m.data) >= FAR for m in matrices)
     return {"FLAT": flat, "INDEX": tl.int64 if far else tl.int32}
 
 
@@ -104,9 +104,13 @@ def factors(tail: Tail) -> tuple[Tensor, Tensor | None]:
     return tail.conv.weight.to(tail.dtype).flatten(1).contiguous(), tail.conv.bias
 
 
-def product_tiles(tiles: Sequence[Tile], dtype: torch.dtype) -> Sequence[Tile]:
-    """The tiles to choose from for a product that computes in ``dtype``."""
-    return (EXACT,) if dtype == torch.float32 and not _tf32() else tiles
+def tiles_for(dtype: torch.dtype, tiles: Sequence[Tile], exact: Tile) -> Sequence[Tile]:
+    """The tiles to choose from for a product that computes in ``dtype``.
+
+    ``exact`` is for float32 that may not be rounded to TF32: no tensor core does that, and larger
+    tiles would spill.
+    """
+    return (exact,) if dtype == torch.float32 and not _tf32() else tiles
 
 
 def _tf32() -> bool:
@@ -122,8 +126,9 @@ def run(
     stages: int = 1,
     **constants: Any,
 ) -> None:
-    """Every launch there is, on the device of the first argument."""
-    with torch.cuda.device_of(args[0]):
+    """Every launch there is, on the device of its maps or vectors."""
+    first = args[0]
+    with torch.cuda.device_of(first[0] if isinstance(first, tuple) else first):
         kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
 
 
@@ -149,12 +154,12 @@ def fastest(
     """
     if torch.are_deterministic_algorithms_enabled():
         return tiles[0]
-    sizes = power_of_two(x.values), power_of_two(x.channels)
-    key = (*key, *sizes, x.map.dtype, x.map.device, x.channel == 1)
+    sizes = power_of_two(x.rows), power_of_two(x.channels)
+    key = (*key, *sizes, x.data.dtype, x.data.device, x.channel == 1)
     if key not in _fastest:
-        if not x.map.is_cuda or torch.cuda.is_current_stream_capturing():
+        if not x.data.is_cuda or torch.cuda.is_current_stream_capturing():
             return tiles[0]
-        with torch.cuda.device_of(x.map):
+        with torch.cuda.device_of(x.data):
             times = [milliseconds(partial(launch, tile)) for tile in tiles]
         _fastest[key] = tiles[times.index(min(times))]
     return _fastest[key]
@@ -193,15 +198,15 @@ def quotient(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def plane(x: Matrix) -> tuple[tuple[int], dict[str, int]]:
+def elementwise(x: Matrix) -> tuple[tuple[int], dict[str, int]]:
     """Grid and tile of an element-wise kernel."""
     columns = min(TILE_COLUMNS, power_of_two(x.channels))
     rows = TILE_VALUES // columns
-    grid = (quotient(x.values, rows) * quotient(x.channels, columns),)
-    return grid, {"ROWS": rows, "COLUMNS": columns, "warps": TILE_WARPS}
+    grid = (quotient(x.rows, rows) * quotient(x.channels, columns),)
+    return grid, {"BLOCK_M": rows, "BLOCK_N": columns, "warps": TILE_WARPS}
 
 
 def pair_of(x: Matrix, rows: int) -> Tensor:
     """Room for two vectors of float32 for each row of tiles of a map."""
-    shape = (2, quotient(x.values, rows), x.channels)
-    return torch.empty(shape, dtype=torch.float32, device=x.map.device)
+    shape = (2, quotient(x.rows, rows), x.channels)
+    return torch.empty(shape, dtype=torch.float32, device=x.data.device)

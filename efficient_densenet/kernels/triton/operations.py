@@ -81,10 +81,10 @@ def backward_unit(
     if is_product(tail):
         weight = launch_weight_gradient(grad, x, norm, tail) if need_weight else None
         bias = grad.sum((0, *range(2, grad.dim())), dtype=norm.mean.dtype) if need_bias else None
-        pair = (
-            launch_input_gradient(grad, x, norm, tail, target, accumulate) if needs_input else None
-        )
-        return UnitGradients(weight, bias, Sums(*pair) if need_sums and pair is not None else None)
+        sums = None
+        if needs_input:
+            sums = launch_input_gradient(grad, x, norm, tail, target, accumulate)
+        return UnitGradients(weight, bias, sums if need_sums else None)
     pairs: list[Tensor] = []
 
     def receive(rows: slice, a: Tensor, d: Tensor) -> None:

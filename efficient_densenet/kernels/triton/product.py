@@ -16,95 +16,77 @@ from efficient_densenet.kernels.triton.launch import (
     matrix,
     pair_of,
     product_constants,
-    product_tiles,
     quotient,
     shared,
+    tiles_for,
 )
 from efficient_densenet.kernels.triton.tile import (
     norm_vectors,
     rectified,
     row_offsets,
     store_moments,
+    store_tile,
     tile_of,
 )
 from efficient_densenet.kernels.triton.vectors import launch_fold
 
-# Rows, columns, depth, warps and stages to choose from; the first runs where none may be measured.
+# To choose from; the first runs where none may be measured.
 TILES = (
-    Tile(64, 128, 32, 8, 3),
-    Tile(128, 128, 32, 8, 3),
-    Tile(64, 64, 32, 8, 3),
+    Tile(m=64, n=128, k=32, warps=8, stages=3),
+    Tile(m=128, n=128, k=32, warps=8, stages=3),
+    Tile(m=64, n=64, k=32, warps=8, stages=3),
 )
+EXACT = Tile(m=64, n=64, k=16, warps=8, stages=2)
 
 
 @triton.jit
 def product(
     x,
-    mean,
-    scale,
-    bias,
+    norm,
     weight,
     conv_bias,
     y,
     pair,
-    values,
+    M,
+    N,
+    K,
     positions,
-    inner,
-    outer,
-    x_sample,
-    x_channel,
-    x_position,
-    y_sample,
-    y_channel,
-    y_position,
     BIAS: tl.constexpr,
     STATISTICS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
     INDEX: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """``y[m, j] = Σ_k relu((x[m, k] - mean[k]) * scale[k] + bias[k]) * weight[j, k]``.
+    """``y[m, n] = Σ_k relu((x[m, k] - mean[k]) * scale[k] + bias[k]) * weight[n, k]``.
 
-    Plus ``conv_bias[j]`` if ``BIAS``. ``weight`` is dense ``(outer, inner)``. With ``STATISTICS``,
-    ``pair`` gets those of ``y`` by ``store_moments``, a row for each row of tiles.
+    Plus ``conv_bias[n]`` if ``BIAS``. ``weight`` is dense ``(N, K)``. With ``STATISTICS``, ``pair``
+    gets those of ``y`` by ``store_moments``, a row for each row of tiles.
     """
-    across = tl.cdiv(outer, COLUMNS)
+    across = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // across
-    rows = row * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_rows, inside = rows < values, columns < outer
-    x_rows = row_offsets(rows, positions, x_sample, x_position, FLAT, INDEX)
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, inner, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        inside_k = k < inner
-        x_tile = tl.load(
-            x + tile_of(x_rows, k, x_channel, INDEX),
-            mask=inside_rows[:, None] & inside_k[None, :],
-            other=0.0,
-        )
-        m, s, b = norm_vectors(mean, scale, bias, k, inside_k)
-        w = tl.load(
-            weight + k[:, None] + columns[None, :] * inner,
-            mask=inside_k[:, None] & inside[None, :],
-            other=0.0,
-        )
-        total = tl.dot(rectified(x_tile, m, s, b, DTYPE), w, total, input_precision=PRECISION)
+    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_rows = row_offsets(x, m, positions, FLAT, INDEX)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        x_tile = tl.load(tile_of(x, x_rows, k, INDEX), mask=inside, other=0.0)
+        mean, scale, bias = norm_vectors(norm, k, k < K)
+        inside = (k < K)[:, None] & (n < N)[None, :]
+        w = tl.load(weight + k[:, None] + n[None, :] * K, mask=inside, other=0.0)
+        a = rectified(x_tile, mean, scale, bias, DTYPE)
+        total = tl.dot(a, w, total, input_precision=PRECISION)
     if BIAS:
-        total += tl.load(conv_bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    stored = total.to(y.dtype.element_ty)
-    y_rows = row_offsets(rows, positions, y_sample, y_position, FLAT, INDEX)
-    place = y + tile_of(y_rows, columns, y_channel, INDEX)
-    tl.store(place, stored, mask=inside_rows[:, None] & inside[None, :])
+        total += tl.load(conv_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    stored = total.to(y.data.dtype.element_ty)
+    store_tile(y, stored, m, n, (m < M)[:, None] & (n < N)[None, :], positions, FLAT, INDEX)
     if STATISTICS:
-        count = tl.minimum(values - row * ROWS, ROWS)
-        tiles = tl.cdiv(values, ROWS)
-        seen = stored.to(tl.float32)
-        store_moments(pair, row, tiles, seen, inside_rows, count, columns, outer, inside)
+        store_moments(pair, row, stored.to(tl.float32), m, M, n, N, BLOCK_M)
 
 
 def launch_product(
@@ -116,31 +98,26 @@ def launch_product(
 ) -> tuple[Tensor, Statistics | None]:
     """The product, and if needed its statistics."""
     weight, conv_bias = factors(tail)
-    outer, inner = weight.shape
-    y = empty_map(x, outer, memory_format, tail.dtype)
+    leaves, reads = weight.shape
+    y = empty_map(x, leaves, memory_format, tail.dtype)
     source, place = matrix(x), matrix(y)
-    values = source.values
     constants = product_constants(tail.dtype) | shared(source, place)
 
     def attempt(tile: Tile) -> Tensor:
-        pair = pair_of(place, tile.rows) if need_statistics else y
+        pair = pair_of(place, tile.m) if need_statistics else y
         launch.run(
             product,
-            (quotient(values, tile.rows) * quotient(outer, tile.columns),),
-            source.map,
-            norm.mean,
-            norm.scale,
-            norm.bias,
+            (quotient(source.rows, tile.m) * quotient(leaves, tile.n),),
+            source,
+            norm,
             weight,
             weight if conv_bias is None else conv_bias,
-            place.map,
+            place,
             pair,
-            values,
+            source.rows,
+            leaves,
+            reads,
             source.positions,
-            inner,
-            outer,
-            *source.strides,
-            *place.strides,
             BIAS=conv_bias is not None,
             STATISTICS=need_statistics,
             **constants,
@@ -148,12 +125,11 @@ def launch_product(
         )
         return pair
 
-    tile = launch.fastest(
-        product_tiles(TILES, tail.dtype), source, ("product", outer, tail.dtype), attempt
-    )
+    key = ("product", leaves, tail.dtype)
+    tile = launch.fastest(tiles_for(tail.dtype, TILES, EXACT), source, key, attempt)
     pair = attempt(tile)
     if not need_statistics:
         return y, None
-    statistics = Statistics(*(norm.mean.new_empty((outer, *norm.mean.shape[1:])) for _ in range(2)))
-    launch_fold(pair, values, tile.rows, statistics)
+    statistics = Statistics(*(norm.mean.new_empty(leaves, *norm.mean.shape[1:]) for _ in range(2)))
+    launch_fold(pair, source.rows, tile.m, statistics)
     return y, statistics

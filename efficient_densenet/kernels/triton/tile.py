@@ -1,7 +1,8 @@
 """What the kernels share on the device: where a tile lies, its norm and rectifier, its sums.
 
-A map is a matrix here: a row for each position of each sample, a column for each channel. A tile
-has ``rows`` and ``columns`` of it; outside of the map it reads zeros and writes nothing.
+A map is a :class:`~efficient_densenet.kernels.triton.launch.Matrix` here: a row ``m`` of ``M`` for
+each position of each sample, a column for each channel. A tile has ``BLOCK_M`` rows; outside of the
+map it reads zeros and writes nothing.
 """
 
 from __future__ import annotations
@@ -11,29 +12,41 @@ import triton.language as tl
 
 
 @triton.jit
-def row_offsets(
-    rows, positions, sample_stride, position_stride, FLAT: tl.constexpr, INDEX: tl.constexpr
-):
-    """Where rows begin in memory; ``FLAT``: the samples follow each other like positions."""
+def row_offsets(x, m, positions, FLAT: tl.constexpr, INDEX: tl.constexpr):
+    """Where rows of a matrix begin; ``FLAT``: its samples follow each other like positions."""
     if FLAT:
-        return rows.to(INDEX) * position_stride
-    sample, position = rows // positions, rows % positions
-    return sample.to(INDEX) * sample_stride + position.to(INDEX) * position_stride
+        return m.to(INDEX) * x.position
+    sample, position = m // positions, m % positions
+    return sample.to(INDEX) * x.sample + position.to(INDEX) * x.position
 
 
 @triton.jit
-def tile_of(row_offset, columns, channel_stride, INDEX: tl.constexpr):
-    """Offsets of a tile from those of its rows."""
-    return row_offset[:, None] + columns.to(INDEX)[None, :] * channel_stride
+def tile_of(x, rows, columns, INDEX: tl.constexpr):
+    """Pointers to a tile of a matrix, by the offsets of its rows and the numbers of its columns."""
+    return x.data + rows[:, None] + columns.to(INDEX)[None, :] * x.channel
 
 
 @triton.jit
-def norm_vectors(mean, scale, bias, columns, inside):
+def load_tile(x, m, columns, inside, positions, FLAT: tl.constexpr, INDEX: tl.constexpr):
+    """A tile of a matrix, zero where it is not ``inside``."""
+    rows = row_offsets(x, m, positions, FLAT, INDEX)
+    return tl.load(tile_of(x, rows, columns, INDEX), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(x, values, m, columns, inside, positions, FLAT: tl.constexpr, INDEX: tl.constexpr):
+    """Writes a tile of a matrix, in its type."""
+    rows = row_offsets(x, m, positions, FLAT, INDEX)
+    tl.store(tile_of(x, rows, columns, INDEX), values.to(x.data.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_vectors(norm, columns, inside):
     """Mean, scale and bias of a tile's columns."""
-    m = tl.load(mean + columns, mask=inside, other=0.0)
-    s = tl.load(scale + columns, mask=inside, other=0.0)
-    b = tl.load(bias + columns, mask=inside, other=0.0)
-    return m, s, b
+    mean = tl.load(norm.mean + columns, mask=inside, other=0.0)
+    scale = tl.load(norm.scale + columns, mask=inside, other=0.0)
+    bias = tl.load(norm.bias + columns, mask=inside, other=0.0)
+    return mean, scale, bias
 
 
 @triton.jit
@@ -47,20 +60,21 @@ def rectified(x, mean, scale, bias, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_pair(pair, row, count, columns, width, inside, first, second):
-    """Writes two vectors into row ``row`` of ``pair``, which is ``(2, count, width)``."""
+def store_pair(pair, row, tiles, columns, width, inside, first, second):
+    """Writes two vectors into row ``row`` of ``pair``, which is ``(2, tiles, width)``."""
     place = pair + row * width + columns
     tl.store(place, first, mask=inside)
-    tl.store(place + count * width, second, mask=inside)
+    tl.store(place + tiles * width, second, mask=inside)
 
 
 @triton.jit
-def store_moments(pair, row, count, values, inside_rows, rows, columns, width, inside):
+def store_moments(pair, row, values, m, M, columns, width, BLOCK_M: tl.constexpr):
     """A tile's mean per column, and the sum of the squared distances from it."""
-    inside_tile = inside_rows[:, None]
-    mean = tl.sum(tl.where(inside_tile, values, 0.0), 0) / rows
-    distance = tl.where(inside_tile, values - mean[None, :], 0.0)
-    store_pair(pair, row, count, columns, width, inside, mean, tl.sum(distance * distance, 0))
+    inside = (m < M)[:, None]
+    mean = tl.sum(tl.where(inside, values, 0.0), 0) / tl.minimum(M - row * BLOCK_M, BLOCK_M)
+    distance = tl.where(inside, values - mean[None, :], 0.0)
+    squares, tiles = tl.sum(distance * distance, 0), tl.cdiv(M, BLOCK_M)
+    store_pair(pair, row, tiles, columns, width, columns < width, mean, squares)
 
 
 @triton.jit
@@ -68,55 +82,35 @@ def store_through_rectifier(
     d,
     x,
     target,
-    norm_mean,
-    norm_scale,
-    norm_bias,
+    norm,
     gain,
     pair,
     row,
-    count,
-    rows,
-    columns,
-    values,
-    channels,
+    m,
+    k,
+    M,
+    K,
     positions,
-    x_sample,
-    x_channel,
-    x_position,
-    target_sample,
-    target_channel,
-    target_position,
     DTYPE: tl.constexpr,
-    SUMS: tl.constexpr,
     TARGET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     FLAT: tl.constexpr,
     INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """Masks the gradient ``d`` of a rectified tile; adds ``gain * d`` to the target; leaves sums.
 
-    ``gain`` is the norm's scale. The sums are ``Σ d`` and ``Σ d * (x - mean)``.
+    ``gain`` is the norm's scale. The sums are ``Σ d`` and ``Σ d * (x - mean)`` of each column.
     """
-    inside_rows, inside = rows < values, columns < channels
-    inside_tile = inside_rows[:, None] & inside[None, :]
-    offsets = row_offsets(rows, positions, x_sample, x_position, FLAT, INDEX)
-    x_tile = tl.load(
-        x + tile_of(offsets, columns, x_channel, INDEX), mask=inside_tile, other=0.0
-    ).to(tl.float32)
-    mean, scale, bias = norm_vectors(norm_mean, norm_scale, norm_bias, columns, inside)
+    inside = (m < M)[:, None] & (k < K)[None, :]
+    x_tile = load_tile(x, m, k, inside, positions, FLAT, INDEX).to(tl.float32)
+    mean, scale, bias = norm_vectors(norm, k, k < K)
     stops = rectified(x_tile, mean, scale, bias, DTYPE) <= 0  # not so NaN: it passes, as in PyTorch
-    d = tl.where(inside_tile & ~stops, d, 0.0)
-    if SUMS:
-        centered = d * (x_tile - mean[None, :])
-        store_pair(pair, row, count, columns, channels, inside, tl.sum(d, 0), tl.sum(centered, 0))
+    d = tl.where(inside & ~stops, d, 0.0)
+    sum_d, sum_dx = tl.sum(d, 0), tl.sum(d * (x_tile - mean[None, :]), 0)
+    store_pair(pair, row, tl.cdiv(M, BLOCK_M), k, K, k < K, sum_d, sum_dx)
     if TARGET:
-        place = target + tile_of(
-            row_offsets(rows, positions, target_sample, target_position, FLAT, INDEX),
-            columns,
-            target_channel,
-            INDEX,
-        )
-        g = d * tl.load(gain + columns, mask=inside, other=0.0)[None, :]
+        g = d * tl.load(gain + k, mask=k < K, other=0.0)[None, :]
         if ACCUMULATE:
-            g += tl.load(place, mask=inside_tile, other=0.0)
-        tl.store(place, g, mask=inside_tile)
+            g += load_tile(target, m, k, inside, positions, FLAT, INDEX)
+        store_tile(target, g, m, k, inside, positions, FLAT, INDEX)

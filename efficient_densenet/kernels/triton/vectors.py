@@ -12,7 +12,8 @@ from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton.launch import quotient
 
 # Tiles and channels that a program folds at once: few channels, so that there are many programs.
-FOLD_ROWS, FOLD_COLUMNS = 256, 8
+FOLD = {"BLOCK_M": 256, "BLOCK_N": 8}
+# Channels of a norm that a program makes ready.
 VECTOR = 256
 
 
@@ -23,110 +24,102 @@ def make_norm(
     weight,
     bias,
     vectors,
-    channels,
+    N,
     eps,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """``vectors = (invstd, weight * invstd, bias)`` with ``invstd = (var + eps)^(-1/2)``."""
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < channels
-    deviation = tl.sqrt_rn(tl.load(var + columns, mask=inside, other=1.0) + eps)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    deviation = tl.sqrt_rn(tl.load(var + n, mask=n < N, other=1.0) + eps)
     invstd = tl.div_rn(1.0, deviation)
     scale, shift = invstd, tl.zeros_like(invstd)
     if WEIGHT:
-        scale *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        scale *= tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)
     if BIAS:
-        shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(vectors + columns, invstd, mask=inside)
-    tl.store(vectors + channels + columns, scale, mask=inside)
-    tl.store(vectors + 2 * channels + columns, shift, mask=inside)
+        shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(vectors + n, invstd, mask=n < N)
+    tl.store(vectors + N + n, scale, mask=n < N)
+    tl.store(vectors + 2 * N + n, shift, mask=n < N)
 
 
 @triton.jit
 def fold_moments(
     pair,
-    mean,
-    var,
-    values,
+    statistics,
+    M,
+    N,
     tiles,
-    channels,
     height,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Mean and biased variance from those of tiles of ``height`` rows, by Chan's formula.
 
     ``mean = Σ n_t m_t / n``, ``var = Σ (q_t + n_t (m_t - mean)²) / n`` with the tiles' means
     ``m_t`` and sums of squared distances ``q_t``: the two halves of ``pair``.
     """
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < channels
-    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, tiles, ROWS):
-        t = start + tl.arange(0, ROWS)
-        n = tl.minimum(values - t * height, height).to(tl.float32)
-        mask = (t < tiles)[:, None] & inside[None, :]
-        means = tl.load(pair + t[:, None] * channels + columns[None, :], mask=mask, other=0.0)
-        sums += n[:, None] * means
-    center = tl.sum(sums, 0) / values
-    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, tiles, ROWS):
-        t = start + tl.arange(0, ROWS)
-        n = tl.minimum(values - t * height, height).to(tl.float32)
-        mask = (t < tiles)[:, None] & inside[None, :]
-        place = pair + t[:, None] * channels + columns[None, :]
-        distance = tl.load(place, mask=mask, other=0.0) - center[None, :]
-        squares = tl.load(place + tiles * channels, mask=mask, other=0.0)
-        sums += tl.where(mask, squares + n[:, None] * distance * distance, 0.0)
-    tl.store(mean + columns, center, mask=inside)
-    tl.store(var + columns, tl.sum(sums, 0) / values, mask=inside)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, tiles, BLOCK_M):
+        t = start + tl.arange(0, BLOCK_M)
+        count = tl.minimum(M - t * height, height).to(tl.float32)
+        inside = (t < tiles)[:, None] & (n < N)[None, :]
+        means = tl.load(pair + t[:, None] * N + n[None, :], mask=inside, other=0.0)
+        sums += count[:, None] * means
+    center = tl.sum(sums, 0) / M
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, tiles, BLOCK_M):
+        t = start + tl.arange(0, BLOCK_M)
+        count = tl.minimum(M - t * height, height).to(tl.float32)
+        inside = (t < tiles)[:, None] & (n < N)[None, :]
+        place = pair + t[:, None] * N + n[None, :]
+        distance = tl.load(place, mask=inside, other=0.0) - center[None, :]
+        squares = tl.load(place + tiles * N, mask=inside, other=0.0)
+        sums += tl.where(inside, squares + count[:, None] * distance * distance, 0.0)
+    tl.store(statistics.mean + n, center, mask=n < N)
+    tl.store(statistics.var + n, tl.sum(sums, 0) / M, mask=n < N)
 
 
 @triton.jit
 def collect(
-    d,
-    dx,
-    invstd,
-    scale,
+    sums,
+    norm,
     beta_gradient,
     gamma_gradient,
-    total_d,
-    total_dx,
+    totals,
+    N,
     tiles,
-    channels,
     share,
     TOTALS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``.
+    """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``, from the ``sums`` of all tiles.
 
-    The sums over all tiles, of ``d`` and of ``dx``. Adds ``share * scale * dβ`` and
-    ``share * scale * invstd * dγ`` to the totals.
+    Adds ``share * scale * dβ`` and ``share * scale * invstd * dγ`` to the totals.
     """
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < channels
-    sums_d = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    sums_dx = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, tiles, ROWS):
-        t = start + tl.arange(0, ROWS)
-        mask = (t < tiles)[:, None] & inside[None, :]
-        place = t[:, None] * channels + columns[None, :]
-        sums_d += tl.load(d + place, mask=mask, other=0.0)
-        sums_dx += tl.load(dx + place, mask=mask, other=0.0)
-    r = tl.load(invstd + columns, mask=inside, other=0.0)
-    dbeta = tl.sum(sums_d, 0)
-    dgamma = r * tl.sum(sums_dx, 0)
-    tl.store(beta_gradient + columns, dbeta, mask=inside)
-    tl.store(gamma_gradient + columns, dgamma, mask=inside)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sum_d = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    sum_dx = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, tiles, BLOCK_M):
+        t = start + tl.arange(0, BLOCK_M)
+        inside = (t < tiles)[:, None] & (n < N)[None, :]
+        place = t[:, None] * N + n[None, :]
+        sum_d += tl.load(sums.d + place, mask=inside, other=0.0)
+        sum_dx += tl.load(sums.dx + place, mask=inside, other=0.0)
+    r = tl.load(norm.invstd + n, mask=n < N, other=0.0)
+    dbeta = tl.sum(sum_d, 0)
+    dgamma = r * tl.sum(sum_dx, 0)
+    tl.store(beta_gradient + n, dbeta, mask=n < N)
+    tl.store(gamma_gradient + n, dgamma, mask=n < N)
     if TOTALS:
-        s = share * tl.load(scale + columns, mask=inside, other=0.0)
-        old = tl.load(total_d + columns, mask=inside, other=0.0)
-        tl.store(total_d + columns, old + s * dbeta, mask=inside)
-        old = tl.load(total_dx + columns, mask=inside, other=0.0)
-        tl.store(total_dx + columns, old + s * r * dgamma, mask=inside)
+        s = share * tl.load(norm.scale + n, mask=n < N, other=0.0)
+        old = tl.load(totals[0] + n, mask=n < N, other=0.0)
+        tl.store(totals[0] + n, old + s * dbeta, mask=n < N)
+        old = tl.load(totals[1] + n, mask=n < N, other=0.0)
+        tl.store(totals[1] + n, old + s * r * dgamma, mask=n < N)
 
 
 def launch_make_norm(
@@ -147,26 +140,16 @@ def launch_make_norm(
         eps,
         WEIGHT=weight is not None,
         BIAS=bias is not None,
-        COLUMNS=VECTOR,
+        BLOCK_N=VECTOR,
     )
     return Norm(mean, *norm)
 
 
-def launch_fold(pair: Tensor, values: int, height: int, statistics: Statistics) -> None:
-    """Statistics of ``values`` per channel from those of tiles of ``height`` rows."""
+def launch_fold(pair: Tensor, rows: int, height: int, statistics: Statistics) -> None:
+    """Statistics of ``rows`` values per channel from those of tiles of ``height`` rows."""
     _, tiles, channels = pair.shape
-    launch.run(
-        fold_moments,
-        (quotient(channels, FOLD_COLUMNS),),
-        pair,
-        *statistics,
-        values,
-        tiles,
-        channels,
-        height,
-        ROWS=FOLD_ROWS,
-        COLUMNS=FOLD_COLUMNS,
-    )
+    grid = (quotient(channels, FOLD["BLOCK_N"]),)
+    launch.run(fold_moments, grid, pair, statistics, rows, channels, tiles, height, **FOLD)
 
 
 def launch_collect(
@@ -178,18 +161,16 @@ def launch_collect(
     dbeta, dgamma = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
     launch.run(
         collect,
-        (quotient(channels, FOLD_COLUMNS),),
-        *sums,
-        norm.invstd,
-        norm.scale,
+        (quotient(channels, FOLD["BLOCK_N"]),),
+        sums,
+        norm,
         dbeta,
         dgamma,
-        *(totals or sums),
-        tiles,
+        totals or tuple(sums),
         channels,
+        tiles,
         share,
         TOTALS=totals is not None,
-        ROWS=FOLD_ROWS,
-        COLUMNS=FOLD_COLUMNS,
+        **FOLD,
     )
     return dbeta, dgamma
