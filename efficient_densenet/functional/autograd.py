@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.functional import inference, operators
-from efficient_densenet.functional.backward import backward_block, backward_stem
+from efficient_densenet.functional.backward import backward_block
 from efficient_densenet.functional.forward import (
     Saved,
     draw_seeds,
     features_at_border,
     forward_block,
-    forward_stem,
 )
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitTensors
+from efficient_densenet.functional.stem import backward_stem, forward_stem
 from efficient_densenet.kernels.interface import Statistics
 
 

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.functional.precision import outside_autocast
-from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.spec import BlockSpec, LayerSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_statistics
 from efficient_densenet.functional.units import UnitRunner
-from efficient_densenet.kernels.aten import convolve
-from efficient_densenet.kernels.interface import Conv, Statistics
+from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
-
-# A sample of a stem's channels that takes more than this is not computed at once, but so many
-# channels at a time as take half of it, and no fewer than a convolution computes together.
-LARGE_SAMPLE_BYTES = 4 << 20
-LEAST_CHANNELS = 16
 
 
 class Saved(NamedTuple):
@@ -155,53 +149,6 @@ def _forward_block(
     else:
         features = out = features.contiguous(memory_format=outer_format(x))
     return out, Saved(features, buffer.statistics, bottlenecks, bottleneck_statistics)
-
-
-def stem_groups(spec: StemSpec, x: Tensor, weight: Tensor) -> list[slice]:
-    """The channels of a stem that are computed together: all, unless a sample of them is large.
-
-    Up to the pooling a stem works on each channel by itself, so that of a large volume not even one
-    sample has to be there with all its channels.
-    """
-    channels = len(weight)
-    positions = spec.conv.positions(x.shape[2:], weight.shape[2:])
-    sample = channels * positions * spec.types.statistics.itemsize
-    groups = 1
-    if sample > LARGE_SAMPLE_BYTES and spec.conv.groups == 1:
-        groups = max(1, min(-(-2 * sample // LARGE_SAMPLE_BYTES), channels // LEAST_CHANNELS))
-    step = -(-channels // groups)
-    return [slice(start, start + step) for start in range(0, channels, step)]
-
-
-def forward_stem(
-    spec: StemSpec, x: Tensor, tensors: UnitTensors
-) -> tuple[Tensor, Statistics | None]:
-    """Convolve the image, normalise, activate and pool: the result, and the batch statistics."""
-    groups = stem_groups(spec, x, tensors.conv_weight)
-    with outside_autocast(x.device):
-        parts = [_stem_channels(spec, x, tensors.only(channels)) for channels in groups]
-    if len(parts) == 1:
-        return parts[0]
-    outs, statistics = zip(*parts, strict=True)
-    out = torch.cat(outs, 1).contiguous(memory_format=inner_format(x))
-    if not spec.unit.batch_statistics:
-        return out, None
-    return out, Statistics(*(torch.cat(vectors) for vectors in zip(*statistics, strict=True)))
-
-
-def _stem_channels(
-    spec: StemSpec, x: Tensor, tensors: UnitTensors
-) -> tuple[Tensor, Statistics | None]:
-    memory_format = inner_format(x)
-    conv = Conv(tensors.conv_weight, tensors.conv_bias, spec.conv)
-    y = convolve(x.to(spec.types.compute, memory_format=memory_format), conv)
-    units = UnitRunner(spec, y, y.shape[1], memory_format)
-    statistics = None
-    if spec.unit.batch_statistics:
-        statistics = units.ops.batch_statistics(y, spec.types.statistics)
-        statistics = joined_statistics(statistics, y, spec.process_group)
-    out, _ = units.forward(y, units.ready(spec.unit, tensors, statistics, y.dim()))
-    return out, statistics
 
 
 def dropout_mask(

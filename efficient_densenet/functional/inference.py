@@ -62,7 +62,7 @@ def _infer_layer(buffer: FeatureBuffer, layer: LayerSpec, tensors: Sequence[Unit
 
 
 def infer_stem(spec: StemSpec, x: Tensor, tensors: UnitTensors) -> Tensor:
-    """The result of a stem, as ``forward.forward_stem`` returns it."""
+    """The result of a stem, as ``stem.forward_stem`` returns it."""
     assert spec.unit.pool is not None
     with torch.no_grad(), outside_autocast(x.device):
         unit = folded(tensors, spec.unit, tensors)

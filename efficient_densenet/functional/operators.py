@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.functional import forward
-from efficient_densenet.functional.backward import backward_block, backward_stem
+from efficient_densenet.functional import stem as stems
+from efficient_densenet.functional.backward import backward_block
 from efficient_densenet.functional.encoding import decode, encode
 from efficient_densenet.functional.forward import Saved, features_at_border
 from efficient_densenet.functional.precision import Types
@@ -139,7 +140,7 @@ def stem_forward(
 ) -> list[Tensor]:
     """The result, and the batch statistics of the convolution if the norm uses them."""
     unit, _ = _stem_tensors(decode(spec), tensors, present)
-    out, statistics = forward.forward_stem(decode(spec), x, unit)
+    out, statistics = stems.forward_stem(decode(spec), x, unit)
     return [out.contiguous(memory_format=inner_format(x)), *(statistics or ())]
 
 
@@ -168,7 +169,7 @@ def stem_backward(
     unit, _ = _stem_tensors(decode(spec), tensors, present)
     statistics = Statistics(*vectors) if vectors else None
     wanted = UnitTensors(*_spread(needs, present, False))
-    dx, grads = backward_stem(decode(spec), x, unit, statistics, grad, needs_x, wanted)
+    dx, grads = stems.backward_stem(decode(spec), x, unit, statistics, grad, needs_x, wanted)
     found = [dx.contiguous(memory_format=inner_format(x))] if dx is not None else []
     return found + _laid_out_like(tensors, grads, needs)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models.densenet import _Transition
 
-from efficient_densenet.functional import forward
+from efficient_densenet.functional import stem
 from efficient_densenet.modules import sequence
 from efficient_densenet.modules.calls import BlockCall, StemCall
 from efficient_densenet.modules.naive import AVG_POOLS, CONVS
@@ -99,11 +99,11 @@ def test_stem_trains_as_naive_stem(calls, dims, layout, bias, change):
 @pytest.mark.parametrize(("dims", "layout"), LAYOUTS)
 def test_stem_of_large_samples_is_computed_by_channels(calls, monkeypatch, dims, layout, average):
     """In groups of unequal size, with and without statistics of the batch."""
-    monkeypatch.setattr(forward, "LARGE_SAMPLE_BYTES", 16)
-    monkeypatch.setattr(forward, "LEAST_CHANNELS", 2)
+    monkeypatch.setattr(stem, "LARGE_SAMPLE_BYTES", 16)
+    monkeypatch.setattr(stem, "LEAST_CHANNELS", 2)
     walked = []
-    walk = forward._stem_channels
-    monkeypatch.setattr(forward, "_stem_channels", lambda *args: walked.append(args) or walk(*args))
+    walk = stem._stem_channels
+    monkeypatch.setattr(stem, "_stem_channels", lambda *args: walked.append(args) or walk(*args))
     pool = AVG_POOLS[dims](3, 2, 1) if average else None
     for change in (no_change, norm_eval, frozen_norm):
         efficient, naive = stems(dims, True, pool=pool, change=change)
