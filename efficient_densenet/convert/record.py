@@ -1,0 +1,349 @@
+"""Records a forward pass as a graph of ATen operations, on a copy of the module without values.
+
+What is recorded holds for every shape and type: whatever Python asks of a map is noted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from efficient_densenet.convert.graph import Call, Nest, Node, Note, Recording, Value, values_in
+from efficient_densenet.convert.twin import (
+    Unrecordable,
+    hollow,
+    plain_attributes,
+    told,
+    twin_of,
+    untouched_random_numbers,
+)
+
+aten = torch.ops.aten
+
+ANSWERED_ALIKE = {"dim", "ndim", "ndimension", "requires_grad", "is_leaf", "__setitem__"}
+"""What Python may ask of a map: the answer is the same for every map, or changes no result."""
+CONVERSIONS = {
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu", "xpu"),
+}
+"""What may do nothing to a stand-in, and something to a map."""
+PASSED_ON = {"torch._tensor", "torch.overrides", "torch.functional"}
+"""Modules of PyTorch through which a call of a tensor's methods passes."""
+
+
+def record(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    training: bool | None = None,
+) -> Recording:
+    """What ``module(*args, **kwargs)`` does, without doing it.
+
+    Tensors among the arguments give their shapes and types; no value is read, nothing is changed.
+    ``training`` is the mode of the module and all in it, ``None`` the one that each is in. A
+    forward pass that fails on stand-ins is recorded up to there.
+
+    Raises:
+        Unrecordable: if it does not even start, or leaves traces.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+        twin = twin_of(module)
+        if training is not None:
+            twin.module.train(training)
+        before = plain_attributes(twin.module)
+        stack.enter_context(untouched_random_numbers())
+        tracer = _Tracer(twin.paths)
+        recording = tracer.run(twin.module, args, dict(kwargs or {}))
+        recording.patched = twin.patched
+    after = plain_attributes(twin.module)
+    for path in dict.fromkeys((*before, *after)):
+        was, now = before.get(path, {}), after.get(path, {})
+        for name in dict.fromkeys((*was, *now)):
+            if name not in was or name not in now or was[name] != now[name]:
+                call = recording.last_call(path)
+                text = f"changes {f'{path}.{name}' if path else name} when it runs"
+                recording.notes.append(Note(text, call, lasting=True))
+    return recording
+
+
+class _Tracer:
+    """Builds a recording from what its two modes and the hooks of the twin see."""
+
+    def __init__(self, paths: Mapping[int, str]) -> None:
+        self.paths = paths
+        self.values: dict[int, tuple[Tensor, Value, int]] = {}
+        self.writes: dict[int, int] = {}
+        self.owners: dict[int, Value] = {}
+        self.unseen: dict[Node, bool] = {}
+        self.inside_function = False
+        self.autocast = self.autocast_at_first = _autocast()
+        self.recording: Recording
+        self.call: Call
+
+    def run(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Recording:
+        args, kwargs = _stand_ins(tuple(args)), _stand_ins(kwargs)
+        args_, kwargs_ = self.nest(args, given=True), self.nest(kwargs, given=True)
+        root = Call("", module, args_, kwargs_, None, 0, _context())
+        self.call, self.recording = root, Recording(root)
+        hooks = []
+        for path, part in module.named_modules():
+            if path:
+                hooks.append(part.register_forward_pre_hook(self.enter(path), with_kwargs=True))
+                hooks.append(part.register_forward_hook(self.leave, with_kwargs=True))
+        try:
+            with _Functions(self), _Operations(self):
+                root.result = self.nest(module(*args, **kwargs))
+            root.stop = len(self.recording.nodes)
+        except Exception as error:
+            subject = self.call.path or "the forward function"
+            self.recording.error = subject, f"cannot run on stand-ins ({told(error)})"
+        for hook in hooks:
+            hook.remove()
+        self.find_lost_gradients()
+        return self.recording
+
+    def enter(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            here = Call(
+                path,
+                module,
+                self.nest(args),
+                self.nest(kwargs),
+                self.call,
+                len(self.recording.nodes),
+                _context(),
+            )
+            self.call.children.append(here)
+            self.call = here
+
+        return hook
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        while self.call.module is not module:  # calls that raised, and were caught
+            assert self.call.parent is not None
+            self.call = self.call.parent
+        self.call.result, self.call.stop = self.nest(result), len(self.recording.nodes)
+        assert self.call.parent is not None
+        self.call = self.call.parent
+
+    def nest(self, thing: Any, given: bool = False) -> Nest:
+        """An argument or a result with values for tensors."""
+        if isinstance(thing, Tensor):
+            return self.value(thing, given)
+        if isinstance(thing, (list, tuple)):
+            return tuple([self.nest(item, given) for item in thing])
+        if isinstance(thing, Mapping):
+            return {key: self.nest(item, given) for key, item in thing.items()}
+        return thing
+
+    def value(self, tensor: Tensor, given: bool = False) -> Value:
+        """What a tensor holds now."""
+        found = self.values.get(id(tensor))
+        if found is None:
+            value = Value(tuple(tensor.shape), path=self.paths.get(id(tensor)), given=given)
+            self.owners.setdefault(_storage(tensor), value)
+            return self.hold(tensor, value)
+        return found[1]
+
+    def hold(self, tensor: Tensor, value: Value) -> Value:
+        self.values[id(tensor)] = tensor, value, self.writes.get(_storage(tensor), 0)
+        return value
+
+    def is_stale(self, tensor: Tensor) -> bool:
+        """Whether its memory was written since, but by way of another tensor."""
+        found = self.values.get(id(tensor))
+        return found is not None and found[2] != self.writes.get(_storage(tensor), 0)
+
+    def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on stand-ins, and record it."""
+        for tensor in _tensors((args, kwargs)):
+            if not tensor.is_meta and func is not aten.lift_fresh.default:
+                raise Unrecordable("it reads a tensor that is no part of it")
+        schema = func._schema
+        inputs = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        inputs |= {a.name: arg for a, arg in zip(schema.arguments, args, strict=False)}
+        inputs |= kwargs
+        written = [inputs[a.name] for a in schema.arguments if a.is_write]
+        oddities = self.oddities(inputs)
+        read = self.nest(inputs)
+        result = _run(func, args, kwargs)
+        node = Node(
+            name=schema.name.removeprefix("aten::").removesuffix("_"),
+            inputs=read,
+            results=[],
+            effects=[],
+            call=self.call,
+            index=len(self.recording.nodes),
+            oddities=oddities,
+        )
+        if not torch.is_grad_enabled():
+            self.unseen[node] = any(tensor.requires_grad for tensor in _tensors((inputs,)))
+        self.recording.nodes.append(node)
+        for value in dict.fromkeys(values_in(read)):
+            value.uses.append(node)
+        for tensor in _tensors(written):
+            storage = _storage(tensor)
+            self.writes[storage] = self.writes.get(storage, 0) + 1
+            node.effects.append(self.owners[storage])
+        if func is aten.native_batch_norm.default and args[5]:
+            node.effects += [
+                value for value in (read["running_mean"], read["running_var"]) if value
+            ]
+        for tensor in _tensors((result,)):
+            path = self.paths.get(id(tensor))
+            value = Value(tuple(tensor.shape), node, path)
+            self.owners.setdefault(_storage(tensor), value)
+            node.results.append(self.hold(tensor, value))
+        return result
+
+    def oddities(self, inputs: Mapping[str, Any]) -> list[str]:
+        found = []
+        if not self.inside_function:
+            found.append("which runs outside of Python")
+        if any(self.is_stale(tensor) for tensor in _tensors((inputs,))):
+            found.append("which reads a map that was changed in place through another one")
+        if self.autocast != self.autocast_at_first:
+            found.append("which runs under an autocast of its own")
+        return found
+
+    def note(self, text: str) -> None:
+        self.recording.notes.append(Note(text, self.call))
+
+    def find_lost_gradients(self) -> None:
+        """Note which operations keep a gradient from what they read.
+
+        Reentrant checkpoints run operations without autograd, but pass gradients on.
+        """
+        for tensor, value, _ in self.values.values():
+            if type(tensor.grad_fn).__name__ == "CheckpointFunctionBackward":
+                waiting = [value.maker]
+                while waiting:
+                    node = waiting.pop()
+                    if node is not None and self.unseen.pop(node, None) is not None:
+                        waiting += [value.maker for value in node.values()]
+        for node, stops_gradient in self.unseen.items():
+            if stops_gradient:
+                node.oddities.append("which autograd does not see")
+
+
+class _Operations(TorchDispatchMode):
+    """Records every operation."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return self.tracer.add(func, args, kwargs or {})
+
+
+class _Functions(TorchFunctionMode):
+    """Notes what Python learns of tensors or does to them that is no operation."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tracer, outer = self.tracer, self.tracer.inside_function
+        tracer.inside_function = True
+        tracer.autocast = _autocast()  # which operations themselves do not see
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            tracer.inside_function = outer
+        name = _name(func)
+        maps = [t for t in _tensors((args, kwargs)) if id(t) not in tracer.paths]
+        learns = not any(True for _ in _tensors((result,)))
+        asks_for_channels = name == "size" and args[1:] == (1,)
+        if (
+            maps
+            and (learns or name in CONVERSIONS)
+            and name not in ANSWERED_ALIKE
+            and not asks_for_channels
+            and not _called_by_pytorch()
+        ):
+            tracer.note(f"asks a map for its {name}" if learns else f"converts a map ({name})")
+        return result
+
+
+def _name(func: Any) -> str:
+    """``shape`` for the getter of ``Tensor.shape``, the function's own name otherwise."""
+    name = (resolve_name(func) or getattr(func, "__name__", str(func))).removesuffix(".__get__")
+    return name.rpartition(".")[2]
+
+
+def _called_by_pytorch() -> bool:
+    """Whether PyTorch's own Python code called the function that is being handled."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in PASSED_ON:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "torch"
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func is aten.lift_fresh.default:
+        return hollow(args[0])
+    if func is aten.native_batch_norm.default and args[5]:
+        x, weight, bias, mean, var = args[:5]
+        vectors = [t for t in (weight, bias, mean, var) if t is not None]
+        if all(t.shape == x.shape[1:2] for t in vectors):
+            # PyTorch takes milliseconds to find this.
+            return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    return func(*args, **kwargs)
+
+
+def _stand_ins(thing: Any) -> Any:
+    """Arguments with hollow tensors for tensors."""
+    if isinstance(thing, Tensor):
+        made = hollow(thing)
+        return made.requires_grad_().clone() if made.is_floating_point() else made  # no leaf
+    if isinstance(thing, (list, tuple)):
+        return type(thing)([_stand_ins(item) for item in thing])
+    if isinstance(thing, Mapping):
+        return {key: _stand_ins(item) for key, item in thing.items()}
+    return thing
+
+
+def _tensors(nests: Sequence[Any]) -> Iterator[Tensor]:
+    for nest in nests:
+        if isinstance(nest, Tensor):
+            yield nest
+        elif isinstance(nest, (list, tuple)):
+            yield from _tensors(nest)
+        elif isinstance(nest, Mapping):
+            yield from _tensors(tuple(nest.values()))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _context() -> tuple[object, ...]:
+    return torch.is_grad_enabled(), *_autocast()
+
+
+def _autocast() -> tuple[object, ...]:
+    return tuple(
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+    )

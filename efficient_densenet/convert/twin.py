@@ -1,0 +1,238 @@
+"""Copies of modules without values, on which a forward pass can run and leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+INTERNAL = {*HOOKS, "_parameters", "_buffers", "_modules", "_compiled_call_impl"}
+OWN_FORWARD = "has a forward function of its own"
+SOME_MOMENTUM = 0.1
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+class Unrecordable(Exception):
+    """Why a forward pass cannot be recorded, as a whole sentence."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A module's copy on the device ``meta``.
+
+    Attributes:
+        module: the copy; without hooks, and without forward functions of single instances.
+        paths: of every parameter and buffer of the copy by its ``id``; the first of several.
+        patched: what calling a module does beside its class's forward, by its path.
+    """
+
+    module: nn.Module
+    paths: dict[int, str]
+    patched: dict[str, str]
+
+
+def twin_of(module: nn.Module) -> Twin:
+    """The twin of a module.
+
+    Raises:
+        Unrecordable: if it cannot be copied, or runs what Python does not see.
+    """
+    if _has_any_global_hook():
+        raise Unrecordable("There are global module hooks.")
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise Unrecordable(f"{called(path)} is a ScriptModule.")
+    memo: dict[int, Any] = dict(_hollow_tensors(module))
+    for part in module.modules():
+        # Their owners may not be copied, let alone called.
+        memo |= {id(vars(part)[name]): OrderedDict() for name in HOOKS if vars(part).get(name)}
+    try:
+        with _HollowCopies():
+            twin = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise Unrecordable(f"It cannot be copied: {told(error)}.") from error
+    patched = dict(_patches(module))
+    for part in twin.modules():
+        _make_runnable(part)
+    tensors: list[tuple[str, Tensor]] = [*twin.named_parameters(remove_duplicate=False)]
+    tensors += twin.named_buffers(remove_duplicate=False)
+    return Twin(twin, {id(tensor): path for path, tensor in reversed(tensors)}, patched)
+
+
+def called(path: str) -> str:
+    """What a module is called in a sentence."""
+    return path or "The module"
+
+
+def told(error: Exception) -> str:
+    """The kind and the first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _hollow_tensors(module: nn.Module) -> Iterator[tuple[int, Tensor]]:
+    """The hollow tensor of every parameter and buffer, by the ``id`` of its original."""
+    ours = dict(module.named_parameters())
+    for path, tensor in (*ours.items(), *module.named_buffers()):
+        if type(tensor) not in (nn.Parameter, Tensor, nn.Buffer):
+            raise Unrecordable(f"{path} is a {type(tensor).__name__}.")
+        copied = hollow(tensor)
+        yield id(tensor), nn.Parameter(copied, tensor.requires_grad) if path in ours else copied
+
+
+def hollow(tensor: Tensor) -> Tensor:
+    """A tensor without values of the same shape and type."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+class _HollowCopies(TorchFunctionMode):
+    """Copies of tensors are hollow."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), hollow(tensor))
+        if func is Tensor.clone:
+            return hollow(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class _Alone(nn.SyncBatchNorm):
+    """A synchronised norm in a process without others."""
+
+    forward = _BatchNorm.forward
+
+
+def _make_runnable(part: nn.Module) -> None:
+    """Take from a copied module what would run elsewhere, or reads values."""
+    vars(part).pop("forward", None)
+    part._compiled_call_impl = None
+    if isinstance(part, nn.SyncBatchNorm):
+        cls = type(part)
+        bases = (_Alone,) if cls is nn.SyncBatchNorm else (cls, _Alone)
+        part.__class__ = type(cls.__name__, bases, {})
+    if isinstance(part, _BatchNorm) and part.momentum is None:
+        part.momentum = SOME_MOMENTUM  # else it reads how many batches there were
+
+
+def _patches(module: nn.Module) -> Iterator[tuple[str, str]]:
+    for path, part in module.named_modules():
+        if "forward" in vars(part):
+            yield path, OWN_FORWARD
+        elif any(vars(part).get(name) for name in HOOKS):
+            yield path, "has hooks"
+
+
+@contextmanager
+def untouched_random_numbers() -> Iterator[None]:
+    """Leaves all generators of random numbers as they were.
+
+    Raises:
+        Unrecordable: if the state of one of them changed.
+    """
+    generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (torch.get_rng_state, torch.set_rng_state),
+        (random.getstate, random.setstate),
+    ]
+    if "numpy" in sys.modules:
+        numpy_random = sys.modules["numpy"].random
+        generators.append((numpy_random.get_state, numpy_random.set_state))
+    if torch.cuda.is_initialized():
+        generators.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    states = [get() for get, _ in generators]
+    try:
+        yield
+        after = [get() for get, _ in generators]
+    finally:
+        for (_, restore), state in zip(generators, states, strict=True):
+            restore(state)
+    if _as_lists(after) != _as_lists(states):
+        raise Unrecordable("It draws or seeds random numbers, but not by an operation.")
+
+
+def _as_lists(state: Any) -> Any:
+    """The state of a generator with lists for tensors and arrays."""
+    if isinstance(state, (list, tuple)):
+        return [_as_lists(item) for item in state]
+    return state.tolist() if hasattr(state, "tolist") else state
+
+
+def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """By the path of every module below ``module``: all that Python may decide by.
+
+    That is its class, its plain attributes, the names and shapes of its tensors and of which of
+    them are one, its children and what is patched. Two such are equal if a forward pass that was
+    recorded with one holds for the other.
+    """
+    numbers: dict[int, int] = {}
+
+    def identity(thing: object) -> int:
+        return numbers.setdefault(id(thing), len(numbers))
+
+    found = {}
+    for path, part in module.named_modules():
+        entries: dict[str, Any] = {"": type(part)}
+        for name, value in vars(part).items():
+            if name in HOOKS:
+                if value:
+                    entries[name] = len(value)
+            elif name == "_modules":
+                entries[name] = [(key, identity(child)) for key, child in value.items()]
+            elif name in ("_parameters", "_buffers"):
+                entries[name] = [
+                    (key, None if t is None else (identity(t), t.shape)) for key, t in value.items()
+                ]
+            elif name != "_compiled_call_impl":
+                entries[name] = described(value)
+        found[path] = entries
+    return found
+
+
+def described(value: Any) -> Any:
+    """A plain value as it is, a container by what is in it, all else by its identity."""
+    if value is None or isinstance(value, PLAIN):
+        return type(value), value
+    if isinstance(value, (list, tuple)):
+        return type(value), [described(item) for item in value]
+    if isinstance(value, Mapping):
+        return type(value), [(described(key), described(item)) for key, item in value.items()]
+    if isinstance(value, (set, frozenset)):
+        return type(value), {item if isinstance(item, PLAIN) else Same(item) for item in value}
+    inside = {} if isinstance(value, (nn.Module, type)) else getattr(value, "__dict__", {})
+    plain = {name: item for name, item in inside.items() if isinstance(item, PLAIN)}
+    return Same(value), plain
+
+
+class Same:
+    """Equal only to what wraps the same object, which it keeps alive."""
+
+    def __init__(self, thing: object) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
