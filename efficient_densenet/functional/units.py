@@ -15,6 +15,7 @@ from efficient_densenet.kernels.interface import (
     UnitGradients,
     per_channel,
 )
+from efficient_densenet.kernels.layout import in_dtype
 from efficient_densenet.kernels.workspace import Workspace
 
 
@@ -53,7 +54,7 @@ class UnitRunner:
     def _tail(self, unit: UnitSpec, tensors: UnitTensors) -> Tail:
         if unit.conv is None:
             return Tail(unit.pool, None, self.types.features)
-        weight = tensors.conv_weight.to(self.types.compute)
+        weight = in_dtype(tensors.conv_weight, self.types.compute)
         return Tail(unit.pool, Conv(weight, tensors.conv_bias, unit.conv), self.types.compute)
 
     def forward(

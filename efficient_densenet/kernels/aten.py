@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.kernels.interface import Conv, Pool
+from efficient_densenet.kernels.layout import in_dtype
 
 aten = torch.ops.aten
 AVERAGES = {4: aten.avg_pool2d, 5: aten.avg_pool3d}
@@ -23,8 +24,8 @@ MAXIMA_BACKWARD = {
 def convolve(x: Tensor, conv: Conv) -> Tensor:
     """The convolution of ``x``, in its dtype."""
     stride, padding, dilation, groups = conv.geometry
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    weight, no_output_padding = conv.weight.to(x.dtype), [0] * len(stride)
+    bias = None if conv.bias is None else in_dtype(conv.bias, x.dtype)
+    weight, no_output_padding = in_dtype(conv.weight, x.dtype), [0] * len(stride)
     return torch.convolution(
         x, weight, bias, stride, padding, dilation, False, no_output_padding, groups
     )
@@ -35,7 +36,7 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`convolve` with respect to ``x``, weight and bias, as far as needed."""
     stride, padding, dilation, groups = conv.geometry
-    weight, no_output_padding = conv.weight.to(x.dtype), [0] * len(stride)
+    weight, no_output_padding = in_dtype(conv.weight, x.dtype), [0] * len(stride)
     bias_sizes = [len(weight)]
     return torch.ops.aten.convolution_backward(
         grad,

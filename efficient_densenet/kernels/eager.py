@@ -24,7 +24,7 @@ from efficient_densenet.kernels.interface import (
     UnitGradients,
     per_channel,
 )
-from efficient_densenet.kernels.layout import is_channels_last, outer_format
+from efficient_densenet.kernels.layout import in_dtype, is_channels_last, outer_format
 from efficient_densenet.kernels.slabs import Activate, backward_of_slabs, tail_of_slabs
 from efficient_densenet.kernels.workspace import Workspace
 
@@ -41,13 +41,13 @@ def make_norm(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Norm:
     invstd = (var + eps).rsqrt_()
-    scale = invstd if weight is None else weight.to(mean.dtype).view(mean.shape) * invstd
-    bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).view(mean.shape)
+    scale = invstd if weight is None else in_dtype(weight, mean.dtype).view(mean.shape) * invstd
+    bias = torch.zeros_like(mean) if bias is None else in_dtype(bias, mean.dtype).view(mean.shape)
     return Norm(mean, invstd, scale, bias)
 
 
 def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
-    x = x.to(dtype)
+    x = in_dtype(x, dtype)
     if type(x) is not Tensor or not x.is_cpu:  # fake tensors know no batch_norm_update_stats
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
     else:
@@ -162,7 +162,7 @@ def channel_sums(d: Tensor, x: Tensor, mean: Tensor, workspace: Workspace) -> Su
     if fold > 1:
         mean = mean.expand(fold, -1).flatten()
     _, sum_dx, sum_d = aten.native_batch_norm_backward(
-        _folded(d.to(mean.dtype), fold),
+        _folded(in_dtype(d, mean.dtype), fold),
         _folded(x, fold),
         None,
         None,

@@ -1,4 +1,4 @@
-"""Memory formats: which one a map has, and which one the recomputing functions work in."""
+"""Memory formats and types: which ones a map has, and which the recomputing functions work in."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def inner_format(x: Tensor) -> torch.memory_format:
     if x.is_cuda or x.dim() not in CHANNELS_LAST:
         return outer_format(x)
     return CHANNELS_LAST[x.dim()]
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, without a call into PyTorch where nothing changes: there are many."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def empty_map(
