@@ -32,7 +32,7 @@ class Batch(NamedTuple):
         """The target, with values where the output has a tensor of the same shape."""
         shapes = {tensor.shape for tensor in tensors_in(output)}
 
-        def choose(index: Any, value: Any) -> Any:
+        def choose(index: object, value: object) -> object:
             return value if isinstance(value, Tensor) and value.shape in shapes else index
 
         return tree_map(choose, self.indices, self.values)
@@ -95,7 +95,7 @@ def _build(
     fill: Callable[[Sequence[int], torch.dtype], Tensor],
 ) -> Batch:
     def read(tree: Tree, dtype: torch.dtype) -> Tree:
-        def leaf(value: Any) -> Any:
+        def leaf(value: Tree) -> Tree:
             if is_shape(value):
                 return fill(value, dtype)
             return own(value) if isinstance(value, Tensor) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 def copy_hollow(model: nn.Module, device: torch.device) -> nn.Module:
     """Deep copy of ``model`` whose tensors are empty ones on ``device``."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = hollow_parameter(parameter, device)
     plain = (value for module in model.modules() for value in vars(module).values())

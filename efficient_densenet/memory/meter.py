@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet.kernels.layout import is_hollow
 from efficient_densenet.memory.events import Event
-from efficient_densenet.memory.shapes import Operators, tensors_of
+from efficient_densenet.memory.shapes import Arguments, Keywords, Operators, Result, tensors_of
 
-Scratch = Callable[[Any, tuple[Any, ...], Any], int]
+Scratch = Callable[[OpOverload, Arguments, Result], int]
 """Bytes that an operator allocates and frees inside itself, by operator, arguments and result."""
 
 _ADD = torch.ops.aten.add.Tensor
@@ -65,11 +66,11 @@ class LiveMeter(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        func: OpOverload,
+        types: object,
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> Result:
         kwargs = kwargs or {}
         if func is _ADD and not kwargs and self._engine_would_add_in_place(*args):
             return _add_in_place(*args)
@@ -90,7 +91,7 @@ class LiveMeter(TorchDispatchMode):
             self._pass_by(self._scratch(func, args, result))
         return result
 
-    def _engine_would_add_in_place(self, old: Tensor, new: Any) -> bool:
+    def _engine_would_add_in_place(self, old: Tensor, new: object) -> bool:
         # A dispatch mode makes the autograd engine add gradients out of place which it otherwise
         # adds into the older one. Nobody else holds that one, so the meter may add into it too.
         return (
@@ -103,7 +104,7 @@ class LiveMeter(TorchDispatchMode):
             and _counts(old) == self._exclusive
         )
 
-    def _see(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see(self, tensor: Tensor, args: Arguments, kwargs: Keywords) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         record = self._live.get(key)
@@ -144,11 +145,11 @@ class LiveMeter(TorchDispatchMode):
 class _Record:
     __slots__ = ("number", "size", "watch")
 
-    def __init__(self, number: int, size: int, watch: weakref.ref[Any]) -> None:
+    def __init__(self, number: int, size: int, watch: weakref.ref[torch.UntypedStorage]) -> None:
         self.number, self.size, self.watch = number, size, watch
 
 
-def onednn_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
+def onednn_scratch(func: OpOverload, args: Arguments, result: Result) -> int:
     """About the most that oneDNN allocates and frees inside an operator, in bytes.
 
     A convolution of contiguous maps copies weight, input and output into blocks of channels, the
@@ -185,7 +186,7 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def _given(args: Arguments, kwargs: Keywords) -> Iterator[Tensor]:
     yield from tensors_of(args)
     yield from tensors_of(kwargs.values())
 
@@ -205,7 +206,7 @@ class _Traits(NamedTuple):
     views: bool
     written: int | str | None
 
-    def target(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def target(self, args: Arguments, kwargs: Keywords) -> Tensor | None:
         """The tensor that the operator writes into and returns."""
         if self.written is None:
             return None
@@ -213,12 +214,12 @@ class _Traits(NamedTuple):
 
 
 @cache  # once for each operator: there are few, and they are called hundreds of thousands of times
-def _traits(func: Any) -> _Traits:
+def _traits(func: OpOverload) -> _Traits:
     views = func.is_view and not func._can_decompose()
     return _Traits(str(func), views, _written_argument(func))
 
 
-def _written_argument(func: Any) -> int | str | None:
+def _written_argument(func: OpOverload) -> int | str | None:
     schema = func._schema
     written = [
         argument.name if argument.kwarg_only else position
@@ -261,11 +262,11 @@ class _CountProbe(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        func: OpOverload,
+        types: object,
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> Result:
         if func is _ADD and not torch.is_grad_enabled():
             self.counts = self._seen(args[0])
         return func(*args, **(kwargs or {}))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import LBFGS, Adafactor, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from efficient_densenet.kernels.layout import is_hollow
 from efficient_densenet.memory.hollow import empty_like, hollow_parameter
 from efficient_densenet.memory.meter import LiveMeter
-from efficient_densenet.memory.shapes import tensors_of
+from efficient_densenet.memory.shapes import Arguments, Keywords, Result, tensors_of
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 """An optimizer's class, or a function that makes one of a model's parameters."""
@@ -69,7 +69,7 @@ class Update:
     """
 
     def __init__(
-        self, optimizer: Optimizer, place: AbstractContextManager[Any] | None = None
+        self, optimizer: Optimizer, place: AbstractContextManager[object] | None = None
     ) -> None:
         self.optimizer, self._place = optimizer, place or nullcontext()
 
@@ -141,11 +141,11 @@ class _Valueless(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        func: OpOverload,
+        types: object,
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> Result:
         if func is _ITEM and is_hollow(args[0]):
             return 1.0
         if func.name().startswith("aten::_fused_") and is_hollow(next(tensors_of(args))):

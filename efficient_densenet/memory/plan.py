@@ -191,14 +191,14 @@ def _is_shape(value: object) -> bool:
     )
 
 
-def _leaves(tree: Tree) -> list[Any]:
+def _leaves(tree: Tree) -> list[Tree]:
     return tree_leaves(tree, is_leaf=_is_shape)
 
 
 def _resize_all(
     tree: Tree, size: int, resize: Callable[[Tensor, int], Tensor], marked: bool
 ) -> Tree:
-    def leaf(value: Any) -> Any:
+    def leaf(value: Tree) -> Tree:
         if _is_shape(value):
             return tuple(
                 size if n is None else n for n in (value if marked else (None, *value[1:]))

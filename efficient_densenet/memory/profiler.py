@@ -12,6 +12,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from efficient_densenet.memory.events import Event
 
+Node = Any
+"""An event of the profiler's tree, which has no type in Python."""
+
 _MARK = "efficient_densenet: "
 
 
@@ -46,7 +49,7 @@ class AllocatorRecord:
         addresses = (tensor.untyped_storage().data_ptr() for tensor in tensors)
         return {self._numbers[address] for address in addresses if address in self._numbers}
 
-    def _read(self, nodes: list[tuple[Any, str]], device: torch.device) -> Iterator[Event]:
+    def _read(self, nodes: list[tuple[Node, str]], device: torch.device) -> Iterator[Event]:
         now, born = "forward", 0
         for node, operator in nodes:
             if node.name.startswith(_MARK):
@@ -62,11 +65,11 @@ class AllocatorRecord:
                 yield Event(now, operator, self._numbers.pop(address), size)
 
 
-def _tree(profiler: Any) -> list[Any]:
+def _tree(profiler: Any) -> list[Node]:
     return profiler.profiler.kineto_results.experimental_event_tree()
 
 
-def _flat(roots: list[Any]) -> list[tuple[Any, str]]:
+def _flat(roots: list[Node]) -> list[tuple[Node, str]]:
     """Every node with the outermost ``aten`` operator above it, sorted by time.
 
     By time, not by nesting: a CUDA backward pass runs on a thread, hence a tree, of its own.
@@ -82,5 +85,5 @@ def _flat(roots: list[Any]) -> list[tuple[Any, str]]:
     return sorted(found, key=lambda pair: pair[0].start_time_ns)
 
 
-def _is_allocation(node: Any, device: torch.device) -> bool:
+def _is_allocation(node: Node, device: torch.device) -> bool:
     return hasattr(node.extra_fields, "alloc_size") and node.extra_fields.device.type == device.type

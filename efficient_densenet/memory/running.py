@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.memory.report import StepReport
 
 Loss = Callable[..., Tensor]
-Phase = Callable[[str], AbstractContextManager[Any]]
+Phase = Callable[[str], AbstractContextManager[object]]
 
 
 class RunningStep:

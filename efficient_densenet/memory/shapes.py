@@ -12,8 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from efficient_densenet.kernels.layout import is_channels_last, is_hollow, outer_format
+
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+Result = Any
+"""What an operator returns: tensors, numbers, or tuples and lists of them."""
 
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 _BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
@@ -44,9 +50,9 @@ class Operators:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], _Form] = {}
+        self._known: dict[tuple[object, ...], _Form] = {}
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    def run(self, func: OpOverload, args: Arguments, kwargs: Keywords) -> tuple[Result, bool]:
         """What ``func`` returns, and whether all of that is known to be in storage of its own."""
         if not _only_reads(func):
             return func(*args, **kwargs), False
@@ -70,12 +76,12 @@ class _Form(NamedTuple):
     kind: type
     parts: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]
 
-    def make(self) -> Any:
+    def make(self) -> Result:
         made = [None if part is None else _empty(*part) for part in self.parts]
         return made[0] if self.kind is Tensor else self.kind(made)
 
 
-def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_of(values: Iterable[object]) -> Iterator[Tensor]:
     """All tensors among ``values``, in lists and tuples too."""
     for value in values:
         if isinstance(value, Tensor):
@@ -85,17 +91,17 @@ def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @cache
-def _only_reads(func: Any) -> bool:
+def _only_reads(func: OpOverload) -> bool:
     """Whether an operator writes into no argument, and says of no result that it is one."""
     schema = func._schema
     return all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
 
 
-def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
+def _signature(values: Iterable[object]) -> tuple[object, ...]:
     return tuple([_described(value) for value in values])
 
 
-def _described(value: Any) -> Any:
+def _described(value: object) -> object:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, (list, tuple)):
@@ -103,7 +109,7 @@ def _described(value: Any) -> Any:
     return type(value), value  # 1, 1.0 and True are equal, but their results are not
 
 
-def _form(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Form | None:
+def _form(result: Result, args: Arguments, kwargs: Keywords) -> _Form | None:
     """That of ``result`` if it is all ``meta`` tensors with storages of their own, just filled."""
     tensors = [result] if isinstance(result, Tensor) else result
     if not isinstance(tensors, (list, tuple)):
@@ -111,7 +117,7 @@ def _form(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Form |
     if any(t is not None and not (type(t) is Tensor and t.is_meta) for t in tensors):
         return None
     older = {_storage(tensor) for tensor in tensors_of((args, tuple(kwargs.values())))}
-    parts: list[Any] = []
+    parts: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None] = []
     for tensor in tensors:
         if tensor is None:
             parts.append(None)
@@ -132,7 +138,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> Result:
     """What ``func`` returns, where PyTorch is slow or wrong about it put right."""
     if func in _ELEMENTWISE:
         like = _common(args, kwargs)
@@ -152,7 +158,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def _common(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _common(args: Arguments, kwargs: Keywords) -> Tensor | None:
     """The first of the operands if all are alike, so that the result is, too."""
     # Tells what torch takes a tenth of a millisecond to find.
     first, *others = tensors_of(args)
@@ -165,7 +171,7 @@ def _common(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return first if plain and same and numbers else None
 
 
-def _batch_norm(x: Tensor, weight: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_norm(x: Tensor, weight: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     # In training. On meta torch takes three milliseconds.
     vector = x.new_empty(x.shape[1]) if weight is None else weight
     return torch.empty_like(x), torch.empty_like(vector), torch.empty_like(vector)

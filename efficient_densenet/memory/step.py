@@ -7,7 +7,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -159,7 +158,7 @@ def run_within(
 def _metered(
     step: RunningStep,
     kind: str,
-    world: AbstractContextManager[Any],
+    world: AbstractContextManager[object],
     make_optimizer: MakeOptimizer | None,
     make_update: Callable[[MakeOptimizer], Update],
 ) -> StepReport:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from efficient_densenet.memory.report import StepReport
@@ -102,7 +102,7 @@ def timeline(reports: dict[str, StepReport], title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Axes) -> None:
     axes.grid(axis="y", color=GRID_COLOUR)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

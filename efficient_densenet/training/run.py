@@ -89,7 +89,7 @@ class Classifier(L.LightningModule):
         for row in self.history:
             self._write(row)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         if batch_idx == 0:
             self._epoch_start = time.perf_counter()
         torch.manual_seed(_step_seed(self.config.seed, self.global_step, self.global_rank))
@@ -161,7 +161,7 @@ class BudgetCallback(L.Callback):
         self._step = ExitStack()
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         # Lightning lets go of the last step's gradients after the forward pass only.
         module.zero_grad(set_to_none=True)
@@ -170,10 +170,10 @@ class BudgetCallback(L.Callback):
         resident = [value for value in values if isinstance(value, Tensor)]
         self._step.enter_context(enforce(self.limit, module.device, resident))
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, *args: object) -> None:
         self._step.close()
 
-    def on_exception(self, *args: Any) -> None:
+    def on_exception(self, *args: object) -> None:
         self._step.close()
 
 

@@ -10,7 +10,9 @@ from statistics import harmonic_mean
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +21,7 @@ from efficient_densenet.training.config import TrainConfig
 TRAIN_COLOUR, TEST_COLOUR, GRID_COLOUR = "#8a94a6", "#c2410c", "#e5e7eb"
 
 History = list[dict[str, float]]
+Summary = dict[str, Any]
 
 
 def plot(history: History, path: Path) -> None:
@@ -38,7 +41,7 @@ def plot(history: History, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _curves(axes: Any, history: History, quantity: str, scale: float = 1) -> None:
+def _curves(axes: Axes, history: History, quantity: str, scale: float = 1) -> None:
     epochs = [row["epoch"] for row in history]
     for split, colour in (("train", TRAIN_COLOUR), ("test", TEST_COLOUR)):
         values = [scale * row[f"{split}_{quantity}"] for row in history]
@@ -52,7 +55,7 @@ def _curves(axes: Any, history: History, quantity: str, scale: float = 1) -> Non
             va="center",
         )
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=GRID_COLOUR)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
@@ -64,7 +67,7 @@ def summarise(
     peak_bytes: int,
     naive_peak_bytes: int,
     device: torch.device,
-) -> dict[str, Any]:
+) -> Summary:
     """The run in numbers, with where they come from.
 
     ``images_per_second`` counts training only, over all epochs; accuracies are of the last epoch,
@@ -95,12 +98,12 @@ def summarise(
     }
 
 
-def write(summary: dict[str, Any], path: Path) -> None:
+def write(summary: Summary, path: Path) -> None:
     """Write the summary as JSON."""
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def show(summary: dict[str, Any]) -> None:
+def show(summary: Summary) -> None:
     """Print the summary as a table."""
     table = Table(title=_title(summary), show_header=False, title_justify="left")
     table.add_column()
@@ -110,13 +113,13 @@ def show(summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _title(summary: dict[str, Any]) -> str:
+def _title(summary: Summary) -> str:
     shape = f"-{summary['depth']}, k={summary['growth_rate']}" if summary["depth"] else ""
     name = f"{summary['model']}{shape}"
     return f"{name}, {summary['parameters']:,} parameters, recompute={summary['recompute']!r}"
 
 
-def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(summary: Summary) -> list[tuple[str, str]]:
     ours, naive = summary["peak_bytes"], summary["naive_peak_bytes_estimated"]
     step = f"batch {summary['batch_size']}, {summary['image_size']}x{summary['image_size']}"
     return [
