@@ -56,14 +56,15 @@ class Fit:
         return bool(self.tried) and ran and ran_out
 
     def __str__(self) -> str:
-        told = [f"{format_size(self.room)} hold {self.largest or 'none'}"]
+        parts = [f"nothing fits {format_size(self.room)}"]
         if self.largest:
-            told.append(f"whose peak is {format_size(self.peak)}")
+            peak, room = format_size(self.peak), format_size(self.room)
+            parts = [f"{self.largest} fits {room} with a peak of {peak}"]
         if self.next is not None:
-            told.append(f"and not {self.next}, which needs {format_size(self.next_peak or 0)}")
+            parts.append(f"{self.next} would need {format_size(self.next_peak or 0)}")
         if self.tried:
-            told.append("and so it was when run" if self.verified else "BUT NOT when run")
-        return ", ".join(told)
+            parts.append("real steps " + ("agree" if self.verified else "DISAGREE"))
+        return "; ".join(parts)
 
 
 def largest_batch(
