@@ -36,6 +36,9 @@ DEVICES = {
     ),
 }
 
+OTHER = Device(1, None, 0, "nothing is known of it")
+"""Any other device: live tensors are counted as they are."""
+
 
 def present_device() -> str:
     """Which of :data:`DEVICES` this machine has."""

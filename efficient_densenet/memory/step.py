@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efficient_densenet.memory.batch import Tree, make_batch, make_hollow_batch, tensors_in
-from efficient_densenet.memory.devices import DEVICES, check_device
+from efficient_densenet.memory.devices import DEVICES, OTHER, check_device
 from efficient_densenet.memory.hollow import copy_hollow
 from efficient_densenet.memory.meter import LiveMeter
 from efficient_densenet.memory.optimizers import MakeOptimizer, Update, build_optimizer
@@ -162,7 +162,7 @@ def _metered(
     make_optimizer: MakeOptimizer | None,
     make_update: Callable[[MakeOptimizer], Update],
 ) -> StepReport:
-    counts = DEVICES[kind]
+    counts = DEVICES.get(kind, OTHER)
     live = LiveMeter(counts.granularity, counts.scratch)
     with world, live:
         step.run(live.enter)

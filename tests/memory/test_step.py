@@ -177,6 +177,12 @@ def test_meter_charges_engines_additions_as_in_place() -> None:
     assert meter(Fan(), x).peak.step == pytest.approx(measure(Fan(), x).peak.step, rel=0.005)
 
 
+def test_meter_counts_on_any_device() -> None:
+    with torch.device("meta"):
+        model, x = Double(2**14), torch.empty(2**14)
+    assert meter(model, x).peak == meter(Double(2**14), torch.randn(2**14)).peak
+
+
 def test_metered_training_computes_same_gradients() -> None:
     model, x = DenseBlock(3, 4, 2, 4), torch.randn(2, 4, 8, 8)
     twin = copy.deepcopy(model)
