@@ -79,10 +79,7 @@ class Classifier(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         milestones = [math.ceil(steps * share) for share in (0.5, 0.75)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         # Lightning's CSV logger starts an empty file: the epochs of the checkpoint go in again.
