@@ -1,56 +1,63 @@
-# make setup | data | train | test | lint | bench | gate | gpu | gpu-rehearsal
-
 VENV ?= .venv
 PYTHON ?= python3
 DATA ?= data
 OUT ?= runs/deep
 
+raw := $(DATA)/FashionMNIST/raw
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 tools := $(VENV)/.installed-tools
+# A process for each core, with one thread each.
+pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: setup data train test lint bench gate gpu gpu-rehearsal
+.PHONY: help setup data train test test-slow lint bench gate gpu gpu-rehearsal
 
-setup: $(stamp)
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(stamp) ## environment in VENV (.venv): the package with what training needs
 
 $(stamp): setup.py pyproject.toml
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet -e '.[train]'
 	touch $@
 
-# What tests and checks need beside: the libraries whose models are converted, too.
+# What tests and checks need besides, the libraries whose models are converted included.
 $(tools): $(stamp)
 	$(bin)/python -m pip install --quiet -e '.[train,dev,compat]'
 	touch $@
 
 # Without the Debian package, `efficient-densenet train` downloads the data itself.
-data:
-	test -e $(DATA)/FashionMNIST/raw || sh scripts/debian_data.sh $(DATA)/FashionMNIST/raw || true
+data: ## Fashion-MNIST from Debian's package into DATA (data), where there is apt
+	test -e $(raw) || { mkdir -p $(dir $(raw)) && folder=$$(mktemp -d) && (cd $$folder && \
+		apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .) && \
+		mv $$folder/usr/share/datasets/fashion-mnist $(raw); rm -rf $$folder; } || true
 
-# Takes the same run up again if it was interrupted.
-train: setup data
+train: setup data ## train a DenseNet-BC of 250 layers into OUT (runs/deep), or resume it there
 	$(bin)/efficient-densenet train --model cifar-bc --depth 250 --growth-rate 6 --image-size 14 \
 		--batch-size 64 --train-size 1920 --epochs 3 --data-dir $(DATA) --out $(OUT) --resume
 
-# A process for each core, with one thread each.
-test: $(tools)
-	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses auto --dist worksteal
+test: $(tools) ## the tests, but for the slow ones
+	$(pytest) -m "not slow"
 
-lint: $(tools)
+test-slow: $(tools) ## the slow tests
+	$(pytest) -m slow
+
+lint: $(tools) ## ruff (check and format) and mypy
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
 
-bench: $(tools)
+bench: $(tools) ## time and memory of a step, each competitor checked first
 	$(bin)/python -m pytest benchmarks/ --benchmark-only
 
-gate: setup
+gate: setup ## has a step of ours grown beyond the committed baseline?
 	$(bin)/python -m benchmarks.gate
 
 # These two make no environment and fetch nothing: PYTHON has torch, torchvision, Triton and pytest.
 # The programme keeps to its time by itself; `timeout` is for a driver that hangs.
-gpu:
+gpu: ## tests and measurements on a GPU with PYTHON (python3)
 	PYTHONPATH=. timeout --kill-after=5 530 $(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
-gpu-rehearsal:
+gpu-rehearsal: ## the same without a GPU: its numbers mean nothing
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --rehearse $(GPU_OPTIONS)
