@@ -9,11 +9,15 @@ from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 
 from benchmarks.cases import DEVICE
+
+Json = dict[str, Any]
+"""An object in a JSON file."""
 
 
 def provenance() -> dict[str, str]:

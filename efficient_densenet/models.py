@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +25,30 @@ from efficient_densenet.modules.reading import is_patched
 from efficient_densenet.modules.recomputing import set_
 from efficient_densenet.modules.sequence import EfficientSequential, EfficientTransition
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 STEMS = ("imagenet", "cifar")
+
+
+class Options(TypedDict, total=False):
+    """Arguments of :class:`DenseNet` that every network here takes."""
+
+    drop_rate: float
+    num_classes: int
+    in_channels: int
+    stem: str
+    bias: bool
+    dims: int
+    recompute: Recompute
+    kernels: Kernels
+
+
+class ImageNetOptions(Options, total=False):
+    """Those that torchvision's networks take."""
+
+    bn_size: int | None
+    compression: float
 
 
 class DenseNet(nn.Module):
@@ -138,43 +161,44 @@ def _named(
     growth_rate: int,
     block_config: Sequence[int],
     num_init_features: int,
-    options: dict[str, Any],
+    options: ImageNetOptions,
 ) -> DenseNet:
     """A network of torchvision's; its builder's other arguments are refused with what to do."""
-    if options.pop("weights", None) is not None:
+    given: dict[str, object] = {**options}
+    if options.pop("weights", None) is not None:  # type: ignore[typeddict-item]
         raise TypeError(
             f"{name} downloads no weights: build it without, then "
             f"model.load_state_dict(torchvision.models.{name}(weights=...).state_dict())"
         )
-    if "memory_efficient" in options:
+    if "memory_efficient" in given:
         raise TypeError(
-            f'memory_efficient={options["memory_efficient"]!r}: say recompute="norm" or '
+            f'memory_efficient={given["memory_efficient"]!r}: say recompute="norm" or '
             '"bottleneck", which keep less, or "none"'
         )
     return DenseNet(growth_rate, block_config, num_init_features, **options)
 
 
-def densenet121(**options: Any) -> DenseNet:
+def densenet121(**options: Unpack[ImageNetOptions]) -> DenseNet:
     """DenseNet-121 (k=32, blocks of 6, 12, 24, 16 layers); options as for :class:`DenseNet`."""
     return _named("densenet121", 32, (6, 12, 24, 16), 64, options)
 
 
-def densenet161(**options: Any) -> DenseNet:
+def densenet161(**options: Unpack[ImageNetOptions]) -> DenseNet:
     """DenseNet-161 (k=48, blocks of 6, 12, 36, 24 layers); options as for :class:`DenseNet`."""
     return _named("densenet161", 48, (6, 12, 36, 24), 96, options)
 
 
-def densenet169(**options: Any) -> DenseNet:
+def densenet169(**options: Unpack[ImageNetOptions]) -> DenseNet:
     """DenseNet-169 (k=32, blocks of 6, 12, 32, 32 layers); options as for :class:`DenseNet`."""
     return _named("densenet169", 32, (6, 12, 32, 32), 64, options)
 
 
-def densenet201(**options: Any) -> DenseNet:
+def densenet201(**options: Unpack[ImageNetOptions]) -> DenseNet:
     """DenseNet-201 (k=32, blocks of 6, 12, 48, 32 layers); options as for :class:`DenseNet`."""
     return _named("densenet201", 32, (6, 12, 48, 32), 64, options)
 
 
-def densenet264(**options: Any) -> DenseNet:
+def densenet264(**options: Unpack[ImageNetOptions]) -> DenseNet:
     """DenseNet-264 (k=32, blocks of 6, 12, 64, 48 layers); options as for :class:`DenseNet`."""
     return _named("densenet264", 32, (6, 12, 64, 48), 64, options)
 
@@ -184,7 +208,7 @@ def densenet_cifar(
     growth_rate: int,
     bottleneck: bool = True,
     compression: float = 0.5,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> DenseNet:
     """DenseNet of the paper's CIFAR experiments: three blocks of equal depth on 32x32 images.
 
@@ -204,16 +228,23 @@ def densenet_cifar(
             f"the nearest is {nearest}"
         )
     init = 2 * growth_rate if bottleneck and compression < 1.0 else 16
-    options = {"num_classes": 10, "stem": "cifar", "compression": compression, **options}
-    return DenseNet(growth_rate, (layers,) * 3, init, 4 if bottleneck else None, **options)
+    given: Options = {"num_classes": 10, "stem": "cifar", **options}
+    return DenseNet(
+        growth_rate,
+        (layers,) * 3,
+        init,
+        4 if bottleneck else None,
+        compression=compression,
+        **given,
+    )
 
 
-def fashion_densenet(**options: Any) -> DenseNet:
+def fashion_densenet(**options: Unpack[Options]) -> DenseNet:
     """The small network for 1-channel images: four blocks of 4 basic layers, k=32, with biases.
 
     758,226 parameters; a ``(1, 1, 224, 224)`` input has 64, 192, 224, 240 and 248 channels after
     the stem and each block. Options as for :class:`DenseNet`. Source: Zhang et al., "Dive into Deep
     Learning", section on DenseNet.
     """
-    options = {"num_classes": 10, "in_channels": 1, "bias": True, **options}
-    return DenseNet(32, (4, 4, 4, 4), 64, None, **options)
+    given: Options = {"num_classes": 10, "in_channels": 1, "bias": True, **options}
+    return DenseNet(32, (4, 4, 4, 4), 64, None, **given)

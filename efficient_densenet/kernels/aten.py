@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,12 +85,12 @@ def _must_widen(x: Tensor) -> bool:
     return x.dim() == 5 and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _average(pool: Pool) -> tuple[Any, ...]:
+def _average(pool: Pool) -> tuple[object, ...]:
     windows = (pool.kernel, pool.stride, pool.padding)
     return (*windows, pool.ceil_mode, pool.count_padding, pool.divisor)
 
 
-def _maximum(pool: Pool) -> tuple[Any, ...]:
+def _maximum(pool: Pool) -> tuple[object, ...]:
     return pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
 
 

@@ -65,7 +65,8 @@ class AllocatorRecord:
                 yield Event(now, operator, self._numbers.pop(address), size)
 
 
-def _tree(profiler: Any) -> list[Node]:
+def _tree(profiler: profile) -> list[Node]:
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     return profiler.profiler.kineto_results.experimental_event_tree()
 
 

@@ -6,7 +6,7 @@ ones again and again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -178,9 +178,9 @@ def _batch_norm(x: Tensor, weight: Tensor | None, *_: object) -> tuple[Tensor, T
 
 
 def _batch_norm_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor | None, *args: Any
+    grad: Tensor, x: Tensor, weight: Tensor | None, *rest: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     # On meta torch takes a millisecond, and makes gradients that its output mask declines.
     vector = x.new_empty(x.shape[1]) if weight is None else weight
     made = (torch.empty_like(x), torch.empty_like(vector), torch.empty_like(vector))
-    return tuple(g if wanted else None for g, wanted in zip(made, args[-1], strict=True))
+    return tuple(g if wanted else None for g, wanted in zip(made, rest[-1], strict=True))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from benchmarks.gpu.limits import Question
 from benchmarks.gpu.programme import REAL, REHEARSAL, programme
 from benchmarks.gpu.runner import CUT_OFF, FAILED, LEAST, OK, SKIPPED, Part, Record, run_parts
 from benchmarks.instruments import NO_TIME, SharpJudge, compete
+from benchmarks.provenance import Json
 from efficient_densenet.training.work import Work
 from support import runner_parts
 from support.commands import ENVIRONMENT, ROOT
@@ -33,7 +33,7 @@ def run(*parts: Part, seconds: float = 60.0) -> list[Record]:
     return run_parts(parts, end, lambda records: None, lambda line: None)
 
 
-def part(run: Callable[..., Any], allowance: float = 30.0, **options: bool) -> Part:
+def part(run: Callable[..., object], allowance: float = 30.0, **options: bool) -> Part:
     return Part(getattr(run, "__name__", "part"), run, allowance, **options)
 
 
@@ -123,7 +123,7 @@ def test_part_beside_others_runs_from_start_and_is_read_in_its_turn(
 
 
 def test_everything_told_is_written_at_once() -> None:
-    written: list[list[tuple[str, Any]]] = []
+    written: list[list[tuple[str, object]]] = []
     run_parts(
         [part(runner_parts.finds_fault), FINE],
         time.monotonic() + 60,
@@ -185,12 +185,12 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(rehearsed: Path) -> dict[str, Any]:
+def found(rehearsed: Path) -> Json:
     return json.loads((rehearsed / "rehearsal.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
-def test_rehearsal_runs_every_part(found: dict[str, Any]) -> None:
+def test_rehearsal_runs_every_part(found: Json) -> None:
     assert [p["name"] for p in found["parts"]] == [p.name for p in programme(REHEARSAL)]
     assert {p["status"] for p in found["parts"]} == {OK}
     for name in ("device", "torch", "torchvision", "python", "commit", "date"):
@@ -198,7 +198,7 @@ def test_rehearsal_runs_every_part(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_rehearsal_times_and_weighs_every_competitor(found: dict[str, Any]) -> None:
+def test_rehearsal_times_and_weighs_every_competitor(found: Json) -> None:
     benches = [p["result"] for p in found["parts"] if p["result"]["kind"] == "bench"]
     rows = [row for bench in benches for row in bench["rows"]]
     assert {row["failure"] for row in rows} == {None}
@@ -208,9 +208,7 @@ def test_rehearsal_times_and_weighs_every_competitor(found: dict[str, Any]) -> N
 
 
 @pytest.mark.slow
-def test_report_has_section_for_every_part_and_pictures(
-    rehearsed: Path, found: dict[str, Any]
-) -> None:
+def test_report_has_section_for_every_part_and_pictures(rehearsed: Path, found: Json) -> None:
     text = (rehearsed / "rehearsal.md").read_text(encoding="utf-8")
     for p in found["parts"]:
         assert f"\n## {p['name']}\n" in text
@@ -227,16 +225,16 @@ def test_results_of_cpu_do_not_pass_for_gpus(rehearsed: Path) -> None:
     assert "Measured on" not in text
 
 
-def a_run(*parts: dict[str, Any], rehearsal: bool = False) -> dict[str, Any]:
+def a_run(*parts: Json, rehearsal: bool = False) -> Json:
     names = ("device", "torch", "date", "commit")
     return {"rehearsal": rehearsal, "conditions": dict.fromkeys(names, "some"), "parts": [*parts]}
 
 
-def a_part(**values: Any) -> dict[str, Any]:
+def a_part(**values: object) -> Json:
     return {**vars(Record("part", 10.0)), **values}
 
 
-def a_row(name: str, seconds: float, peak: int) -> dict[str, Any]:
+def a_row(name: str, seconds: float, peak: int) -> Json:
     return {
         "name": name,
         "failure": None if seconds else "out of memory",
@@ -247,7 +245,7 @@ def a_row(name: str, seconds: float, peak: int) -> dict[str, Any]:
     }
 
 
-def a_bench(norm: float, peak: int) -> dict[str, Any]:
+def a_bench(norm: float, peak: int) -> Json:
     rows = [
         a_row("naive", 0.0, 0),
         a_row("naive, channels_last", 1.0, 600),

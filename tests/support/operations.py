@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +91,7 @@ def naive_unit(
     return y
 
 
-def doubled(value: Any) -> Any:
+def doubled(value: object) -> object:
     """The same in float64: a tensor, a type, or a tuple of any of them."""
     if isinstance(value, Tensor):
         return value.double()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from support.wild import BasicSequence, DictBlock, K, ListLayer, LoopBlock, conv
@@ -19,8 +19,8 @@ class Looping(LoopBlock):
 
     def __init__(
         self,
-        result: Callable[[Any, Tensor], Any] | None = None,
-        joined: Callable[[Any, Tensor], Any] | None = None,
+        result: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        joined: Callable[[nn.Module, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.result, self.joined = result, joined
@@ -44,7 +44,7 @@ def scaled() -> nn.Module:
 
 
 def pools_large_maps() -> nn.Module:
-    def pooled(self: Any, x: Tensor) -> Tensor:
+    def pooled(self: nn.Module, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 3, 1, 1) if x.shape[-1] > 16 else x
 
     return Looping(joined=pooled)
@@ -61,26 +61,26 @@ class Reversing(torch.autograd.Function):
     """The identity, with a gradient of the other sign."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         return -grad
 
 
-def without_gradient(self: Any, x: Tensor) -> Tensor:
+def without_gradient(self: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return F.relu(x)
 
 
-def counts(self: Any, new: Tensor) -> Tensor:
+def counts(self: nn.Module, new: Tensor) -> Tensor:
     self.calls = getattr(self, "calls", 0) + 1
     return new
 
 
 def appends() -> nn.Module:
-    def appended(self: Any, new: Tensor) -> Tensor:
+    def appended(self: nn.Module, new: Tensor) -> Tensor:
         self.seen.append(new)
         return new
 
@@ -92,7 +92,7 @@ def appends() -> nn.Module:
 def learns() -> nn.Module:
     """A buffer follows the means of the results."""
 
-    def followed(self: Any, new: Tensor) -> Tensor:
+    def followed(self: nn.Module, new: Tensor) -> Tensor:
         self.mean.lerp_(new.detach().mean((0, 2, 3)), 0.1)
         return new
 
@@ -101,15 +101,15 @@ def learns() -> nn.Module:
     return block
 
 
-def reads_values(self: Any, new: Tensor) -> Tensor:
+def reads_values(self: nn.Module, new: Tensor) -> Tensor:
     return new if new.sum() > 0 else -new
 
 
-def stochastic_depth(self: Any, new: Tensor) -> Tensor:
+def stochastic_depth(self: nn.Module, new: Tensor) -> Tensor:
     return new * torch.bernoulli(torch.full((3, 1, 1, 1), 0.5))
 
 
-def python_chance(self: Any, new: Tensor) -> Tensor:
+def python_chance(self: nn.Module, new: Tensor) -> Tensor:
     return new if random.random() < 2 else -new
 
 
@@ -177,7 +177,7 @@ class WithoutGrad(LoopBlock):
 
 
 class Pair(LoopBlock):
-    def forward(self, x: Tensor, scratch: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, scratch: Tensor | None = None) -> object:
         return super().forward(x), x
 
 

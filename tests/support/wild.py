@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import checkpoint as cp
 
-NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-DROPS: dict[int, Any] = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}
+NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+DROPS: dict[int, type[nn.Module]] = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}
 C0, K, LAYERS, WIDTH = 6, 4, 3, 8
 
 
@@ -91,7 +90,7 @@ class StarBlock(nn.Module):
 class JoiningSequence(nn.Sequential):
     """An ``nn.Sequential`` that appends its result to what it read (B)."""
 
-    def __init__(self, channels: int, p: float = 0.0, dims: int = 2, **names: Any) -> None:
+    def __init__(self, channels: int, p: float = 0.0, dims: int = 2) -> None:
         norm, width = NORMS[dims], WIDTH
         super().__init__(
             OrderedDict(
@@ -174,7 +173,7 @@ class Single(nn.Module):
         return torch.cat([new, x], 1) if self.new_first else torch.cat([x, new], 1)
 
 
-def plain(layer: Callable[..., nn.Module], **options: Any) -> nn.Module:
+def plain(layer: Callable[..., nn.Module], **options: object) -> nn.Module:
     """A bare ``nn.Sequential`` of layers, as a method of a network makes it."""
     return nn.Sequential(*(layer(C0 + i * K, **options) for i in range(LAYERS)))
 
@@ -320,7 +319,7 @@ class Wild:
     p: float = 0.0
     drops_maps: bool = False
     activation: str = "relu"
-    extra: tuple[Any, ...] = ()
+    extra: tuple[object, ...] = ()
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         channels = 2 * C0 if self.make is Stage else C0
