@@ -133,8 +133,9 @@ class DenseNet(nn.Module):
         """ReLU and global average of the features."""
         features = self.features
         plain = type(features) is EfficientSequential and not is_patched(features)
-        if plain and features.recompute != "none" and isinstance(x, Tensor):
-            return sequence.run_to_average(list(features), x, self.dims, features.kernels)
+        if plain and not features.is_naive() and isinstance(x, Tensor):
+            stems = features.recompute != "none"
+            return sequence.run_to_average(list(features), x, self.dims, features.kernels, stems)
         return global_average(F.relu(features(x)), self.dims)
 
 

@@ -70,18 +70,25 @@ class EfficientTransition(RecomputingTransition, Transition):
 class RecomputingSequence(Settings):
     """What makes a sequence run its neighbours together: a base in front of ``nn.Sequential``.
 
-    ``recompute`` is that of a stem among them. The result has the memory format of the input.
+    ``recompute`` is that of a stem among them: blocks and transitions have their own. The result
+    has the memory format of the input, unless all of them are naive.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.recompute == "none" or not isinstance(input, Tensor):
+        if self.is_naive() or not isinstance(input, Tensor):
             return super().forward(input)
         modules = [module for module in self._modules.values() if module is not None]
+        stems = self.recompute != "none"
         *before, last = modules
         if not is_patched(last):
-            return in_format_of(input, run(modules, input, self.kernels))
+            return in_format_of(input, run(modules, input, self.kernels, stems))
         # A hook on the last module holds what the caller gets, and may change in place.
-        return last(in_format_of(input, run(before, input, self.kernels)))
+        return last(in_format_of(input, run(before, input, self.kernels, stems)))
+
+    def is_naive(self) -> bool:
+        """Whether its stem, and every child that has a mode, has ``recompute="none"``."""
+        modules = (self, *self._modules.values())
+        return all(m.recompute == "none" for m in modules if isinstance(m, Settings))
 
 
 class EfficientSequential(RecomputingSequence, nn.Sequential):
@@ -119,18 +126,21 @@ class Head:
         return global_average(F.relu(self.norm(x)), self.dims)
 
 
-def run(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto") -> Tensor:
+def run(
+    modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto", stems: bool = True
+) -> Tensor:
     """``modules`` one after the other, as :class:`EfficientSequential` runs them.
 
-    ``kernels`` are those of stems; blocks and transitions have their own.
+    ``kernels`` are those of stems, and ``stems`` says whether they recompute; blocks and
+    transitions have settings of their own.
     """
     i = 0
     while i < len(modules):
         here, after = modules[i], modules[i + 1] if i + 1 < len(modules) else None
-        stem = read_stem(modules[i:], x, kernels)
+        stem = read_stem(modules[i:], x, kernels) if stems else None
         if stem is not None:
             x, i = stem[0].run(), i + stem[1]
-        elif _is_plain(here, RecomputingBlock) and _is_plain(after, RecomputingTransition):
+        elif is_plain(here, RecomputingBlock) and _reads_inside(after):
             x, i = _run_block(here, x, after), i + 2
         else:
             x, i = here(x), i + 1
@@ -138,20 +148,26 @@ def run(modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto") -> T
 
 
 def run_to_average(
-    modules: Sequence[nn.Module], x: Tensor, dims: int, kernels: Kernels = "auto"
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    dims: int,
+    kernels: Kernels = "auto",
+    stems: bool = True,
 ) -> Tensor:
     """ReLU and global average, ``(N, channels, 1, ...)``, of what ``modules`` make of ``x``.
 
-    ``dims`` is the number of spatial dimensions.
-    A norm after the last dense block reads the features inside the block, as a transition does.
+    ``dims`` is the number of spatial dimensions; the rest is as for :func:`run`.
+    A norm after the last dense block reads the features inside the block, as a transition does, and
+    is naive after a block that is so by its mode.
     """
     *before, block, norm = modules
-    if is_patched(norm):
-        return global_average(F.relu(run(modules, x, kernels)), dims)
+    naive = isinstance(block, Settings) and block.recompute == "none"
+    if naive or is_patched(norm):
+        return global_average(F.relu(run(modules, x, kernels, stems)), dims)
     head = Head(norm, dims, kernels)
-    if _is_plain(block, RecomputingBlock):
-        return _run_block(block, run(before, x, kernels), head)
-    return head(run([*before, block], x, kernels))
+    if is_plain(block, RecomputingBlock):
+        return _run_block(block, run(before, x, kernels, stems), head)
+    return head(run([*before, block], x, kernels, stems))
 
 
 def _run_block(block: RecomputingBlock, x: Tensor, reader: RecomputingTransition | Head) -> Tensor:
@@ -167,7 +183,12 @@ def _run_block(block: RecomputingBlock, x: Tensor, reader: RecomputingTransition
     return call.run()
 
 
-def _is_plain(module: nn.Module | None, base: type[M]) -> TypeGuard[M]:
+def _reads_inside(module: nn.Module | None) -> TypeGuard[RecomputingTransition]:
+    """Whether ``module`` is a transition that recomputes, inside the block before it if it can."""
+    return is_plain(module, RecomputingTransition) and module.recompute != "none"
+
+
+def is_plain(module: nn.Module | None, base: type[M]) -> TypeGuard[M]:
     """Whether calling a module is calling the forward of ``base``, and that alone."""
     return (
         isinstance(module, base) and type(module).forward is base.forward and not is_patched(module)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torchvision.models.densenet import _Transition
 
+from efficient_densenet import DenseNet, estimate
 from efficient_densenet.functional import stem
 from efficient_densenet.modules import sequence
 from efficient_densenet.modules.calls import BlockCall, StemCall
 from efficient_densenet.modules.naive import AVG_POOLS, CONVS
+from efficient_densenet.modules.recomputing import Settings
 from efficient_densenet.modules.sequence import EfficientTransition
 from support.compare import (
     FORMATS,
@@ -245,3 +247,39 @@ def test_sequence_knows_stem():
     assert count == 4 and call.run().shape == (2, 6, 3, 3)
     assert sequence.read_stem(modules[:3], x, "auto") is None
     assert sequence.read_stem(modules[::-1], x, "auto") is None
+
+
+# What has a mode by the beginning of its name, and how many blocks and stems run.
+MIXES = {
+    "stem alone": ({"": "norm"}, 0, 1),
+    "all but stem": ({"denseblock": "norm", "transition": "norm"}, 3, 0),
+    "blocks alone": ({"denseblock": "bottleneck"}, 3, 0),
+    "transitions alone": ({"transition": "norm"}, 2, 0),
+    "first block alone": ({"denseblock1": "bottleneck"}, 1, 0),
+    "first block and transition": ({"denseblock1": "norm", "transition1": "norm"}, 1, 0),
+    "first block and other transition": ({"denseblock1": "norm", "transition2": "norm"}, 2, 0),
+}
+
+
+@pytest.mark.parametrize(("mix", "blocks", "stems"), MIXES.values(), ids=MIXES)
+def test_every_part_has_mode_of_its_own(calls, mix, blocks, stems):
+    model = DenseNet(4, (2, 2, 2), 8, 2, num_classes=3, recompute="none").double()
+    naive = copy.deepcopy(model)
+    for name, module in model.features.named_modules():
+        for start, mode in mix.items():
+            if isinstance(module, Settings) and (name.startswith(start) if start else not name):
+                module.recompute = mode
+    assert_same_training(model, naive, torch.randn(4, 3, 40, 36, dtype=torch.float64), steps=2)
+    assert (calls[BlockCall], calls[StemCall]) == (2 * blocks, 2 * stems)
+
+
+def test_head_is_as_last_block():
+    """Naive after a naive block, inside one that recomputes."""
+    model = DenseNet(4, (2, 2), 8, 2, num_classes=3, recompute="norm")
+    x = torch.randn(2, 3, 64, 64)
+    inside = estimate(model, x).kept
+    model.features.denseblock2.recompute = "none"
+    model.features.recompute = "none"
+    after = estimate(model, x).kept
+    features = 2 * 16 * 4 * 4 * 4  # samples, channels, rows, columns, bytes
+    assert after >= inside + 2 * features
