@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torchvision
@@ -165,7 +165,7 @@ class Subject:
 
 
 def block(
-    name: str, layers: int, channels: int, growth: int, batch: int, size: int, **options: Any
+    name: str, layers: int, channels: int, growth: int, batch: int, size: int, **options: object
 ) -> Case:
     """A dense block of bottleneck layers on ``(batch, channels, size, size)``."""
     label = f"{name}: {layers} layers, c0={channels}, k={growth}, batch {batch}, {size}²"
@@ -173,7 +173,7 @@ def block(
     return Case(label, (batch, channels, size, size), make, **options)
 
 
-def make_block(kind: Kind, layers: int, channels: int, growth: int, **options: Any) -> nn.Module:
+def make_block(kind: Kind, layers: int, channels: int, growth: int, **options: object) -> nn.Module:
     if kind == "naive":
         return DenseBlock(layers, channels, BN_SIZE, growth)
     if kind == "torchvision":
@@ -182,7 +182,7 @@ def make_block(kind: Kind, layers: int, channels: int, growth: int, **options: A
 
 
 def make_network(
-    kind: Kind, growth: int, layers: tuple[int, ...], features: int, **options: Any
+    kind: Kind, growth: int, layers: tuple[int, ...], features: int, **options: object
 ) -> nn.Module:
     """A DenseNet for images, torchvision's or ours."""
     if kind in ("naive", "torchvision"):

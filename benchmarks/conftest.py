@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 from benchmarks import report
 from benchmarks.cases import Competitor
 from benchmarks.instruments import Row
-from benchmarks.provenance import provenance
+from benchmarks.provenance import Json, provenance
 
 HERE = Path(__file__).parent
 RESULTS = pytest.StashKey[dict[str, dict[Competitor, Row]]]()
@@ -29,13 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = {}
 
 
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Json) -> None:
     machine_info["efficient_densenet"] = provenance()
 
 
 # After pytest-benchmark's own table.
 @pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
     results = list(config.stash[RESULTS].values())
     if not results:
         return

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -17,7 +16,7 @@ class ConvolutionsAlone:
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self._calls: list[tuple[Any, Tensor, Tensor]] = []
+        self._calls: list[tuple[_ConvNd, Tensor, Tensor]] = []
         hooks = [
             module.register_forward_hook(self._record)
             for module in model.modules()
@@ -28,7 +27,7 @@ class ConvolutionsAlone:
         for hook in hooks:
             hook.remove()
 
-    def _record(self, module: Any, args: tuple[Tensor], output: Tensor) -> None:
+    def _record(self, module: _ConvNd, args: tuple[Tensor], output: Tensor) -> None:
         read, written = (
             torch.randn_like(t).to(memory_format=torch.channels_last) for t in (args[0], output)
         )
@@ -46,7 +45,7 @@ class ConvolutionsAlone:
         """Nothing is left over from a step."""
 
 
-def _convolve(conv: Any, x: Tensor) -> None:
+def _convolve(conv: _ConvNd, x: Tensor) -> None:
     torch.convolution(
         x,
         conv.weight.detach(),
@@ -60,7 +59,7 @@ def _convolve(conv: Any, x: Tensor) -> None:
     )
 
 
-def _convolve_backward(conv: Any, x: Tensor, grad: Tensor, needs_x: bool) -> None:
+def _convolve_backward(conv: _ConvNd, x: Tensor, grad: Tensor, needs_x: bool) -> None:
     torch.ops.aten.convolution_backward(
         grad,
         x,

@@ -16,12 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from benchmarks import report
 from benchmarks.cases import CASES, COMPETITORS, FLOOR
 from benchmarks.instruments import SharpJudge, compete
-from benchmarks.provenance import provenance
+from benchmarks.provenance import Json, provenance
 
 BASELINE = Path(__file__).parent.parent / "docs" / "results" / "steps.json"
 KEPT, PEAK, TIME = "kept bytes", "peak bytes", "time / convolutions"
@@ -31,13 +30,12 @@ GROWTH = {KEPT: 1.02, PEAK: 1.02, TIME: 1.25}
 MACHINE = ("device", "threads")
 """Conditions without which times do not compare, beside those of convolutions neither."""
 
-Steps = dict[str, Any]
 """What ``steps.json`` holds: ``conditions``, and ``rows`` of a case and a competitor each."""
 
 Name = tuple[str, str]
 
 
-def regressions(found: Steps, baseline: Steps) -> list[str]:
+def regressions(found: Json, baseline: Json) -> list[str]:
     """One line for each figure of ours that grew more than it may; none if all is well.
 
     Rows that only one of the two has are not compared, but what ran in the baseline must run. Times
@@ -67,21 +65,21 @@ def regressions(found: Steps, baseline: Steps) -> list[str]:
     return lines
 
 
-def same_machine(found: Steps, baseline: Steps) -> bool:
+def same_machine(found: Json, baseline: Json) -> bool:
     """Whether times of the two may be compared."""
     return all(found["conditions"].get(c) == baseline["conditions"].get(c) for c in MACHINE)
 
 
-def _ours(steps: Steps) -> dict[Name, dict[str, Any]]:
+def _ours(steps: Json) -> dict[Name, Json]:
     ours = {str(competitor) for competitor in COMPETITORS if competitor.ours}
     return {name: row for name, row in _rows(steps).items() if name[1] in ours}
 
 
-def _rows(steps: Steps) -> dict[Name, dict[str, Any]]:
+def _rows(steps: Json) -> dict[Name, Json]:
     return {(row["case"], row["competitor"]): row for row in steps["rows"]}
 
 
-def _figures(name: Name, steps: Steps) -> dict[str, float]:
+def _figures(name: Name, steps: Json) -> dict[str, float]:
     rows = _rows(steps)
     # Not beside the naive step: how many fresh pages that touches depends on what ran before it.
     row, floor = rows[name], rows.get((name[0], str(FLOOR)))
@@ -99,7 +97,7 @@ def _told(name: Name) -> str:
     return f"{case}, {competitor}"
 
 
-def run(only: str) -> Steps:
+def run(only: str) -> Json:
     """Ours and the floor on the cases whose name contains ``only``, as ``steps.json``."""
     competitors = [c for c in COMPETITORS if c.ours]
     cases = [case for case in CASES if only in case.name]

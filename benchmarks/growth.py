@@ -14,11 +14,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks.cases import COMPETITORS, FLOOR, NAIVE_COMPILED, Case, Competitor, block
 from benchmarks.instruments import Row, SharpJudge, compete
-from benchmarks.provenance import provenance
+from benchmarks.provenance import Json, provenance
 from benchmarks.report import MIB, aligned
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -205,7 +205,7 @@ def chart(found: Sequence[Sample], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(found: Sequence[Sample], conditions: dict[str, Any], folder: Path) -> None:
+def write(found: Sequence[Sample], conditions: Json, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "growth.md").write_text(markdown(found, conditions), encoding="utf-8")
     rows = {"conditions": conditions, "samples": [asdict(s) for s in found]}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.cases import CASES, COMPETITORS, DEVICE, Case, Competitor
 from benchmarks.conftest import RESULTS
@@ -14,7 +13,7 @@ from benchmarks.instruments import run, timed
 @pytest.mark.parametrize("competitor", COMPETITORS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_step(
-    benchmark: Any, case: Case, competitor: Competitor, pytestconfig: pytest.Config
+    benchmark: BenchmarkFixture, case: Case, competitor: Competitor, pytestconfig: pytest.Config
 ) -> None:
     """The case's first test runs all its competitors interleaved: the report quotes that run.
 

@@ -6,12 +6,13 @@ in the cache if the slab fits; the rest, whole maps, comes from memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import BN_SIZE, make_block
@@ -161,11 +162,11 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if not _moves_nothing(func):
             for tensor in _tensors((*_read(func, args, kwargs or {}), result)):
@@ -181,14 +182,14 @@ class Traffic(TorchDispatchMode):
             self.whole += size
 
 
-def _moves_nothing(func: Any) -> bool:
+def _moves_nothing(func: OpOverload) -> bool:
     """Whether an operator makes a view, or a tensor out of nothing."""
     returned = [r.alias_info for r in func._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in returned)
     return is_view or func.name().startswith(("aten::empty", "aten::new_"))
 
 
-def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _read(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> list[object]:
     """The arguments that an operator reads: those it only writes into are not."""
     arguments = func._schema.arguments
     given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
@@ -198,7 +199,7 @@ def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]
     return [value for name, value in given.items() if name not in written]
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value

@@ -16,7 +16,8 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from benchmarks.provenance import Json
 
 BEGUN = time.monotonic()
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _replace(path: Path, content: dict[str, Any]) -> None:
+def _replace(path: Path, content: Json) -> None:
     """Write JSON so that there is a whole file at any time."""
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.cases import FLOOR
+from benchmarks.provenance import Json
+
+if TYPE_CHECKING:  # the machine with the GPU may lack it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MIB = 2**20
 FLOOR_NAME = str(FLOOR)
@@ -23,10 +28,8 @@ COLOURS = {
 }
 HATCHES = {"eager": "//", "torch.compile": "xx"}
 
-Result = dict[str, Any]
 
-
-def draw_all(found: Result, source: Path) -> list[Path]:
+def draw_all(found: Json, source: Path) -> list[Path]:
     """Draw what there is to draw beside ``source``; pictures of nothing are removed."""
     paths = {name: source.with_name(f"{source.stem}-{name}.png") for name in CHARTS}
     for path in paths.values():
@@ -44,7 +47,7 @@ def draw_all(found: Result, source: Path) -> list[Path]:
     return [path for path in paths.values() if path.exists()]
 
 
-def steps(found: Result) -> Any:
+def steps(found: Json) -> Figure:
     """Time and peak memory of every timed case."""
     results = [r for r in _results(found, "bench") if any(row["seconds"] for row in r["rows"])]
     if not results:
@@ -65,7 +68,7 @@ def steps(found: Result) -> Any:
     return figure
 
 
-def _bars(axes: Any, names: list[str], values: Sequence[float | None], form: str) -> None:
+def _bars(axes: Axes, names: list[str], values: Sequence[float | None], form: str) -> None:
     places = range(len(names))
     widths = [value or 0 for value in values]
     bars = axes.barh(places, widths, color=[_colour(name) for name in names], height=0.75)
@@ -79,7 +82,7 @@ def _bars(axes: Any, names: list[str], values: Sequence[float | None], form: str
     axes.margins(x=0.12)
 
 
-def limits(found: Result) -> Any:
+def limits(found: Json) -> Figure:
     """What ran within the budget, and what was planned."""
     results = _results(found, "limit")
     if not any(row["tries"] for result in results for row in result["rows"]):
@@ -106,7 +109,7 @@ def limits(found: Result) -> Any:
     return figure
 
 
-def estimates(found: Result) -> Any:
+def estimates(found: Json) -> Figure:
     """What the allocator counted over what was estimated."""
     rows = [r for result in _results(found, "memory") for r in result["rows"] if "allocated" in r]
     if not rows:
@@ -127,12 +130,12 @@ def estimates(found: Result) -> Any:
 CHARTS = {"steps": steps, "estimate": estimates, "limit": limits}
 
 
-def _results(found: Result, kind: str) -> list[Result]:
+def _results(found: Json, kind: str) -> list[Json]:
     """Those of the parts that found anything of this kind."""
     return [p["result"] for p in found["parts"] if p["result"] and p["result"]["kind"] == kind]
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -142,7 +145,7 @@ def _colour(name: str) -> str:
     return next(colour for start, colour in COLOURS.items() if name.startswith(start))
 
 
-def _finish(figure: Any, found: Result, path: Path) -> None:
+def _finish(figure: Figure, found: Json, path: Path) -> None:
     conditions = found["conditions"]
     told = [conditions["device"], f"torch {conditions['torch']}", conditions["date"]]
     first = ["REHEARSAL, NO GPU"] if found["rehearsal"] else []

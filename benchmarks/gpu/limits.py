@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from benchmarks.cases import DEVICE
 from benchmarks.gpu.runner import Job, PartFailed
+from benchmarks.provenance import Json
 from efficient_densenet.training.plan import plan_work
 from efficient_densenet.training.work import COMPETITORS, Work
 from scripts.edge_of_budget import step_within
@@ -46,9 +47,9 @@ class Question:
         return 1 if self.varies == "batch" else 10
 
 
-def plans(job: Job, questions: Sequence[Question], processes: int) -> dict[str, Any]:
+def plans(job: Job, questions: Sequence[Question], processes: int) -> Json:
     """The planner's answer to every question and mode, from shapes, on as many processor cores."""
-    found: dict[str, Any] = {question.name: {} for question in questions}
+    found: Json = {question.name: {} for question in questions}
     result = {"kind": "plans", "questions": found}
     with ProcessPoolExecutor(
         min(processes, os.cpu_count() or 1), multiprocessing.get_context("spawn")
@@ -63,14 +64,14 @@ def plans(job: Job, questions: Sequence[Question], processes: int) -> dict[str, 
     return result
 
 
-def _plan(question: Question, mode: str) -> dict[str, Any]:
+def _plan(question: Question, mode: str) -> Json:
     torch.set_num_threads(1)
     made = plan_work(question.work, question.varies, question.budget, DEVICE.type, [mode])
     fit = made[mode]
     return {"largest": fit.largest, "peak": fit.peak, "reserve": made.reserve}
 
 
-def limit(job: Job, question: Question, plan: str) -> dict[str, Any]:
+def limit(job: Job, question: Question, plan: str) -> Json:
     """Training steps of what was planned, held to the budget, and of what is near to it.
 
     Raises:
@@ -79,7 +80,7 @@ def limit(job: Job, question: Question, plan: str) -> dict[str, Any]:
     planned = job.earlier[plan] and job.earlier[plan]["questions"][question.name]
     if not planned:
         raise PartFailed("nothing was planned")
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     result = {
         "kind": "limit",
         "question": question.name,
@@ -89,7 +90,7 @@ def limit(job: Job, question: Question, plan: str) -> dict[str, Any]:
         "rows": rows,
     }
     for mode in [mode for mode in COMPETITORS if mode in planned]:
-        row: dict[str, Any] = {"mode": mode, "planned": planned[mode], "tries": []}
+        row: Json = {"mode": mode, "planned": planned[mode], "tries": []}
         rows.append(row)
         job.tell(result)
         for size, peak in _tries(question, mode, planned[mode]["largest"]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from benchmarks.cases import DEVICE
 from benchmarks.gpu.parts import fill_rows
 from benchmarks.gpu.runner import Job, PartFailed
 from benchmarks.instruments import relative_error, synchronize
+from benchmarks.provenance import Json
 from efficient_densenet.kernels.implementations import load
 from efficient_densenet.kernels.interface import (
     RELU,
@@ -71,7 +72,7 @@ class Call(NamedTuple):
 
 def operations(
     job: Job, sites: Sequence[Site], implementations: Sequence[str], ceiling: tuple[int, int]
-) -> dict[str, Any]:
+) -> Json:
     """Seconds of every operation at every site, by each implementation; the first is the truth.
 
     ``ceiling`` is the bytes of a copy, and the rows of a square product in bfloat16, that show what
@@ -81,10 +82,10 @@ def operations(
         PartFailed: if an implementation fails, or differs from the first.
     """
     copied, multiplied = ceilings(*ceiling)
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     result = {"kind": "operations", "copied": copied, "multiplied": multiplied, "rows": rows}
 
-    def fill(call: Call, row: dict[str, Any]) -> None:
+    def fill(call: Call, row: Json) -> None:
         row |= {"bytes": call.bytes, "flops": call.flops, "seconds": {}, "differences": {}}
         truth: Sequence[Tensor] = ()
         for name in implementations:

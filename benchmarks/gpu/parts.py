@@ -6,7 +6,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,15 @@ from benchmarks.instruments import (
     told,
 )
 from benchmarks.precision import PrecisionJudge
+from benchmarks.provenance import Json
 from efficient_densenet.training.config import make_optimizer
 from efficient_densenet.training.work import COMPETITORS, Work
 from scripts.edge_of_budget import step_within
+
+if TYPE_CHECKING:
+    import pytest
+
+    Report = pytest.TestReport | pytest.CollectReport
 
 LEARNING_RATE = 0.01
 LOSS_TOLERANCE = 0.05
@@ -38,7 +44,7 @@ ALL_MEMORY = 1 << 50
 COUNTS = ("requested", "allocated", "reserved")
 
 
-def tests(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
+def tests(job: Job, arguments: Sequence[str]) -> Json:
     """The tests that pytest's ``arguments`` select; what failed, with its message.
 
     Raises:
@@ -64,21 +70,21 @@ class _Tally:
         self.job, self.outcomes = job, Counter[str]()
         self.failures = [{"test": test, "error": error} for test, error in job.without.items()]
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Json:
         return {"kind": "tests", "outcomes": dict(self.outcomes), "failures": self.failures}
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.job.tell(self.result(), running=nodeid)
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
+    def pytest_runtest_logreport(self, report: Report) -> None:
         self._note(report)
         if report.failed or report.skipped or report.when == "call":
             self.outcomes[report.outcome] += 1
 
-    def pytest_collectreport(self, report: Any) -> None:
+    def pytest_collectreport(self, report: Report) -> None:
         self._note(report)
 
-    def _note(self, report: Any) -> None:
+    def _note(self, report: Report) -> None:
         if report.failed:
             error = str(report.longrepr)[-1500:]
             self.failures.append({"test": report.nodeid, "error": error})
@@ -89,14 +95,14 @@ T = TypeVar("T")
 
 def fill_rows(
     job: Job,
-    result: dict[str, Any],
+    result: Json,
     wanted: Iterable[T],
-    fill: Callable[[T, dict[str, Any]], None],
+    fill: Callable[[T, Json], None],
 ) -> None:
     """Add a row to ``result["rows"]`` for each thing wanted; an error is the row's failure."""
     for thing in wanted:
         name = str(thing)
-        row: dict[str, Any] = {"name": name, "failure": job.without.get(name)}
+        row: Json = {"name": name, "failure": job.without.get(name)}
         result["rows"].append(row)
         if row["failure"]:
             continue
@@ -112,7 +118,7 @@ def fill_rows(
 
 def training(
     job: Job, case: Case, competitors: Sequence[Competitor], classes: int, steps: int
-) -> dict[str, Any]:
+) -> Json:
     """Some steps of SGD on one batch: the loss falls, and starts where the naive network's does.
 
     Raises:
@@ -120,7 +126,7 @@ def training(
     """
     result = {"kind": "training", "case": case.name, "learning_rate": LEARNING_RATE, "rows": []}
 
-    def fill(competitor: Competitor, row: dict[str, Any]) -> None:
+    def fill(competitor: Competitor, row: Json) -> None:
         row |= _train(case, competitor, classes, steps)
         row["failure"] = _untrained(row, result["rows"][0], steps)
 
@@ -130,7 +136,7 @@ def training(
     return result
 
 
-def _train(case: Case, competitor: Competitor, classes: int, steps: int) -> dict[str, Any]:
+def _train(case: Case, competitor: Competitor, classes: int, steps: int) -> Json:
     subject = case.subject(competitor)
     optimizer = make_optimizer(subject.model.parameters(), lr=LEARNING_RATE)
     labels = torch.arange(case.shape[0], device=DEVICE) % classes
@@ -148,7 +154,7 @@ def _train(case: Case, competitor: Competitor, classes: int, steps: int) -> dict
     }
 
 
-def _untrained(row: dict[str, Any], naive: dict[str, Any], steps: int) -> str | None:
+def _untrained(row: Json, naive: Json, steps: int) -> str | None:
     first, last = row["losses"][0], row["losses"][-1]
     if not last < first:
         return f"the loss goes from {first:.4f} to {last:.4f}"
@@ -160,17 +166,17 @@ def _untrained(row: dict[str, Any], naive: dict[str, Any], steps: int) -> str | 
     return None
 
 
-def memory(job: Job, works: Sequence[Work]) -> dict[str, Any]:
+def memory(job: Job, works: Sequence[Work]) -> Json:
     """Peak bytes of whole training steps, as estimated and as the CUDA allocator counted them.
 
     All bytes count: parameters, gradients, the optimizer's state and the batch as well. What the
     allocator was asked for is ``requested``, what it handed out ``allocated``, and what it took
     from the device ``reserved``. On a CPU the meter's count stands for all three.
     """
-    result: dict[str, Any] = {"kind": "memory", "rows": []}
+    result: Json = {"kind": "memory", "rows": []}
     wanted = [Weighed(work, mode) for work in works for mode in COMPETITORS]
 
-    def fill(weighed: Weighed, row: dict[str, Any]) -> None:
+    def fill(weighed: Weighed, row: Json) -> None:
         row |= _peaks(weighed.work, weighed.mode)
 
     fill_rows(job, result, wanted, fill)
@@ -189,7 +195,7 @@ class Weighed(NamedTuple):
         return f"{work.model}, {size}, {work.precision}, {self.mode}"
 
 
-def _peaks(work: Work, mode: str) -> dict[str, Any]:
+def _peaks(work: Work, mode: str) -> Json:
     estimated = work.estimate(mode, "cuda").peak.total
     metered = step_within(work, mode, ALL_MEMORY, DEVICE)
     if metered is None:
@@ -201,7 +207,7 @@ def _peaks(work: Work, mode: str) -> dict[str, Any]:
 
 def bench(
     job: Job, case: Case, competitors: Sequence[Competitor], judged_batch: int, seconds: float
-) -> dict[str, Any]:
+) -> Json:
     """Time and memory of one step of every competitor that is right, all in one run, interleaved.
 
     Memory that runs out is a result.
@@ -227,7 +233,7 @@ def bench(
     return result
 
 
-def _as_json(case: Case, judge: PrecisionJudge, rows: Rows) -> dict[str, Any]:
+def _as_json(case: Case, judge: PrecisionJudge, rows: Rows) -> Json:
     return {
         "kind": "bench",
         "case": case.name,
@@ -238,29 +244,27 @@ def _as_json(case: Case, judge: PrecisionJudge, rows: Rows) -> dict[str, Any]:
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: Row) -> Json:
     values = asdict(row)
     del values["competitor"], values["case"]
     return {"name": str(row.competitor), **values}
 
 
-def launches(
-    job: Job, case: Case, competitors: Sequence[Competitor], layers: int
-) -> dict[str, Any]:
+def launches(job: Job, case: Case, competitors: Sequence[Competitor], layers: int) -> Json:
     """How many kernels a layer launches, forward and backward, and which take the time.
 
     On a CPU operators stand for kernels.
     """
-    result: dict[str, Any] = {"kind": "launches", "case": case.name, "layers": layers, "rows": []}
+    result: Json = {"kind": "launches", "case": case.name, "layers": layers, "rows": []}
 
-    def fill(competitor: Competitor, row: dict[str, Any]) -> None:
+    def fill(competitor: Competitor, row: Json) -> None:
         row |= _launches(case, competitor, layers)
 
     fill_rows(job, result, competitors, fill)
     return result
 
 
-def _launches(case: Case, competitor: Competitor, layers: int) -> dict[str, Any]:
+def _launches(case: Case, competitor: Competitor, layers: int) -> Json:
     subject = case.subject(competitor)
     for _ in range(2):
         subject.step()
@@ -281,7 +285,7 @@ def _count(kernels: dict[str, tuple[int, float]]) -> int:
     return sum(count for count, _ in kernels.values())
 
 
-def _kernels(run: Any) -> dict[str, tuple[int, float]]:
+def _kernels(run: profile) -> dict[str, tuple[int, float]]:
     """By name, how often each kernel ran and for how many microseconds altogether."""
     on_gpu = DEVICE.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

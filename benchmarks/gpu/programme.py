@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from benchmarks.gpu import limits, parts
 from benchmarks.gpu.limits import Question
 from benchmarks.gpu.operations import Site, operations
 from benchmarks.gpu.runner import Part
+from benchmarks.provenance import Json
 from efficient_densenet.training.work import Work
 
 BF16 = torch.bfloat16
@@ -44,7 +44,7 @@ class Scale:
     """
 
     block: tuple[int, int, int, int, int]
-    networks: dict[str, Any]
+    networks: Json
     batches: tuple[int, ...]
     image: int
     classes: int

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
 
 from benchmarks.cases import FLOOR, NAIVE, NAIVE_CHANNELS_LAST
 from benchmarks.gpu.charts import draw_all
+from benchmarks.provenance import Json
 from benchmarks.report import aligned
 
 MIB = 2**20
@@ -23,7 +23,6 @@ NOT_MEASURED = "not measured"
 GOALS = {"time / naive c.l.": 0.60, "time / compiled": 0.85, "peak / naive c.l.": 1 / 6}
 """What DenseNet-121 in bf16 should take at most, of the naive network in channels_last."""
 
-Result = dict[str, Any]
 Table = Sequence[Sequence[str]]
 
 
@@ -32,7 +31,7 @@ def json_name(rehearsal: bool) -> str:
     return "rehearsal.json" if rehearsal else "gpu.json"
 
 
-def markdown(found: Result) -> str:
+def markdown(found: Json) -> str:
     """Conditions, goals, and every part of a run in order with what became of it."""
     device = found["conditions"]["device"]
     title = f"Measured on {device}"
@@ -55,7 +54,7 @@ def markdown(found: Result) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def goals(found: Result) -> Table:
+def goals(found: Json) -> Table:
     """Of each case the faster of ours, against the naive network; goals that are missed in bold."""
     named = [f"{name} (goal {goal:.2f})" for name, goal in GOALS.items()]
     rows = [("case", "faster of ours", "ms", *named)]
@@ -65,7 +64,7 @@ def goals(found: Result) -> Table:
     return rows if len(rows) > 1 else [*rows, ("", NOT_MEASURED, "", "", "", "")]
 
 
-def _goal_row(result: Result) -> tuple[str, ...]:
+def _goal_row(result: Json) -> tuple[str, ...]:
     timed = {row["name"]: row for row in result["rows"] if row["seconds"]}
     ours = min(filter(is_ours, timed), key=lambda name: _time(timed[name]), default=None)
     if ours is None:
@@ -78,7 +77,7 @@ def _goal_row(result: Result) -> tuple[str, ...]:
     return (result["case"], ours, milliseconds(timed[ours]["seconds"]), *cells)
 
 
-def section(part: Result) -> str:
+def section(part: Json) -> str:
     """One part: its tables, and why they are not there or not whole."""
     lines = [f"## {part['name']}"]
     if part["status"] != "ok":
@@ -96,7 +95,7 @@ def last_line(error: str | None) -> str:
     return ((error or "").strip().splitlines() or [""])[-1]
 
 
-def tests_tables(result: Result) -> list[Table]:
+def tests_tables(result: Json) -> list[Table]:
     outcomes = [("outcome", "tests"), *((n, str(c)) for n, c in result["outcomes"].items())]
     failures = [("failed", "message")]
     for failure in result["failures"]:
@@ -104,7 +103,7 @@ def tests_tables(result: Result) -> list[Table]:
     return [outcomes, failures]
 
 
-def training_tables(result: Result) -> list[Table]:
+def training_tables(result: Json) -> list[Table]:
     rows = [("network", "first loss", "last loss", "note")]
     for row in result["rows"]:
         losses = row.get("losses")
@@ -113,7 +112,7 @@ def training_tables(result: Result) -> list[Table]:
     return [rows]
 
 
-def memory_tables(result: Result) -> list[Table]:
+def memory_tables(result: Json) -> list[Table]:
     counted = ("requested", "allocated", "reserved")
     sizes = [f"{name} MiB" for name in ("estimated", *counted)]
     rows = [("step", *sizes, *(f"{name} / estimated" for name in counted[:2]), "note")]
@@ -124,7 +123,7 @@ def memory_tables(result: Result) -> list[Table]:
     return [rows]
 
 
-def bench_tables(result: Result) -> list[Table]:
+def bench_tables(result: Json) -> list[Table]:
     """Medians, and their ratios to the rows that were timed in the same run."""
     timed = {row["name"]: row for row in result["rows"] if row["seconds"]}
     ratios = {name: _ratios(row, timed) for name, row in timed.items()}
@@ -159,7 +158,7 @@ def bench_tables(result: Result) -> list[Table]:
     return [rows]
 
 
-def _ratios(row: Result, timed: dict[str, Result]) -> dict[str, float]:
+def _ratios(row: Json, timed: dict[str, Json]) -> dict[str, float]:
     """Of a row's time and peak to those of the naive rows, as far as those were measured."""
     compiled = next((name for name in timed if COMPILED in name), None)
     others = {"naive": NAIVE_NAME, "naive c.l.": CHANNELS_LAST_NAME, "compiled": compiled}
@@ -173,7 +172,7 @@ def _ratios(row: Result, timed: dict[str, Result]) -> dict[str, float]:
     return found
 
 
-def _note(row: Result, ratios: dict[str, float]) -> str:
+def _note(row: Json, ratios: dict[str, float]) -> str:
     """Where ours is beaten, or how long compiling took."""
     if COMPILED in row["name"]:
         return f"first step {row['first_seconds']:.0f} s"
@@ -185,7 +184,7 @@ def is_ours(name: str) -> bool:
     return name.startswith(("norm", "bottleneck"))
 
 
-def operations_tables(result: Result) -> list[Table]:
+def operations_tables(result: Json) -> list[Table]:
     """Of each implementation the median, and how near the fastest comes to the ceilings."""
     copied, multiplied = result["copied"], result["multiplied"]
     names = list(dict.fromkeys(n for row in result["rows"] for n in row.get("seconds", ())))
@@ -210,7 +209,7 @@ def operations_tables(result: Result) -> list[Table]:
     return [rows, tiles]
 
 
-def launches_tables(result: Result) -> list[Table]:
+def launches_tables(result: Json) -> list[Table]:
     rows = [("launches of a layer", "forward", "backward", "note")]
     found: list[Table] = [rows]
     for row in result["rows"]:
@@ -225,7 +224,7 @@ def launches_tables(result: Result) -> list[Table]:
     return found
 
 
-def plans_tables(result: Result) -> list[Table]:
+def plans_tables(result: Json) -> list[Table]:
     found = []
     for question, fits in result["questions"].items():
         rows = [(question, "planned", "estimated MiB", "reserve MiB")]
@@ -235,7 +234,7 @@ def plans_tables(result: Result) -> list[Table]:
     return found
 
 
-def limit_tables(result: Result) -> list[Table]:
+def limit_tables(result: Json) -> list[Table]:
     rows = [
         (
             "mode",
@@ -263,7 +262,7 @@ def limit_tables(result: Result) -> list[Table]:
     return [rows]
 
 
-TABLES: dict[str, Callable[[Result], list[Table]]] = {
+TABLES: dict[str, Callable[[Json], list[Table]]] = {
     "tests": tests_tables,
     "training": training_tables,
     "memory": memory_tables,
@@ -276,7 +275,7 @@ TABLES: dict[str, Callable[[Result], list[Table]]] = {
 """What makes the tables of a result, by its kind."""
 
 
-def _time(row: Result) -> float:
+def _time(row: Json) -> float:
     return median(row["seconds"])
 
 

@@ -16,7 +16,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.process import BaseProcess
+
+from benchmarks.provenance import Json
 
 OK, FAILED, CUT_OFF, SKIPPED, NOT_REACHED = "ok", "failed", "cut off", "skipped", "not reached"
 LEAST = 10.0
@@ -41,14 +43,14 @@ class Job:
 
     deadline: float
     without: dict[str, str]
-    earlier: dict[str, Any]
+    earlier: Json
     pipe: Connection | None = field(default=None, repr=False)
 
     def left(self) -> float:
         """Seconds until the part will be cut off."""
         return self.deadline - time.monotonic()
 
-    def tell(self, result: Any, running: str | None = None) -> None:
+    def tell(self, result: object, running: str | None = None) -> None:
         """Put on record all that was found so far.
 
         ``running`` names what comes next: should the process die of it, the part is run again
@@ -68,7 +70,7 @@ class Part:
     """
 
     name: str
-    run: Callable[[Job], Any]
+    run: Callable[[Job], object]
     allowance: float
     leaves_traces: bool = False
     beside: bool = False
@@ -83,7 +85,7 @@ class Record:
     status: str = NOT_REACHED
     seconds: float = 0.0
     error: str | None = None
-    result: Any = None
+    result: object = None
 
 
 def run_parts(
@@ -135,14 +137,14 @@ class Worker:
     """A process that runs parts until one breaks it; then there is another."""
 
     def __init__(self) -> None:
-        self._process: Any = None
-        self._pipe: Any = None
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
 
     def carry_out(
         self,
         part: Part,
         record: Record,
-        earlier: dict[str, Any],
+        earlier: Json,
         end: float,
         note: Callable[[], None],
     ) -> None:

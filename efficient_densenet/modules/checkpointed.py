@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from efficient_densenet.functional.modes import Mode
-from efficient_densenet.modules.naive import BottleneckLayer, DenseBlock
+from efficient_densenet.modules.naive import BasicLayer, BottleneckLayer, DenseBlock
 
 CHECKPOINTED = Mode(
     "none",
@@ -49,7 +48,9 @@ def checkpointed_(network: nn.Module) -> nn.Module:
     return network
 
 
-def _run_layer(layer: Any, features: Sequence[Tensor]) -> Tensor:
+def _run_layer(layer: nn.Module, features: Sequence[Tensor]) -> Tensor:
+    assert isinstance(layer, (BasicLayer, BottleneckLayer))
+
     def first(*maps: Tensor) -> Tensor:
         return layer.conv1(layer.relu1(layer.norm1(torch.cat(maps, 1))))
 

@@ -115,10 +115,10 @@ class Classifier(L.LightningModule):
         self.history.append(row)
         self._write(row)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, list[dict[str, float]]]) -> None:
         checkpoint["history"] = self.history
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, list[dict[str, float]]]) -> None:
         self.history = checkpoint["history"]
 
     def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:

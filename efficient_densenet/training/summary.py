@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from statistics import harmonic_mean
-from typing import Any
+from typing import TypedDict
 
 import torch
 from matplotlib.axes import Axes
@@ -21,7 +21,35 @@ from efficient_densenet.training.config import TrainConfig
 TRAIN_COLOUR, TEST_COLOUR, GRID_COLOUR = "#8a94a6", "#c2410c", "#e5e7eb"
 
 History = list[dict[str, float]]
-Summary = dict[str, Any]
+
+
+class Summary(TypedDict):
+    """A run in numbers, with where they come from; accuracies are shares of 1.
+
+    ``images_per_second`` counts training only, over all epochs; accuracies are of the last epoch,
+    the training one as its steps saw it; memory is that of one training step.
+    """
+
+    model: str
+    depth: int | None
+    growth_rate: int | None
+    recompute: str
+    parameters: int
+    batch_size: int
+    image_size: int
+    epochs: int
+    train_size: int | None
+    train_accuracy: float
+    test_accuracy: float
+    images_per_second: float
+    peak_bytes: int
+    naive_peak_bytes_estimated: int
+    precision: str
+    hardware: str
+    torch: str
+    lightning: str
+    efficient_densenet: str
+    date: str
 
 
 def plot(history: History, path: Path) -> None:
@@ -68,11 +96,7 @@ def summarise(
     naive_peak_bytes: int,
     device: torch.device,
 ) -> Summary:
-    """The run in numbers, with where they come from.
-
-    ``images_per_second`` counts training only, over all epochs; accuracies are of the last epoch,
-    the training one as its steps saw it; memory is that of one training step.
-    """
+    """The run in numbers."""
     last = history[-1]
     return {
         "model": config.model,

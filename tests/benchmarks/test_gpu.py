@@ -94,7 +94,7 @@ def test_process_that_dies_between_parts_is_replaced() -> None:
 
 def test_children_of_part_end_with_it(tmp_path: Path) -> None:
     note = tmp_path / "child"
-    run(part(partial(runner_parts.hangs_with_a_child, note=note), 4.0))
+    run(FINE, part(partial(runner_parts.hangs_with_a_child, note=note), 4.0))
     stat = Path("/proc") / note.read_text(encoding="utf-8") / "stat"
     deadline = time.monotonic() + 5
     while stat.exists() and ") Z" not in stat.read_text() and time.monotonic() < deadline:
