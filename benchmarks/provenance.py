@@ -1,9 +1,11 @@
-"""Where numbers come from: hardware, versions, commit, date."""
+"""Where numbers come from: hardware, versions, commit, date; and where they go: docs/results."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 import subprocess
 from datetime import date
 from importlib.metadata import version
@@ -19,11 +21,32 @@ from benchmarks.cases import DEVICE
 Json = dict[str, Any]
 """An object in a JSON file."""
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+
+
+def publish(name: str, found: Json, folder: Path = RESULTS) -> None:
+    """Write what ``benchmarks/NAME.py`` found, with its conditions, to ``NAME.json`` in ``folder``.
+
+    ``make docs`` then writes the pages and pictures that show it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(as_json({"conditions": provenance(), **found}), encoding="utf-8")
+    print(f"written: {path}")
+
+
+def as_json(found: Json) -> str:
+    """JSON in which each list of numbers is one line."""
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    return re.sub(r"\[[-+.,e\d\s]*\]", lambda m: " ".join(m[0].split()), text) + "\n"
+
 
 def provenance() -> dict[str, str]:
     """Conditions of a run, in the order in which a reader asks for them."""
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -61,12 +84,14 @@ def cuda() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a mark if tracked files differ from it."""
-    return _answer(["git", "describe", "--always", "--dirty", "--exclude=*"])
+    """Short hash of the checkout, with ``-dirty`` if tracked files but results differ from it."""
+    short = _answer(["git", "rev-parse", "--short", "HEAD"])
+    changes = _answer(["git", "diff", "--name-only", "HEAD", "--", ":/", ":!/docs/results"], "")
+    return f"{short}-dirty" if changes else short
 
 
-def _answer(command: list[str]) -> str:
-    """The first line that a program prints."""
+def _answer(command: list[str], silent: str = "unknown") -> str:
+    """The first line that a program prints; ``silent`` if there is none."""
     try:
         answer = subprocess.run(
             command,
@@ -78,4 +103,4 @@ def _answer(command: list[str]) -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return (answer.stdout.strip().splitlines() or ["unknown"])[0]
+    return (answer.stdout.strip().splitlines() or [silent])[0]

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 
 from benchmarks.cases import DEVICE
+from benchmarks.edge_of_budget import step_within
 from benchmarks.gpu.runner import Job, PartFailed
 from benchmarks.provenance import Json
 from efficient_densenet.training.plan import plan_work
 from efficient_densenet.training.work import COMPETITORS, Work
-from scripts.edge_of_budget import step_within
 
 BEYOND_THE_PLAN = 0.03
 MOST_TRIES = 5

@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import DEVICE, Case, Competitor
+from benchmarks.edge_of_budget import step_within
 from benchmarks.gpu.runner import Job, PartFailed
 from benchmarks.instruments import (
     NO_TIME,
@@ -28,7 +29,6 @@ from benchmarks.precision import PrecisionJudge
 from benchmarks.provenance import Json
 from efficient_densenet.training.config import make_optimizer
 from efficient_densenet.training.work import COMPETITORS, Work
-from scripts.edge_of_budget import step_within
 
 if TYPE_CHECKING:
     import pytest

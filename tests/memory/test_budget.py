@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.edge_of_budget import edge
 from efficient_densenet.memory.budget import BudgetExceeded, MeteredBudget, enforce, forget_backward
 from efficient_densenet.memory.meter import LiveMeter
 from efficient_densenet.models import densenet_cifar
 from efficient_densenet.training import plan as planner
 from efficient_densenet.training.config import make_optimizer
 from efficient_densenet.training.work import COMPETITORS, Work
-from scripts import edge_of_budget
 
 CPU = torch.device("cpu")
 WORK = Work("cifar-bc", 16, 4, 16, 4)
@@ -198,30 +197,21 @@ def test_memory_that_runs_out_anywhere_leaves_nothing(mode: str) -> None:
 # The edge
 
 
-def test_edge_of_plan_is_edge_of_budget(capsys, monkeypatch) -> None:
-    options = "--budget 4MiB --batch-size 2 --growth-rate 4"
-    monkeypatch.setattr(sys, "argv", ["edge_of_budget", *options.split()])
-    assert edge_of_budget.main() == 0
-    rows = capsys.readouterr().out.splitlines()[-len(COMPETITORS) :]
-    assert [row.split()[1] for row in rows] == list(COMPETITORS)
-    assert all(row.endswith("| out of memory |") for row in rows)
+SIZES = {"batch_size": 2, "growth_rate": 4}
 
 
-def test_table_is_written_whole_or_not_at_all(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["edge_of_budget", "--write", "--modes", "naive"])
-    with pytest.raises(SystemExit, match="2"):
-        edge_of_budget.main()
-    assert "--modes" in capsys.readouterr().err
+@pytest.mark.parametrize("mode", COMPETITORS)
+def test_edge_of_plan_is_edge_of_budget(mode: str) -> None:
+    assert edge(mode, 4 << 20, SIZES).as_planned
 
 
 def test_plan_that_promises_too_much_is_found_out(monkeypatch) -> None:
-    made = planner.plan("4MiB", batch_size=2, growth_rate=4, device="cpu", modes=["norm"])
+    made = planner.plan("4MiB", **SIZES, device="cpu", modes=["norm"])
     deeper = replace(made["norm"], largest=made["norm"].largest + 6, next=made["norm"].next + 6)
     monkeypatch.setattr(
-        edge_of_budget, "plan", lambda *a, **k: replace(made, fits={"norm": deeper})
+        "benchmarks.edge_of_budget.plan", lambda *a, **k: replace(made, fits={"norm": deeper})
     )
-    _, right = edge_of_budget.edge("norm", 4 << 20, {"batch_size": 2, "growth_rate": 4})
-    assert not right
+    assert not edge("norm", 4 << 20, SIZES).as_planned
 
 
 # The deep end
