@@ -110,6 +110,12 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         "the batch if only --recompute is given",
     )
 
+    machine.add_argument(
+        "--graphs",
+        action="store_true",
+        help="replay each training step from CUDA graphs: less work for the host; needs a GPU",
+    )
+
     folders = parser.add_argument_group("folders")
     folders.add_argument(
         "--data-dir",

@@ -44,7 +44,7 @@ def dense_block(
     Returns the features (with an exit, its result), the features' statistics (written as far as a
     norm reads them), and per layer the statistics of its bottleneck map (``None`` where there is
     none or its norm uses running ones). Running statistics are the caller's to update. Dropout
-    draws its seeds from torch's default generator; there is no other side effect.
+    draws its seeds from the default generator of the device; there is no other side effect.
     """
     flat = [tensor for unit in units for tensor in unit]
     compiling = torch.compiler.is_compiling()
@@ -56,7 +56,7 @@ def dense_block(
         seeds = operators.draw_seeds(x, len(spec.layers)) if spec.drops else None
         out, kept = operators.dense_block(spec, seeds, x, flat)
     else:
-        seeds = draw_seeds(len(spec.layers)) if spec.drops else None
+        seeds = draw_seeds(x, len(spec.layers)) if spec.drops else None
         out, *kept = _DenseBlock.apply(spec, seeds, x, *flat)
     saved = Saved.of(spec, features_at_border(spec, x, out), kept)
     return out, saved.statistics, saved.bottleneck_statistics

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.functional.forward import Saved, dropout_mask, listed_seeds
+from efficient_densenet.functional.forward import Saved, seed_of_each
 from efficient_densenet.functional.precision import outside_autocast
 from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
@@ -129,7 +129,7 @@ def backward_block(
     ``grad`` is that of the result; the rest is as :func:`forward.forward_block` took and left it.
     """
     with torch.no_grad(), outside_autocast(grad.device):
-        walk = BlockBackward(spec, listed_seeds(spec, seeds), saved, flat, needs_x, needs_flat)
+        walk = BlockBackward(spec, seed_of_each(spec, seeds), saved, flat, needs_x, needs_flat)
         return walk.run(grad)
 
 
@@ -139,7 +139,7 @@ class BlockBackward:
     def __init__(
         self,
         spec: BlockSpec,
-        seeds: Sequence[int],
+        seeds: Sequence[Tensor | None],
         saved: Saved,
         flat: Sequence[Tensor | None],
         needs_x: bool,
@@ -192,8 +192,9 @@ class BlockBackward:
         ready = self.total.ready(*first, layer.channels)
         below = self.needs_x or i > self.lowest
         grad = self.total.finish(layer.channels, layer.channels + layer.growth)
-        if layer.drop_rate:
-            grad.mul_(dropout_mask(grad, layer, self.seeds[i], self.units.memory_format))
+        seed = self.seeds[i]
+        if seed is not None:
+            self.units.drop(grad, layer, seed)
         needs_first = below or any(needs[0])
         if second:
             z = MapGradient(

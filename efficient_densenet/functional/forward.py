@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.functional.precision import outside_autocast
-from efficient_densenet.functional.spec import BlockSpec, LayerSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_statistics
 from efficient_densenet.functional.units import UnitRunner
 from efficient_densenet.kernels.interface import Statistics
@@ -107,21 +107,24 @@ def forward_block(
     ``seeds`` are those of :func:`draw_seeds`.
     """
     with outside_autocast(x.device):
-        return _forward_block(spec, listed_seeds(spec, seeds), x, flat)
+        return _forward_block(spec, seed_of_each(spec, seeds), x, flat)
 
 
-def draw_seeds(layers: int) -> Tensor:
-    """A seed ``(layers,)`` for the dropout mask of each layer, from torch's default generator."""
-    return torch.randint(2**62, (layers,))
+def draw_seeds(x: Tensor, layers: int) -> Tensor:
+    """A seed ``(layers,)`` for the dropout mask of each layer, on the device of ``x``.
+
+    From that device's default generator, so that a graph draws others when it is replayed.
+    """
+    return torch.randint(2**62, (layers,), device=x.device)
 
 
-def listed_seeds(spec: BlockSpec, seeds: Tensor | None) -> list[int]:
-    """The seed of each layer; any number where nothing drops."""
-    return [0] * len(spec.layers) if seeds is None else seeds.tolist()
+def seed_of_each(spec: BlockSpec, seeds: Tensor | None) -> Sequence[Tensor | None]:
+    """The seed of each layer, where anything drops."""
+    return [None] * len(spec.layers) if seeds is None else seeds.unbind()
 
 
 def _forward_block(
-    spec: BlockSpec, seeds: Sequence[int], x: Tensor, flat: Sequence[Tensor | None]
+    spec: BlockSpec, seeds: Sequence[Tensor | None], x: Tensor, flat: Sequence[Tensor | None]
 ) -> tuple[Tensor, Saved]:
     layers, exit_tensors = spec.nested(flat)
     buffer = FeatureBuffer(spec, x)
@@ -139,8 +142,8 @@ def _forward_block(
             y, _ = buffer.units.forward(y, ready)
         bottlenecks.append(bottleneck if spec.keeps_bottlenecks else None)
         bottleneck_statistics.append(statistics)
-        if layer.drop_rate:
-            y.mul_(dropout_mask(y, layer, seed, buffer.units.memory_format))
+        if seed is not None:
+            buffer.units.drop(y, layer, seed)
         buffer.append(y)
         del y, bottleneck
     features = buffer.maps
@@ -149,21 +152,3 @@ def _forward_block(
     else:
         features = out = features.contiguous(memory_format=outer_format(x))
     return out, Saved(features, buffer.statistics, bottlenecks, bottleneck_statistics)
-
-
-def dropout_mask(
-    like: Tensor, layer: LayerSpec, seed: int, memory_format: torch.memory_format
-) -> Tensor:
-    """Zeros and ``1 / (1 - rate)``, the same whenever it is drawn from one seed and layout.
-
-    As large as ``like``, or of one value for each of its maps.
-    """
-    rate = layer.drop_rate
-    if layer.drops_maps:
-        mask = like.new_empty((*like.shape[:2], *(1,) * (like.dim() - 2)))
-    else:
-        mask = empty_map(like, like.shape[1], memory_format)
-    if rate == 1.0:
-        return mask.zero_()
-    generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
-    return mask.bernoulli_(1.0 - rate, generator=generator).div_(1.0 - rate)

@@ -46,16 +46,16 @@ def stem(
     "efficient_densenet::draw_seeds", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
 def draw_seeds(x: Tensor, layers: int) -> Tensor:
-    """A seed for the dropout mask of each layer, from torch's default generator.
+    """A seed for the dropout mask of each layer, from the device's default generator.
 
     Not before ``x`` is there: a compiler may not draw for a later block first.
     """
-    return forward.draw_seeds(layers)
+    return forward.draw_seeds(x, layers)
 
 
 @draw_seeds.register_fake
 def _(x: Tensor, layers: int) -> Tensor:
-    return torch.empty(layers, dtype=torch.int64)
+    return torch.empty(layers, dtype=torch.int64, device=x.device)
 
 
 @torch.library.custom_op("efficient_densenet::block_forward", mutates_args=())

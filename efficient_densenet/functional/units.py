@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.spec import (
+    BlockSpec,
+    LayerSpec,
+    StemSpec,
+    UnitSpec,
+    UnitTensors,
+)
 from efficient_densenet.kernels import implementations
 from efficient_densenet.kernels.interface import (
     Conv,
@@ -15,7 +21,7 @@ from efficient_densenet.kernels.interface import (
     UnitGradients,
     per_channel,
 )
-from efficient_densenet.kernels.layout import in_dtype
+from efficient_densenet.kernels.layout import device_of, in_dtype
 from efficient_densenet.kernels.workspace import Workspace
 
 
@@ -35,7 +41,7 @@ class UnitRunner:
     ) -> None:
         self.types, self.memory_format = spec.types, memory_format
         dtypes = (spec.types.compute, spec.types.features)
-        self.ops = implementations.choose(spec.kernels, like.device, dtypes, spec.activations)
+        self.ops = implementations.choose(spec.kernels, device_of(like), dtypes, spec.activations)
         scratch = self.ops.scratch_dtype(spec.types.features, spec.types.statistics)
         self.workspace = Workspace(like, widest, scratch, memory_format)
 
@@ -86,6 +92,11 @@ class UnitRunner:
             target=target,
             accumulate=accumulate,
         )
+
+    def drop(self, y: Tensor, layer: LayerSpec, seed: Tensor) -> None:
+        """A layer's dropout of ``y``, in place."""
+        if layer.drop_rate:
+            self.ops.drop(y, seed, layer.drop_rate, layer.drops_maps, self.memory_format)
 
     @property
     def corrected_dtype(self) -> torch.dtype:

@@ -15,6 +15,7 @@ from efficient_densenet.kernels.activations import (
     activate_backward_,
     derivative_reads_input,
 )
+from efficient_densenet.kernels.dropout import drop as drop
 from efficient_densenet.kernels.interface import (
     Activation,
     Norm,

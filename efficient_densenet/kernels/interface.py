@@ -213,6 +213,22 @@ class Operations(Protocol):
         is of its type or of :meth:`corrected_dtype`.
         """
 
+    def drop(
+        self,
+        y: Tensor,
+        seed: Tensor,
+        rate: float,
+        whole_maps: bool,
+        memory_format: torch.memory_format,
+    ) -> None:
+        """Dropout of a map in place: each value times zero or ``1 / (1 - rate)``.
+
+        Single values are drawn, or with ``whole_maps`` one number for each map of a sample. The
+        same are zero whenever ``seed``, an int64 number on the device of ``y``, and ``rate``,
+        ``memory_format`` and the shape of ``y`` are the same. Its value is not read on the host:
+        other values may lie there when a recorded graph is replayed.
+        """
+
     def scratch_dtype(self, features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
         """The widest type that the workspace holds where maps are stored in ``features``."""
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -30,9 +34,9 @@ def inner_format(x: Tensor) -> torch.memory_format:
     """The memory format to compute in: on CUDA that of ``x``, elsewhere channels last.
 
     On a CPU convolutions and batch norm's reductions are several times faster with the channels
-    last. Shapes without values are laid out as on a CPU.
+    last.
     """
-    if x.is_cuda or x.dim() not in CHANNELS_LAST:
+    if device_of(x).type == "cuda" or x.dim() not in CHANNELS_LAST:
         return outer_format(x)
     return CHANNELS_LAST[x.dim()]
 
@@ -61,3 +65,23 @@ def is_hollow(tensor: Tensor) -> bool:
         return tensor.untyped_storage().device.type == "meta"
     except NotImplementedError:  # a wrapper of torch.func around a tensor that has values
         return False
+
+
+_imagined: ContextVar[torch.device | None] = ContextVar("imagined", default=None)
+
+
+@contextmanager
+def imagined_on(device: torch.device) -> Iterator[None]:
+    """Passes on shapes without values go as they would on ``device``; otherwise as on a CPU."""
+    token = _imagined.set(device)
+    try:
+        yield
+    finally:
+        _imagined.reset(token)
+
+
+def device_of(x: Tensor) -> torch.device:
+    """The device whose way to compute ``x`` takes: its own, or the one that is imagined."""
+    if x.device.type in ("meta", "cpu") and is_hollow(x):
+        return _imagined.get() or torch.device("cpu")
+    return x.device

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from efficient_densenet.kernels.layout import is_hollow
+from efficient_densenet.kernels.layout import device_of, is_hollow
 
 # Scratch that a slab may fill before the next one starts. With 2 MiB a step takes 1.17 times as
 # long; with 8 to 64 as long (`scripts/choices.py`), and its peak grows by twice the difference.
@@ -34,10 +34,11 @@ class Workspace:
     ) -> None:
         samples, _, *spatial = like.shape
         self.memory_format, self.dtype = memory_format, dtype
-        self._threads = 1 if like.is_cuda else torch.get_num_threads()
+        on_gpu = device_of(like).type == "cuda"
+        self._threads = 1 if on_gpu else torch.get_num_threads()
         self._positions = math.prod(spatial)
         self._spatial_strides = [math.prod(spatial[i + 1 :]) for i in range(len(spatial))]
-        most = GPU_WORKSPACE_BYTES if like.is_cuda else WORKSPACE_BYTES
+        most = GPU_WORKSPACE_BYTES if on_gpu else WORKSPACE_BYTES
         self._capacity = most // dtype.itemsize
         self._samples = samples
         self._storage = torch.empty(self._size(widest), dtype=dtype, device=like.device)

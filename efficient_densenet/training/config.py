@@ -69,7 +69,8 @@ class TrainConfig:
     ``batch_size`` is each device's; images are ``image_size`` pixels high and wide;
     ``train_size`` is the number of training images used, ``None`` for all; ``depth`` and
     ``growth_rate`` belong to ``cifar-bc`` alone; ``budget`` is the most bytes that a training step
-    may hold, ``None`` for as many as there are.
+    may hold, ``None`` for as many as there are; with ``graphs`` the passes in training are replayed
+    from CUDA graphs.
 
     Raises:
         ConfigError: if an option is out of its range.
@@ -90,6 +91,7 @@ class TrainConfig:
     devices: int = 1
     num_nodes: int = 1
     budget: int | None = None
+    graphs: bool = False
 
     @classmethod
     def of(cls, model: str, **options: Any) -> TrainConfig:

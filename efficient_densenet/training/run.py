@@ -12,10 +12,8 @@ import logging
 import math
 import time
 import warnings
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from efficient_densenet.memory import step as memory
-from efficient_densenet.memory.budget import enforce
 from efficient_densenet.memory.devices import present_device
 from efficient_densenet.training import fashion_mnist
 from efficient_densenet.training import summary as curves
+from efficient_densenet.training.callbacks import BudgetCallback, GraphsCallback, check_graphs
 from efficient_densenet.training.config import AUTOCAST, ConfigError, TrainConfig, make_optimizer
 from efficient_densenet.training.fashion_mnist import FASHION_MNIST, Manifest
 from efficient_densenet.training.folder import RunFolder
@@ -65,9 +63,10 @@ class Classifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, 10)`` of uint8 images ``(N, 28, 28)``, resized and normalised here."""
-        return self.model(self._prepared(images))
+        return self.model(self.prepared(images))
 
-    def _prepared(self, images: Tensor) -> Tensor:
+    def prepared(self, images: Tensor) -> Tensor:
+        """What the network gets of uint8 images."""
         x = images.unsqueeze(1).to(next(self.model.parameters()).dtype) / 255
         size = self.config.image_size
         if x.shape[-1] != size:
@@ -141,37 +140,6 @@ class Classifier(L.LightningModule):
         logger = self.trainer.loggers[0]
         logger.log_metrics(row, step=int(row["epoch"]))
         logger.save()
-
-
-class BudgetCallback(L.Callback):
-    """Holds every training step to the budget, from its batch to its optimizer's update.
-
-    Parameters, buffers and optimizer state count; the images that a step reads are counted once
-    resized, as the network's input.
-
-    Args:
-        limit: bytes.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._step = ExitStack()
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        # Lightning lets go of the last step's gradients after the forward pass only.
-        module.zero_grad(set_to_none=True)
-        state = (tensors.values() for tensors in trainer.optimizers[0].state.values())
-        values = chain(module.parameters(), module.buffers(), *state)
-        resident = [value for value in values if isinstance(value, Tensor)]
-        self._step.enter_context(enforce(self.limit, module.device, resident))
-
-    def on_train_batch_end(self, *args: object) -> None:
-        self._step.close()
-
-    def on_exception(self, *args: object) -> None:
-        self._step.close()
 
 
 class FashionMNISTData(L.LightningDataModule):
@@ -257,6 +225,7 @@ def run(
         DataError: if the data are missing or damaged.
         torch.OutOfMemoryError: if a step passes the configuration's budget.
     """
+    check_graphs(config)
     _quieten()
     L.seed_everything(config.seed, verbose=False)
     classifier = Classifier(**asdict(config))
@@ -311,6 +280,8 @@ def _trainer(config: TrainConfig, out: Path) -> L.Trainer:
     callbacks: list[L.Callback] = [checkpoint]
     if config.budget is not None:
         callbacks.append(BudgetCallback(config.budget))
+    if config.graphs:
+        callbacks.append(GraphsCallback(config))
     try:
         return L.Trainer(
             max_epochs=config.epochs,

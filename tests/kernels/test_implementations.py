@@ -23,7 +23,7 @@ from efficient_densenet.kernels.interface import RELU, Activation, Operations
 from efficient_densenet.kernels.triton import support
 from efficient_densenet.modules.recomputing import Settings
 
-CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
+CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda:0", "meta"))
 SINGLE, DOUBLE, ONLY_RELU = (torch.float32,), (torch.float64,), (RELU,)
 
 

@@ -30,7 +30,7 @@ BELOW = {
 # Where a package may be imported that not everyone has.
 OPTIONAL = {
     "triton": ("kernels.triton",),
-    "lightning": ("training.run",),
+    "lightning": ("training.run", "training.callbacks"),
     "matplotlib": ("training.pictures", "training.summary", "memory.report"),
     "rich": ("training.pictures", "training.summary"),
 }

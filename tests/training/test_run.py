@@ -285,3 +285,31 @@ def test_budget_changes_no_weights(tmp_path):
     held = train(tmp_path, "held", epochs=1, budget=2**30)["state_dict"]
     for name, expected in free.items():
         assert torch.equal(held[name], expected), name
+
+
+def test_graphs_are_refused_where_there_are_none(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="graphs needs a GPU, and there is none"):
+        train(tmp_path, "run", graphs=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="graphs is for a single device"):
+        train(tmp_path, "run", graphs=True, devices=2)
+    with pytest.raises(ConfigError, match="graphs cannot be held to --budget"):
+        train(tmp_path, "run", graphs=True, budget=2**30)
+    assert not (tmp_path / "run").exists()
+
+
+def test_norms_learn_nothing_while_graphs_are_captured(tmp_path, monkeypatch):
+    """Capturing runs the model on a batch of the run's shape; here nothing is captured."""
+    seen = []
+
+    def warm_up(model, images):
+        assert model.training
+        for _ in range(3):
+            seen.append(model(*images).shape)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", warm_up)
+    monkeypatch.setattr(training, "check_graphs", lambda config: None)
+    graphed = train(tmp_path, "graphed", epochs=1, graphs=True)["state_dict"]
+    assert seen == [(16, 10)] * 3
+    for name, expected in train(tmp_path, "plain", epochs=1)["state_dict"].items():
+        assert torch.equal(graphed[name], expected), name

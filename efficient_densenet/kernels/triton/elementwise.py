@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -124,6 +125,34 @@ def rectify_backward(
 
 
 @triton.jit
+def drop(
+    y,
+    seed,
+    M,
+    N,
+    positions,
+    rate,
+    factor,
+    WHOLE_MAPS: tl.constexpr,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``y *= factor`` where a random number of the seed and the place is at least ``rate``, or 0.
+
+    With ``WHOLE_MAPS`` the place is that of the map.
+    """
+    _, m, n = _place(N, BLOCK_M, BLOCK_N)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    drawn_for = m // positions if WHOLE_MAPS else m
+    number = drawn_for.to(INDEX)[:, None] * N + n.to(INDEX)[None, :]
+    mask = tl.where(tl.rand(tl.load(seed), number) >= rate, factor, 0.0)
+    tile = load_tile(y, m, n, inside, positions, FLAT, INDEX).to(tl.float32)
+    store_tile(y, tile * mask, m, n, inside, positions, FLAT, INDEX)
+
+
+@triton.jit
 def correct(
     grad,
     x,
@@ -172,6 +201,28 @@ def launch_append(y: Tensor, into: Tensor | None, statistics: Statistics | None)
     )
     if statistics is not None:
         launch_fold(pair, source.rows, tile["BLOCK_M"], statistics)
+
+
+def launch_drop(
+    y: Tensor, seed: Tensor, rate: float, whole_maps: bool, memory_format: torch.memory_format
+) -> None:
+    """The operation ``drop``."""
+    place = matrix(y)
+    grid, tile = elementwise(place)
+    launch.run(
+        drop,
+        grid,
+        place,
+        seed,
+        place.rows,
+        place.channels,
+        place.positions,
+        rate,
+        1 / (1 - rate) if rate < 1 else 0.0,
+        WHOLE_MAPS=whole_maps,
+        **shared(place),
+        **tile,
+    )
 
 
 def launch_rectify(norm: Norm, x: Tensor, out: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efficient_densenet.kernels.interface import Tail
+from efficient_densenet.kernels.layout import is_hollow
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -126,9 +127,11 @@ def run(
     stages: int = 1,
     **constants: Any,
 ) -> None:
-    """Every launch there is, on the device of its maps or vectors."""
-    first = args[0]
-    with torch.cuda.device_of(first[0] if isinstance(first, tuple) else first):
+    """Every launch there is, on the device of its maps or vectors; of those without values none."""
+    first = args[0][0] if isinstance(args[0], tuple) else args[0]
+    if is_hollow(first):
+        return
+    with torch.cuda.device_of(first):
         kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
 
 

@@ -19,6 +19,7 @@ from efficient_densenet.kernels.triton import vectors
 from efficient_densenet.kernels.triton.elementwise import (
     launch_append,
     launch_correct,
+    launch_drop,
     launch_rectify,
     launch_rectify_backward,
 )
@@ -36,7 +37,7 @@ if not isinstance(vectors.make_norm, triton.JITFunction):
     interpreted.repair()
 
 make_norm, append = launch_make_norm, launch_append
-collect, correct = launch_collect, launch_correct
+collect, correct, drop = launch_collect, launch_correct, launch_drop
 
 
 def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:

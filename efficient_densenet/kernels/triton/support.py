@@ -25,7 +25,7 @@ def why_not(
         return "Triton is not installed"
     if device.type == "cuda" and torch.version.hip:
         return "the GPU is not one of NVIDIA's"
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:  # or it is imagined
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
             return f"the GPU has compute capability {capability}, below {LEAST_CAPABILITY}"

@@ -250,3 +250,29 @@ def test_weight_gradient_fills_device_once(sizes, multiprocessors, monkeypatch):
         together = RESIDENT * multiprocessors
         assert tiles * parts <= max(together, tiles)
         assert 2 * tiles * parts > together or tiles > together
+
+
+@every_shape
+@pytest.mark.parametrize("whole_maps", [False, True], ids=["values", "maps"])
+def test_dropout_is_decided_by_seed_whatever_the_layout(shape, whole_maps):
+    seeds = torch.tensor([5, 5, 2**61 + 5])
+    found = []
+    for seed, last in zip(seeds, (True, False, False), strict=True):
+        y = a_map(shape, shape[1], torch.float32, last).fill_(3.0)
+        triton.drop(y, seed, 0.4, whole_maps, layout(len(shape[-1]), last))
+        found.append(y)
+    assert torch.equal(found[0], found[1])
+    assert set(found[0].unique().tolist()) <= {0.0, 5.0}
+    if whole_maps:
+        assert torch.equal(found[0], found[0][(..., *(slice(1),) * len(shape[-1]))].expand_as(y))
+    elif y.numel() > 50:
+        assert not torch.equal(found[0], found[2])
+        assert abs((found[0] == 0).double().mean() - 0.4) < 2.5 / y.numel() ** 0.5
+
+
+def test_dropout_keeps_nan_and_may_drop_everything():
+    y = torch.full((2, 3, 4, 4), 2.0)
+    y[0, 0] = torch.nan
+    triton.drop(y, torch.tensor(1), 1.0, False, torch.contiguous_format)
+    assert y[0, 0].isnan().all()
+    assert not y[1].any()
