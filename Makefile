@@ -10,7 +10,7 @@ tools := $(VENV)/.installed-tools
 # A process for each core, with one thread each.
 pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: help setup data train test test-slow lint docs bench gate gpu gpu-rehearsal
+.PHONY: help setup data train test test-slow lint docs site bench gate gpu gpu-rehearsal
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ lint: $(tools) ## ruff (check and format) and mypy
 
 docs: $(tools) ## generated pages, tables and pictures from docs/results; which results are stale
 	$(bin)/python -m docs.tables
+
+site: $(tools) ## the documentation as a site, into build/site
+	$(bin)/python -m pip install --quiet -e '.[docs]'
+	$(bin)/python -m sphinx -W --keep-going -q docs build/site
 
 bench: $(tools) ## time and memory of a step, each competitor checked first
 	$(bin)/python -m pytest benchmarks/ --benchmark-only

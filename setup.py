@@ -1,14 +1,20 @@
 """Package metadata. Imports no torch and compiles nothing."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+PACKAGE = (HERE / "efficient_densenet" / "__init__.py").read_text(encoding="utf-8")
+
 setup(
     name="efficient_densenet",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[1],
     description="DenseNets trained in O(kL) memory: only the features themselves are kept",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    author="efficient_densenet contributors",
+    keywords="densenet, pytorch, deep learning, memory, recomputation, activation checkpointing",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
@@ -21,6 +27,7 @@ setup(
             *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("onnx", "onnxscript", "onnxruntime"),
         ],
+        "docs": ["sphinx>=8", "myst-parser>=4", "furo", "sphinx-copybutton"],
         "compat": [
             "timm>=1.0.31",
             "monai>=1.6.1",
@@ -33,8 +40,13 @@ setup(
     },
     entry_points={"console_scripts": ["efficient-densenet = efficient_densenet.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
         "License :: OSI Approved :: MIT License",
+        "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

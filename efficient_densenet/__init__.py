@@ -17,6 +17,8 @@ from efficient_densenet.modules.block import EfficientDenseBlock
 from efficient_densenet.modules.connections import recompute_connection
 from efficient_densenet.training.plan import plan
 
+__version__ = "0.1.0"
+
 __all__ = [
     "DenseNet",
     "EfficientDenseBlock",
