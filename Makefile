@@ -24,7 +24,7 @@ $(stamp): setup.py pyproject.toml
 
 # What tests and checks need besides, the libraries whose models are converted included.
 $(tools): $(stamp)
-	$(bin)/python -m pip install --quiet -e '.[train,dev,compat]'
+	$(bin)/python -m pip install --quiet -e '.[train,dev,docs,compat]'
 	touch $@
 
 # Without the Debian package, `efficient-densenet train` downloads the data itself.
@@ -52,7 +52,6 @@ docs: $(tools) ## generated pages, tables and pictures from docs/results; which 
 	$(bin)/python -m docs.tables
 
 site: $(tools) ## the documentation as a site, into build/site
-	$(bin)/python -m pip install --quiet -e '.[docs]'
 	$(bin)/python -m sphinx -W --keep-going -q docs build/site
 
 bench: $(tools) ## time and memory of a step, each competitor checked first
