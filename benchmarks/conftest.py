@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,22 +10,22 @@ from _pytest.terminal import TerminalReporter
 from benchmarks import report
 from benchmarks.cases import Competitor
 from benchmarks.instruments import Row
-from benchmarks.provenance import Json, provenance
+from benchmarks.provenance import RESULTS, Json, provenance, publish
 
-HERE = Path(__file__).parent
-RESULTS = pytest.StashKey[dict[str, dict[Competitor, Row]]]()
+OUT = Path(__file__).parent / "out"
+MEASURED = pytest.StashKey[dict[str, dict[Competitor, Row]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--publish",
         action="store_true",
-        help="write the report to docs/results/ as well as to benchmarks/out/",
+        help="write steps.json to docs/results/ instead of benchmarks/out/",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = {}
+    config.stash[MEASURED] = {}
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Json) -> None:
@@ -36,14 +35,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Js
 # After pytest-benchmark's own table.
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
-    results = list(config.stash[RESULTS].values())
+    results = list(config.stash[MEASURED].values())
     if not results:
         return
-    conditions = provenance()
     terminalreporter.section("memory and time of one training step")
-    terminalreporter.write_line(report.markdown(results, conditions))
-    made = report.write(results, conditions, HERE / "out")
-    if config.getoption("publish"):
-        made = [shutil.copy(path, HERE.parent / "docs" / "results") for path in made]
-    for path in made:
-        terminalreporter.write_line(f"written: {path}")
+    terminalreporter.write_line(report.markdown(results, provenance()))
+    publish("steps", report.rows(results), RESULTS if config.getoption("publish") else OUT)

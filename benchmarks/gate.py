@@ -20,14 +20,14 @@ from statistics import median
 from benchmarks import report
 from benchmarks.cases import CASES, COMPETITORS, FLOOR
 from benchmarks.instruments import SharpJudge, compete
-from benchmarks.provenance import Json, provenance
+from benchmarks.provenance import RESULTS, Json, provenance
 
-BASELINE = Path(__file__).parent.parent / "docs" / "results" / "steps.json"
+BASELINE = RESULTS / "steps.json"
 KEPT, PEAK, TIME = "kept bytes", "peak bytes", "time / convolutions"
 GROWTH = {KEPT: 1.02, PEAK: 1.02, TIME: 1.25}
 """What a figure may be at most, beside the baseline's. A time is the median of a few steps."""
 
-MACHINE = ("device", "threads")
+MACHINE = ("device", "instruction set", "threads")
 """Conditions without which times do not compare, beside those of convolutions neither."""
 
 """What ``steps.json`` holds: ``conditions``, and ``rows`` of a case and a competitor each."""
@@ -102,7 +102,7 @@ def run(only: str) -> Json:
     competitors = [c for c in COMPETITORS if c.ours]
     cases = [case for case in CASES if only in case.name]
     results = [compete(case, competitors, SharpJudge(case)) for case in cases]
-    return json.loads(report.as_json(results, provenance()))
+    return {"conditions": provenance(), **report.rows(results)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,28 +1,13 @@
-"""The suite's report: a table that is Markdown and reads well in a terminal, JSON, and a chart."""
+"""The suite's report: tables that are Markdown and read well in a terminal, and rows for JSON."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-from benchmarks.cases import (
-    DEVICE,
-    FLOOR,
-    KINDS,
-    NAIVE,
-    NAIVE_CHANNELS_LAST,
-    NAIVE_COMPILED,
-    Competitor,
-    Kind,
-    make_block,
-)
+from benchmarks.cases import FLOOR, NAIVE, NAIVE_CHANNELS_LAST, NAIVE_COMPILED, Competitor
 from benchmarks.goals import table as table_of_goals
 from benchmarks.instruments import Row
-from efficient_densenet.memory.report import StepReport
-from efficient_densenet.memory.step import measure
+from benchmarks.provenance import Json
 
 MIB = 2**20
 HEADER = (
@@ -38,10 +23,6 @@ HEADER = (
     "in convolutions",
     "note",
 )
-DEPTHS = range(12, 97, 12)
-DEPTH_SHAPE = (8, 24, 32, 32)
-GROWTH = 12
-
 TIMED_AGAINST = {
     "time / naive": NAIVE,
     "time / naive c.l.": NAIVE_CHANNELS_LAST,
@@ -124,63 +105,22 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])
 
 
-def as_json(results: Results, conditions: dict[str, str]) -> str:
-    """Everything that was measured; bytes and seconds, each round of its own."""
-    rows = [
-        {
-            "case": row.case,
-            "competitor": str(row.competitor),
-            "failure": row.failure,
-            "kept_bytes": row.kept,
-            "peak_bytes": row.peak,
-            "operator_at_peak": row.operator,
-            "share_in_convolutions": row.convolution_share,
-            "first_step_seconds": row.first_seconds,
-            "seconds": row.seconds,
-        }
-        for by_competitor in results
-        for row in by_competitor.values()
-    ]
-    return json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
-
-
-def depth_chart(path: Path, conditions: dict[str, str]) -> None:
-    """Measure a training step of ever deeper blocks, and draw its memory, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    kept_axes, peak_axes = figure.subplots(1, 2)
-    for kind in KINDS:
-        reports = [measured_block(kind, layers) for layers in DEPTHS]
-        label = str(Competitor(kind))
-        kept_axes.plot(DEPTHS, [r.kept / MIB for r in reports], marker="o", label=label)
-        peak_axes.plot(DEPTHS, [r.peak.step / MIB for r in reports], marker="o", label=label)
-    for axes, title in ((kept_axes, "kept after the forward pass"), (peak_axes, "peak of a step")):
-        axes.set(title=title, xlabel="layers", ylabel="MiB, log scale", yscale="log", xticks=DEPTHS)
-        axes.grid(alpha=0.3)
-    figure.legend(*peak_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    batch, channels, size, _ = DEPTH_SHAPE
-    told = ", ".join([conditions["device"], f"torch {conditions['torch']}", conditions["date"]])
-    figure.suptitle(
-        f"Dense block, c0={channels}, k={GROWTH}, batch {batch}, {size}², float32, "
-        f"measured on {told}",
-        fontsize="medium",
-    )
-    figure.savefig(path, dpi=120)
-
-
-def measured_block(kind: Kind, layers: int) -> StepReport:
-    with DEVICE:
-        model, x = make_block(kind, layers, DEPTH_SHAPE[1], GROWTH), torch.randn(DEPTH_SHAPE)
-    return measure(model, x)
-
-
-def write(results: Results, conditions: dict[str, str], folder: Path) -> list[Path]:
-    """Write table, numbers and chart of the steps into ``folder``; returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = [folder / name for name in ("steps.md", "steps.json", "memory-against-depth.png")]
-    table, numbers, chart = made
-    table.write_text(markdown(results, conditions), encoding="utf-8")
-    numbers.write_text(as_json(results, conditions), encoding="utf-8")
-    depth_chart(chart, conditions)
-    return made
+def rows(results: Results) -> Json:
+    """Everything that was measured, for JSON; bytes and seconds, each round of its own."""
+    return {
+        "rows": [
+            {
+                "case": row.case,
+                "competitor": str(row.competitor),
+                "failure": row.failure,
+                "kept_bytes": row.kept,
+                "peak_bytes": row.peak,
+                "operator_at_peak": row.operator,
+                "share_in_convolutions": row.convolution_share,
+                "first_step_seconds": row.first_seconds,
+                "seconds": row.seconds,
+            }
+            for by_competitor in results
+            for row in by_competitor.values()
+        ]
+    }

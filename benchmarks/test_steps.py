@@ -6,7 +6,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.cases import CASES, COMPETITORS, DEVICE, Case, Competitor
-from benchmarks.conftest import RESULTS
+from benchmarks.conftest import MEASURED
 from benchmarks.instruments import run, timed
 
 
@@ -20,7 +20,7 @@ def test_step(
     pytest-benchmark's own table is a second look, one competitor after the other.
     """
     rows = run(case)
-    pytestconfig.stash[RESULTS][case.name] = rows
+    pytestconfig.stash[MEASURED][case.name] = rows
     row = rows[competitor]
     if row.failure:
         pytest.fail(row.failure)

@@ -1,5 +1,7 @@
 """How many bytes move: counted operator by operator, and by a model of one dense layer.
 
+    python -m benchmarks.traffic    # into docs/results/traffic.json
+
 An operator reads its arguments and writes its results once. What a slab of samples is made of stays
 in the cache if the slab fits; the rest, whole maps, comes from memory.
 """
@@ -16,6 +18,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import BN_SIZE, make_block
+from benchmarks.provenance import publish
 from efficient_densenet.kernels import workspace
 
 PASSES = ("forward", "backward")
@@ -104,6 +107,10 @@ class Block(NamedTuple):
     def bytes(self, channels: float) -> float:
         """Of float32 maps of ``channels`` channels."""
         return 4 * channels * self.batch * self.size**2
+
+
+BLOCK = Block(layers=12, channels=24, growth=12, batch=15, size=31)
+"""The block that is published."""
 
 
 def modelled(kind: str, which: str, block: Block) -> tuple[float, float]:
@@ -205,3 +212,24 @@ def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
+
+
+def main() -> None:
+    rows = []
+    for kind in KINDS:
+        moved = counted(kind, BLOCK)
+        rows += [
+            {
+                "kind": kind,
+                "pass": which,
+                "maps": MODEL[kind, which]._asdict(),
+                "modelled": modelled(kind, which, BLOCK),
+                "counted": moved[which],
+            }
+            for which in PASSES
+        ]
+    publish("traffic", {"block": BLOCK._asdict(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

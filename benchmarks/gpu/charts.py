@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import FLOOR
+from benchmarks.palette import colour_of
 from benchmarks.provenance import Json
 
 if TYPE_CHECKING:  # the machine with the GPU may lack it
@@ -18,14 +19,6 @@ if TYPE_CHECKING:  # the machine with the GPU may lack it
 
 MIB = 2**20
 FLOOR_NAME = str(FLOOR)
-COLOURS = {
-    "naive": "#8a94a6",
-    "torchvision": "#b08900",
-    "norm": "#2563eb",
-    "bottleneck": "#c2410c",
-    "checkpointed": "#b08900",
-    "(": "#111827",
-}
 HATCHES = {"eager": "//", "torch.compile": "xx"}
 
 
@@ -71,7 +64,7 @@ def steps(found: Json) -> Figure:
 def _bars(axes: Axes, names: list[str], values: Sequence[float | None], form: str) -> None:
     places = range(len(names))
     widths = [value or 0 for value in values]
-    bars = axes.barh(places, widths, color=[_colour(name) for name in names], height=0.75)
+    bars = axes.barh(places, widths, color=[colour_of(name) for name in names], height=0.75)
     for bar, name in zip(bars, names, strict=True):
         bar.set_hatch(next((h for key, h in HATCHES.items() if key in name), ""))
         bar.set_edgecolor("white")
@@ -97,7 +90,7 @@ def limits(found: Json) -> Figure:
             for row in rows
         ]
         places = range(len(rows))
-        bars = axes.bar(places, ran, color=[_colour(row["mode"]) for row in rows], width=0.7)
+        bars = axes.bar(places, ran, color=[colour_of(row["mode"]) for row in rows], width=0.7)
         axes.bar_label(bars, fontsize=9, padding=2)
         planned = [row["planned"]["largest"] for row in rows]
         axes.scatter(places, planned, marker="_", s=900, color="black", label="planned")
@@ -139,10 +132,6 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _colour(name: str) -> str:
-    return next(colour for start, colour in COLOURS.items() if name.startswith(start))
 
 
 def _finish(figure: Figure, found: Json, path: Path) -> None:

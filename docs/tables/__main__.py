@@ -6,42 +6,70 @@ make docs
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.provenance import ROOT
-from docs.tables import memory
+from docs.tables import (
+    benchmarks,
+    derivation,
+    files,
+    growth,
+    inference,
+    interop,
+    memory,
+    steps,
+    training,
+)
 from docs.tables.markdown import with_block
 from docs.tables.stale import stale
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"results": steps.readme},
+    "docs/architecture.md": {"files": files.files},
+    "docs/benchmarks.md": {"traffic": benchmarks.traffic, "choices": benchmarks.choices},
+    "docs/derivation.md": {"ledger": derivation.ledger},
+    "docs/interop.md": {"compile": interop.compile_time},
     "docs/memory.md": {
         "plan": memory.deepest,
         "planned": memory.planned,
         "edge": memory.edge,
         "fits": memory.batches,
     },
+    "docs/training.md": {"steps": training.fashion_steps},
 }
 """Generated blocks inside pages that are written by hand."""
 
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/results/growth.md": growth.page,
+    "docs/results/inference.md": inference.page,
+    "docs/results/steps.md": steps.page,
+}
+"""Pages that are generated as a whole."""
+
 PICTURES: dict[str, Callable[[Path], None]] = {
+    "docs/results/growth.png": growth.picture,
+    "docs/results/memory-against-depth.png": steps.depth_picture,
     "docs/results/memory-plan.png": memory.plan_picture,
     "docs/results/memory-fits.png": memory.fits_picture,
     "docs/results/memory-timeline.png": memory.step_picture,
 }
 
 
-def page(path: str) -> str:
-    """A page with its blocks as they should be."""
-    text = (ROOT / path).read_text(encoding="utf-8")
-    for name, make in BLOCKS[path].items():
-        text = with_block(text, name, make())
-    return text
+def pages() -> Iterator[tuple[str, str]]:
+    """Path and text of every page as it should be."""
+    for path, make in PAGES.items():
+        yield path, make() + "\n"
+    for path, blocks in BLOCKS.items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        for name, make in blocks.items():
+            text = with_block(text, name, make())
+        yield path, text
 
 
 def main() -> None:
-    for path in BLOCKS:
-        (ROOT / path).write_text(page(path), encoding="utf-8")
+    for path, text in pages():
+        (ROOT / path).write_text(text, encoding="utf-8")
     for path, draw in PICTURES.items():
         draw(ROOT / path)
     print("\n".join(stale()) or "all results are of the code as it is", file=sys.stderr)

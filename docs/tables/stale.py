@@ -16,9 +16,18 @@ from docs.tables.markdown import results
 STEP = ("functional", "kernels", "modules", "models.py")
 PLANS = (*STEP, "memory", "training")
 DEPENDS = {
+    "choices": ("kernels", "modules"),
+    "compile_time": STEP,
+    "depth": STEP,
     "edge_of_budget": PLANS,
+    "fashion_steps": (*STEP, "training"),
+    "growth": STEP,
+    "inference": (*STEP, "convert"),
+    "ledger": (*STEP, "memory"),
     "planned_peaks": PLANS,
     "plans": PLANS,
+    "steps": STEP,
+    "traffic": STEP,
 }
 """Files of the package and folders in it, for every file of ``docs/results``."""
 
@@ -40,5 +49,5 @@ def _why(commit: str, paths: tuple[str, ...]) -> str | None:
     asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if asked.returncode:
         return "a commit that this clone does not have"
-    changed = asked.stdout.split()
-    return f"{len(changed)} files changed, such as {changed[0]}" if changed else None
+    first, *more = asked.stdout.split() or [None]
+    return first and f"{first} changed" + (f", and {len(more)} other files" if more else "")

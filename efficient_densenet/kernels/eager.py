@@ -31,7 +31,7 @@ from efficient_densenet.kernels.workspace import Workspace
 
 # Channels that PyTorch's batch-norm kernels should find in a row. They sum each in 32 bits, so that
 # more and shorter sums are more precise, and take some at once: what is left over goes one by one
-# (12 channels take 4.5 times as long, 132 take 1.7 times: `scripts/choices.py`).
+# (12 channels take 4.5 times as long, 132 take 1.7 times: `benchmarks/choices.py`).
 ROW = 128
 AT_ONCE = 16
 

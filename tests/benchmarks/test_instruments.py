@@ -22,7 +22,8 @@ from benchmarks.cases import (
     block,
     make_block,
 )
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, publish
+from docs.tables.steps import cases_of
 from support.commands import ROOT
 
 NORM = Competitor("norm")
@@ -192,18 +193,16 @@ def test_table_is_rectangular_markdown() -> None:
     assert "0.75" in lines[-1] and "1.50" in lines[-1]
 
 
-def test_written_report_carries_rows_and_conditions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "DEPTHS", (1, 2))
-    conditions = provenance()
-    report.write([rows_with(1.5)], conditions, tmp_path)
+def test_published_rows_carry_conditions(tmp_path: Path) -> None:
+    rows = [rows_with(1.5)]
+    publish("steps", report.rows(rows), tmp_path)
     written = json.loads((tmp_path / "steps.json").read_text(encoding="utf-8"))
+    conditions = provenance()
     assert written["conditions"] == conditions
-    assert {"device", "threads", "torch", "commit", "dtype", "layout", "date"} <= set(conditions)
+    needed = {"device", "instruction set", "threads", "torch", "commit", "dtype", "layout", "date"}
+    assert needed <= set(conditions)
     assert [row["seconds"] for row in written["rows"]] == [[2.0] * 3, [1.0] * 3, [1.5] * 3]
-    assert conditions["date"] in (tmp_path / "steps.md").read_text(encoding="utf-8")
-    assert (tmp_path / "memory-against-depth.png").read_bytes().startswith(b"\x89PNG")
+    assert cases_of(written) == rows
 
 
 def test_cases_are_what_documentation_lists() -> None:

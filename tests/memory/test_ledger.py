@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from benchmarks import ledger
 from efficient_densenet import EfficientDenseBlock, densenet121
 from efficient_densenet.modules.naive import DenseBlock
-from scripts import ledger
 from support.compare import KINDS, MODES
 from support.storages import StorageLog, kept_bytes, live_bytes
 

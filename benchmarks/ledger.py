@@ -1,27 +1,23 @@
 """The memory ledger of a whole network, part by part, against what a step really keeps.
 
-    python -m scripts.ledger            # print the table of DenseNet-121 at 224x224
-    python -m scripts.ledger --write    # put it into docs/derivation.md
+    python -m benchmarks.ledger    # DenseNet-121 at 224x224, into docs/results/ledger.json
 
-The formulas are those of docs/derivation.md, in values per image; the last rows hold the live
+The formulas are those of docs/derivation.md, in values per image; ``live`` are the values in live
 storages after the forward pass of a step on shapes alone (``estimate``).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torchvision
 from torch import nn
 
+from benchmarks.provenance import publish
 from efficient_densenet import DenseNet, densenet121
 from efficient_densenet.memory.step import estimate
-from scripts import marked
 
 SCHEMES = ("naive", "torchvision's flag", "norm", "bottleneck")
-DOCUMENT = Path(__file__).parent.parent / "docs" / "derivation.md"
-MIB, ITEMSIZE, BATCH, SIZE = 2**20, 4, 8, 224
+ITEMSIZE, BATCH, SIZE = 4, 8, 224
 
 
 def kept_values(model: DenseNet, size: int) -> dict[str, tuple[int, ...]]:
@@ -78,31 +74,14 @@ def live_values(size: int, batch: int = BATCH) -> tuple[float, ...]:
     )
 
 
-def markdown() -> str:
+def main() -> None:
     with torch.device("meta"):
-        rows = kept_values(densenet121(), SIZE)
-    total = tuple(map(sum, zip(*rows.values(), strict=True)))
+        parts = kept_values(densenet121(), SIZE)
     live = live_values(SIZE)
-    lines = [
-        f"DenseNet-121, {SIZE}×{SIZE}, float32: MiB kept per image, by part.",
-        "",
-        "| part | " + " | ".join(SCHEMES) + " |",
-        "|---|" + "---:|" * len(SCHEMES),
-        *(_row(name, values) for name, values in rows.items()),
-        _row("**sum of the formulas**", total),
-        _row(f"live after the forward pass (batch {BATCH}, shapes alone)", live),
-        "| formulas / live | "
-        + " | ".join(f"{a / b:.3f}" for a, b in zip(total, live, strict=True))
-        + " |",
-        "",
-        f"Made by `python -m scripts.ledger --write` with torch {torch.__version__.split('+')[0]}.",
-    ]
-    return "\n".join(lines)
-
-
-def _row(name: str, values: tuple[float, ...]) -> str:
-    return f"| {name} | " + " | ".join(f"{v * ITEMSIZE / MIB:.2f}" for v in values) + " |"
+    publish(
+        "ledger", {"schemes": SCHEMES, "batch": BATCH, "size": SIZE, "parts": parts, "live": live}
+    )
 
 
 if __name__ == "__main__":
-    marked.command(__doc__, DOCUMENT, "ledger", markdown)
+    main()

@@ -1,8 +1,7 @@
 """A hundred steps on Fashion-MNIST, naive and efficient: the same losses, the same accuracy.
 
     make data
-    python -m scripts.fashion_steps            # print the table
-    python -m scripts.fashion_steps --write    # put it into docs/training.md
+    python -m benchmarks.fashion_steps    # into docs/results/fashion_steps.json
 
 Networks that are compared start from the same weights and see the same images in the same order.
 The naive network in another memory format shows what rounding alone does. Ends with status 1 if a
@@ -15,7 +14,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -24,15 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.provenance import cpu
+from benchmarks.provenance import publish
 from efficient_densenet import densenet_cifar
 from efficient_densenet.models import DenseNet
 from efficient_densenet.training import fashion_mnist
 from efficient_densenet.training.config import make_optimizer
 from efficient_densenet.training.fashion_mnist import Images
-from scripts import marked
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"
 DEPTH, GROWTH, BATCH, TEST_BATCH = 16, 8, 64, 500
 STEPS, WARM_UP = 100, 20
 WARM_UP_RATE, PEAK_RATE = 1e-3, 0.05
@@ -57,8 +53,8 @@ class Kind(NamedTuple):
 RECIPES = {
     "naive": Recipe("none"),
     "naive, channels_last": Recipe("none", torch.channels_last),
-    '`recompute="norm"`': Recipe("norm"),
-    '`recompute="bottleneck"`': Recipe("bottleneck"),
+    "norm": Recipe("norm"),
+    "bottleneck": Recipe("bottleneck"),
 }
 KINDS = (
     Kind(torch.float32, range(5), WARM_UP, 1e-5),
@@ -177,35 +173,18 @@ def compare(images: Images, kind: Kind, steps: int = STEPS) -> list[Comparison]:
     return [Comparison(name, kind, of, runs["naive"]) for name, of in runs.items()]
 
 
-def markdown(comparisons: list[Comparison]) -> str:
-    return "\n".join(
-        [
-            f"DenseNet-BC, {DEPTH} layers, k={GROWTH}, 28×28, batch {BATCH}, {STEPS} steps: the "
-            f"largest relative difference of a step's loss from the naive network's, at learning "
-            f"rate {WARM_UP_RATE} and over the whole run (then half a cosine from {PEAK_RATE} to "
-            "0), and the accuracy on all test images at its end, with its deviation over seeds.",
-            "",
-            f"| type | seeds | network | first {WARM_UP} steps | all {STEPS} steps | accuracy |",
-            "|---|---:|---|---:|---:|---:|",
-            *map(_row, comparisons),
-            "",
-            "Made by `python -m scripts.fashion_steps --write` "
-            f"({cpu()}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__.split('+')[0]}, {date.today().isoformat()}).",
-        ]
-    )
-
-
-def _row(of: Comparison) -> str:
+def row(of: Comparison) -> dict[str, object]:
+    """The largest relative difference of a loss from the naive network's, and the accuracy."""
     mine, _ = of.accuracies()
-    spread = f" ± {stdev(mine):.2%}" if len(mine) > 1 else ""
-    early, whole = (f"{of.difference(steps):.1e}" for steps in (WARM_UP, STEPS))
-    if of.name == "naive":
-        early = whole = "–"
-    return (
-        f"| {_name(of.kind.dtype)} | {len(mine)} | {of.name} | {early} | {whole} | "
-        f"{mean(mine):.2%}{spread} |"
-    )
+    return {
+        "dtype": _name(of.kind.dtype),
+        "seeds": len(mine),
+        "network": of.name,
+        "early": of.difference(WARM_UP),
+        "whole": of.difference(STEPS),
+        "accuracy": mean(mine),
+        "deviation": stdev(mine) if len(mine) > 1 else None,
+    }
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -214,16 +193,13 @@ def _name(dtype: torch.dtype) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"into docs/{DOCUMENT.name}")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    options = parser.parse_args()
-    images = fashion_mnist.load(options.data_dir)
+    images = fashion_mnist.load(parser.parse_args().data_dir)
     comparisons = [comparison for kind in KINDS for comparison in compare(images, kind)]
-    if options.write:
-        marked.write(DOCUMENT, "steps", markdown(comparisons))
-    else:
-        print(markdown(comparisons))
-    lines = [line for of in comparisons for line in of.failures() if "recompute" in of.name]
+    recipe = {"depth": DEPTH, "growth": GROWTH, "batch": BATCH, "steps": STEPS, "early": WARM_UP}
+    rates = {"early_rate": WARM_UP_RATE, "peak_rate": PEAK_RATE}
+    publish("fashion_steps", {**recipe, **rates, "rows": [row(of) for of in comparisons]})
+    lines = [line for of in comparisons for line in of.failures() if "naive" not in of.name]
     sys.exit("\n".join(lines) or 0)
 
 

@@ -1,7 +1,6 @@
 """The choices of the CPU path, each beside what else could have been chosen, timed.
 
-python -m scripts.choices            # print the table
-python -m scripts.choices --write    # put it into docs/benchmarks.md
+    python -m benchmarks.choices    # into docs/results/choices.json
 
 Two threads where there are two cores; nothing else should run.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -19,13 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.provenance import cpu
+from benchmarks.provenance import publish
 from efficient_densenet import EfficientDenseBlock
 from efficient_densenet.kernels import eager, workspace
 from efficient_densenet.modules.naive import DenseBlock
-from scripts import marked
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 ROUNDS = 15
 MIB = 1 << 20
 BATCH, SIZE, WIDE, BOTTLENECK, NEW = 16, 32, 216, 48, 12
@@ -214,26 +210,14 @@ def timed(choice: Choice) -> dict[str, float]:
     return {name: median(times[1:]) for name, times in taken.items()}
 
 
-def markdown() -> str:
+def main() -> None:
     torch.manual_seed(0)
-    lines = ["| what | how | ms | / chosen |", "|---|---|---:|---:|"]
-    for choice in choices():
-        taken = timed(choice)
-        for i, (name, ms) in enumerate(taken.items()):
-            mark = "**" if name == choice.chosen else ""
-            what = choice.question if i == 0 else ""
-            lines.append(
-                f"| {what} | {mark}{name}{mark} | {ms:.2f} | {ms / taken[choice.chosen]:.2f} |"
-            )
-    version, threads = torch.__version__.split("+")[0], torch.get_num_threads()
-    lines += [
-        "",
-        f"Batch {BATCH}, maps of {SIZE}², float32, medians of {ROUNDS} interleaved rounds. Made by "
-        f"`python -m scripts.choices --write` on {cpu()}, {threads} threads, torch {version}, "
-        f"{time.strftime('%Y-%m-%d')}.",
+    found = [
+        {"question": of.question, "chosen": of.chosen, "milliseconds": timed(of)}
+        for of in choices()
     ]
-    return "\n".join(lines)
+    publish("choices", {"batch": BATCH, "size": SIZE, "rounds": ROUNDS, "choices": found})
 
 
 if __name__ == "__main__":
-    marked.command(__doc__, DOCUMENT, "choices", markdown)
+    main()

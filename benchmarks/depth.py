@@ -1,0 +1,38 @@
+"""Memory of a training step of ever deeper dense blocks.
+
+python -m benchmarks.depth    # into docs/results/depth.json
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.cases import DEVICE, KINDS, Competitor, Kind, make_block
+from benchmarks.provenance import publish
+from efficient_densenet.memory.report import StepReport
+from efficient_densenet.memory.step import measure
+
+DEPTHS = range(12, 97, 12)
+SHAPE = (8, 24, 32, 32)
+GROWTH = 12
+
+
+def measured(kind: Kind, layers: int) -> StepReport:
+    with DEVICE:
+        model, x = make_block(kind, layers, SHAPE[1], GROWTH), torch.randn(SHAPE)
+    return measure(model, x)
+
+
+def main() -> None:
+    bytes_of = {}
+    for kind in KINDS:
+        reports = [measured(kind, layers) for layers in DEPTHS]
+        bytes_of[str(Competitor(kind))] = {
+            "kept": [report.kept for report in reports],
+            "peak": [report.peak.step for report in reports],
+        }
+    publish("depth", {"shape": SHAPE, "growth": GROWTH, "depths": list(DEPTHS), "bytes": bytes_of})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Tables of docs/benchmarks.md beside those of the suite: traffic, and choices on a CPU."""
+
+from __future__ import annotations
+
+from docs.tables.markdown import MIB, Found, origin, results, table
+
+
+def traffic() -> str:
+    """What moves through memory: the model of a dense layer, and what operators read and write."""
+    found = results("traffic")
+    block, columns = found["block"], ("all: model", "counted", "ratio")
+    maps = (
+        (row["kind"], row["pass"], *(_terms(*row["maps"][which]) for which in ("all", "whole")))
+        for row in found["rows"]
+    )
+    return "\n\n".join(
+        [
+            table(("", "pass", "by all operators", "of whole maps"), maps, left=4),
+            f"The same for a block of {block['layers']} layers, c0={block['channels']}, "
+            f"k={block['growth']}, batch {block['batch']}, {block['size']}², float32, slabs of one "
+            "sample, in MiB: modelled, counted from the operators' arguments and results, and "
+            "their ratio.",
+            table(
+                ("", "pass", *columns, columns[0].replace("all", "whole"), *columns[1:]),
+                map(_bytes, found["rows"]),
+                left=2,
+            ),
+            origin("traffic", found),
+        ]
+    )
+
+
+def _terms(wide: float, bottleneck: float, new: float) -> str:
+    return f"{wide} c + {bottleneck} b + {new} k"
+
+
+def _bytes(row: Found) -> list[str]:
+    cells = [row["kind"], row["pass"]]
+    for model, count in zip(row["modelled"], row["counted"], strict=True):
+        cells += [f"{model / MIB:.1f}", f"{count / MIB:.1f}", f"{model / count:.3f}"]
+    return cells
+
+
+def choices() -> str:
+    """What the CPU path does, in bold, beside other ways to do the same."""
+    found = results("choices")
+    rows = []
+    for choice in found["choices"]:
+        chosen, taken = choice["chosen"], choice["milliseconds"]
+        for i, (name, ms) in enumerate(taken.items()):
+            what = choice["question"] if i == 0 else ""
+            how = f"**{name}**" if name == chosen else name
+            rows.append((what, how, f"{ms:.2f}", f"{ms / taken[chosen]:.2f}"))
+    return "\n\n".join(
+        [
+            table(("what", "how", "ms", "/ chosen"), rows, left=2),
+            f"Batch {found['batch']}, maps of {found['size']}², float32, medians of "
+            f"{found['rounds']} interleaved rounds. {origin('choices', found)}",
+        ]
+    )

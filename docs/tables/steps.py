@@ -1,0 +1,104 @@
+"""What a training step costs: the README's table, docs/results/steps.md, memory against depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+from matplotlib.figure import Figure
+
+from benchmarks import report
+from benchmarks.cases import COMPETITORS, FLOOR
+from benchmarks.instruments import Row
+from benchmarks.palette import colour_of
+from docs.tables.markdown import MIB, Found, conditions, results, table
+
+CASES = {"DenseNet-121": "DenseNet-121, batch 8, 224²", "deep": "48 layers, k=12, batch 8, 32²"}
+ROWS = {
+    "naive": "naive",
+    "naive, channels_last": "naive, channels_last",
+    "naive, torch.compile": "naive, `torch.compile`",
+    "torchvision memory_efficient": "torchvision, `memory_efficient=True`",
+    "norm": '**ours, `recompute="norm"`**',
+    "bottleneck": '**ours, `recompute="bottleneck"`**',
+}
+
+
+def readme() -> str:
+    """Peak memory and time of one training step, for each of :data:`CASES`."""
+    found = results("steps")
+    by_name = {
+        (name, row["competitor"]): row
+        for name in CASES
+        for row in found["rows"]
+        if row["case"].startswith(name)
+    }
+    header = ["", *(head for label in CASES.values() for head in (f"{label}: peak MiB", "ms"))]
+    rows = (
+        [label, *(cell for name in CASES for cell in _cells(by_name[name, competitor]))]
+        for competitor, label in ROWS.items()
+    )
+    return "\n\n".join(
+        [
+            table(header, rows),
+            f"One step, forward and backward, float32, on a CPU ({conditions(found)}); medians of "
+            "interleaved runs; bytes above parameters and input, from the allocator. **CUDA: not "
+            "measured.** All rows, spreads and conditions: "
+            "[docs/results/steps.md](docs/results/steps.md).",
+        ]
+    )
+
+
+def _cells(row: Found) -> tuple[str, str]:
+    if row["failure"]:
+        return row["failure"], ""
+    return f"{row['peak_bytes'] / MIB:,.0f}", f"{median(row['seconds']) * 1e3:.0f}"
+
+
+def page() -> str:
+    """Every row, as the suite reports it in a terminal."""
+    found = results("steps")
+    return report.markdown(cases_of(found), found["conditions"])
+
+
+def cases_of(found: Found) -> report.Results:
+    """The rows as they were before they were written, case by case."""
+    competitors = {str(competitor): competitor for competitor in (*COMPETITORS, FLOOR)}
+    cases: dict[str, dict] = {}
+    for row in found["rows"]:
+        competitor = competitors[row["competitor"]]
+        cases.setdefault(row["case"], {})[competitor] = Row(
+            row["case"],
+            competitor,
+            failure=row["failure"],
+            kept=row["kept_bytes"],
+            peak=row["peak_bytes"],
+            operator=row["operator_at_peak"],
+            convolution_share=row["share_in_convolutions"],
+            first_seconds=row["first_step_seconds"],
+            seconds=row["seconds"],
+        )
+    return list(cases.values())
+
+
+def depth_picture(path: Path) -> None:
+    """Memory of a training step of ever deeper blocks, as PNG."""
+    found = results("depth")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = {"kept": "kept after the forward pass", "peak": "peak of a step"}
+    columns = figure.subplots(1, len(panels))
+    depths = found["depths"]
+    for axes, (measure, title) in zip(columns, panels.items(), strict=True):
+        for name, taken in found["bytes"].items():
+            sizes = [size / MIB for size in taken[measure]]
+            axes.plot(depths, sizes, marker="o", color=colour_of(name), label=name)
+        axes.set(title=title, xlabel="layers", ylabel="MiB, log scale", yscale="log", xticks=depths)
+        axes.grid(alpha=0.3)
+    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    batch, channels, size, _ = found["shape"]
+    figure.suptitle(
+        f"Dense block, c0={channels}, k={found['growth']}, batch {batch}, {size}², float32, "
+        f"measured on\n{conditions(found)}",
+        fontsize="medium",
+    )
+    figure.savefig(path, dpi=120)
