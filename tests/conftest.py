@@ -44,7 +44,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clause(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
-    """What the matrix in docs/interop.md reads of a test marked with a clause."""
+    """What benchmarks/outcomes.py keeps of a test marked with a clause."""
     marker = request.node.get_closest_marker("clause")
     if marker is not None:
         record_property("clause", marker.args[0])
@@ -65,7 +65,7 @@ def took(record_property: Callable[[str, object], None]) -> Callable[[str | None
 def capability(
     request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> None:
-    """What the table of scripts/use_with.py reads of a test marked with a capability."""
+    """What benchmarks/outcomes.py keeps of a test marked with a capability."""
     marker = request.node.get_closest_marker("capability")
     if marker is not None:
         record_property("capability", marker.args[0])

@@ -18,6 +18,7 @@ from docs.tables import (
     inference,
     interop,
     memory,
+    outcomes,
     steps,
     training,
 )
@@ -25,11 +26,11 @@ from docs.tables.markdown import with_block
 from docs.tables.stale import stale
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"results": steps.readme},
+    "README.md": {"results": steps.readme, "use-with": outcomes.libraries},
     "docs/architecture.md": {"files": files.files},
     "docs/benchmarks.md": {"traffic": benchmarks.traffic, "choices": benchmarks.choices},
     "docs/derivation.md": {"ledger": derivation.ledger},
-    "docs/interop.md": {"compile": interop.compile_time},
+    "docs/interop.md": {"matrix": outcomes.matrix, "compile": interop.compile_time},
     "docs/memory.md": {
         "plan": memory.deepest,
         "planned": memory.planned,

@@ -24,6 +24,7 @@ DEPENDS = {
     "growth": STEP,
     "inference": (*STEP, "convert"),
     "ledger": (*STEP, "memory"),
+    "outcomes": (*STEP, "convert"),
     "planned_peaks": PLANS,
     "plans": PLANS,
     "steps": STEP,
