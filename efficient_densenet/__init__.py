@@ -1,6 +1,7 @@
 """DenseNets trained in O(kL) memory: only the features themselves are kept."""
 
 from efficient_densenet.convert import convert_, explain, revert_
+from efficient_densenet.fit.fitting import fit_
 from efficient_densenet.memory.plan import largest_batch
 from efficient_densenet.memory.step import estimate, measure, meter
 from efficient_densenet.models import (
@@ -32,6 +33,7 @@ __all__ = [
     "estimate",
     "explain",
     "fashion_densenet",
+    "fit_",
     "largest_batch",
     "measure",
     "meter",

@@ -73,6 +73,11 @@ def make_hollow_batch(
     return _build(inputs, target, dtype, own, fill)
 
 
+def arguments_of(inputs: Tree) -> tuple[Tree, ...]:
+    """A model's arguments: ``inputs`` if it is a tuple of them, and no shape."""
+    return inputs if isinstance(inputs, tuple) and not is_shape(inputs) else (inputs,)
+
+
 def is_shape(value: object) -> bool:
     """Whether ``value`` is a sequence of whole numbers."""
     return (

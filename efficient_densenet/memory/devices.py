@@ -70,3 +70,15 @@ def available_bytes(budget: int | str | None) -> int:
     if not torch.cuda.is_available():
         raise ValueError("must be given, such as 8GiB: there is no GPU whose free memory to ask")
     return torch.cuda.mem_get_info()[0]
+
+
+def room_within(budget: int | str | None, kind: str) -> int:
+    """The bytes of a budget that a step may use on a kind of device: all but the reserve.
+
+    Raises:
+        ValueError: as :func:`available_bytes`; the message names the argument ``budget``.
+    """
+    try:
+        return available_bytes(budget) - DEVICES[kind].reserve
+    except ValueError as error:
+        raise ValueError(f"budget {error}") from error

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from efficient_densenet.kernels.layout import outer_format
 from efficient_densenet.memory.batch import Tree
-from efficient_densenet.memory.devices import DEVICES, available_bytes, check_device
+from efficient_densenet.memory.devices import check_device, room_within
 from efficient_densenet.memory.optimizers import MakeOptimizer
 from efficient_densenet.memory.running import Loss
 from efficient_densenet.memory.sizes import format_size
@@ -109,10 +109,7 @@ def largest_batch(
             :func:`~efficient_densenet.estimate`.
     """
     kind = check_device(device)
-    try:
-        room = available_bytes(budget) - DEVICES[kind].reserve
-    except ValueError as error:
-        raise ValueError(f"budget {error}") from error
+    room = room_within(budget, kind)
     arguments = inputs if isinstance(inputs, tuple) and not _is_shape(inputs) else (inputs,)
     marked = any(_is_shape(leaf) and None in leaf for leaf in _leaves((arguments, target)))
     options: dict[str, Any] = {

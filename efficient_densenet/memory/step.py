@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from efficient_densenet.memory.optimizers import MakeOptimizer, Update, build_op
 from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.memory.profiler import phase as allocator_phase
 from efficient_densenet.memory.report import StepReport
-from efficient_densenet.memory.running import Loss, RunningStep
+from efficient_densenet.memory.running import Loss, RunningStep, uncollected
 
 
 def measure(
@@ -122,7 +121,7 @@ def estimate(
     # Autocast does not know meta tensors: with it, tensors are fake ones that say "cpu".
     world = nullcontext() if autocast_dtype is None else FakeTensorMode()
     place = torch.device("meta" if autocast_dtype is None else "cpu")
-    with _uncollected():
+    with uncollected():
         with world:
             batch = make_hollow_batch(inputs, target, place, _dtype(model))
             step = RunningStep(copy_hollow(model, place), batch, loss_fn, autocast_dtype)
@@ -221,18 +220,6 @@ def _synchronize(device: torch.device) -> None:
 
 def _forked_rng(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's garbage collector, which takes a fifth of an estimate's time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -22,10 +22,11 @@ BELOW = {
     "convert": ("modules", "functional", "kernels"),
     "memory": ("kernels.layout",),
     "models": ("modules", "functional.modes", "kernels"),
-    "training": ("models", "memory", "modules", "functional.modes"),
-    "cli": ("training", "models", "convert", "memory", "modules", "functional", "kernels"),
+    "fit": ("memory", "modules", "functional.modes", "kernels"),
+    "training": ("fit", "models", "memory", "modules", "functional.modes"),
+    "cli": ("training", "fit", "models", "convert", "memory", "modules", "functional", "kernels"),
     "__main__": ("cli",),
-    "": ("training", "models", "convert", "memory", "modules", "functional", "kernels"),
+    "": ("training", "fit", "models", "convert", "memory", "modules", "functional", "kernels"),
 }
 # Where a package may be imported that not everyone has.
 OPTIONAL = {

@@ -1,0 +1,173 @@
+"""``fit_``: gives each module its mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from efficient_densenet.fit.composition import Composition
+from efficient_densenet.fit.estimates import Estimates
+from efficient_densenet.fit.report import Chosen, Mix, Uniform
+from efficient_densenet.fit.search import Chain
+from efficient_densenet.fit.times import Times, check_times, measured, modelled
+from efficient_densenet.fit.units import AROUND_BLOCKS, Unit, set_modes
+from efficient_densenet.functional.modes import MODES, Recompute
+from efficient_densenet.memory.batch import Tree, arguments_of
+from efficient_densenet.memory.devices import DEVICES, check_device, room_within
+from efficient_densenet.memory.optimizers import MakeOptimizer
+from efficient_densenet.memory.running import Loss
+from efficient_densenet.memory.sizes import format_size
+
+CORRECTIONS = 8
+"""How often a mix is searched for again after one whose estimate was more than its composition."""
+
+
+def fit_(
+    model: nn.Module,
+    inputs: Tree,
+    budget: int | str | None = None,
+    *,
+    target: Tree = None,
+    loss_fn: Loss | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    times: Times | None = None,
+) -> Mix:
+    """Give each stem, block and transition its own mode: the fastest mix that fits ``budget``.
+
+    Sets ``recompute`` of the modules of ``model`` in place; nothing else changes. ::
+
+        mix = fit_(model, (32, 3, 224, 224), "8GiB", target=(32,), make_optimizer=torch.optim.AdamW)
+        print(mix)
+
+    How: the step is estimated with every module in the mode that keeps least, and again with each
+    of them in each other mode, which shows where in the step, and by how much, that changes the
+    live bytes. So the peak of any mix is known, and the fastest of those within the budget is
+    found by dynamic programming. It is estimated as a whole before it is set.
+
+    Args:
+        model: one that recomputes: of this package, or after :func:`~efficient_densenet.convert_`.
+        inputs: the model's argument, or a tuple of its arguments, as for
+            :func:`~efficient_densenet.measure`.
+        budget: bytes, or a size such as ``"8GiB"``; unless given, what the present GPU has free.
+        target: as for :func:`~efficient_densenet.measure`.
+        loss_fn: as for :func:`~efficient_densenet.measure`.
+        make_optimizer: as for :func:`~efficient_densenet.measure`.
+        autocast_dtype: as for :func:`~efficient_densenet.estimate`.
+        device: as for :func:`~efficient_densenet.estimate`.
+        times: seconds of each choice, such as :attr:`Mix.times` of another budget's result. Unless
+            given, copies of the modules are timed where the model is; if ``device`` is not there,
+            times are modelled from bytes and operations.
+
+    Raises:
+        ValueError: if nothing in the model recomputes, the budget is no size or less than any mix
+            needs, or ``times`` lacks a choice; else as :func:`~efficient_densenet.estimate`.
+    """
+    kind = check_device(device)
+    room = room_within(budget, kind)
+    options = {
+        "target": target,
+        "loss_fn": loss_fn,
+        "make_optimizer": make_optimizer,
+        "autocast_dtype": autocast_dtype,
+        "device": kind,
+    }
+    estimates = Estimates(model, arguments_of(inputs), options)
+    units = estimates.find_units()
+    if not units:
+        raise ValueError(
+            f"model must have modules that recompute, got a {type(model).__name__} without any: "
+            "convert_(model) makes its dense blocks do so"
+        )
+    composition = Composition.of(estimates, units)
+    clock = "given"
+    if times is None:
+        here = {parameter.device.type for parameter in model.parameters()} == {kind}
+        clock = "measured" if here else "modelled"
+        if here:
+            times = measured(composition.units, model, autocast_dtype)
+        else:
+            times = modelled(composition.units, estimates.hollow, kind, autocast_dtype)
+    check_times(times, composition.units)
+    found = _Found(estimates, units, composition, composition.chain(times))
+    picks = found.best(room)
+    if picks is None:
+        needed = format_size(found.least + DEVICES[kind].reserve)
+        given = "what is free" if budget is None else repr(budget)
+        raise ValueError(
+            f"budget must be at least {needed}, the peak of the mix that needs least, got {given}"
+        )
+    set_modes(model, composition.mix(picks))
+    return found.report(picks, room, times, clock)
+
+
+class _Found:
+    """Mixes, with their peaks as estimated."""
+
+    def __init__(
+        self, estimates: Estimates, units: list[Unit], composition: Composition, chain: Chain
+    ) -> None:
+        self._estimates, self._composition, self._chain = estimates, composition, chain
+        self._uniform = {
+            mode.name: composition.picks(_everywhere(mode.name, units)) for mode in MODES.values()
+        }
+        least = chain.fastest(chain.least_peak())
+        assert least is not None
+        self._known = [least, *self._uniform.values()]
+        self.least = min(self.peak(picks) for picks in self._known)
+
+    def peak(self, picks: tuple[int, ...]) -> int:
+        """The estimated one."""
+        return self._estimates.timeline(self._composition.mix(picks)).peak
+
+    def best(self, room: int) -> tuple[int, ...] | None:
+        """The fastest choices whose estimate is within ``room``, ``None`` if there are none."""
+        fitting = [picks for picks in self._known if self.peak(picks) <= room]
+        goal = room
+        for _ in range(CORRECTIONS):
+            picks = self._chain.fastest(goal)
+            if picks is None:
+                break
+            excess = self.peak(picks) - room
+            if excess <= 0:
+                fitting.append(picks)
+                break
+            goal = self._chain.peak(picks) - excess
+        return min(fitting, key=self._chain.seconds, default=None)
+
+    def report(self, picks: tuple[int, ...], room: int, times: Times, clock: str) -> Mix:
+        """What was chosen."""
+        chosen = []
+        for part, each, pick in zip(
+            self._chain.parts, self._composition.studied, picks, strict=True
+        ):
+            choice, modes = part.choices[pick], each.unit.choices[pick]
+            kept = choice.kept - min(other.kept for other in part.choices)
+            rows = list(zip(each.unit.paths, modes, strict=True))
+            chosen.append(Chosen(*rows[0], kept, choice.seconds))
+            chosen += [Chosen(path, mode, 0, 0.0) for path, mode in rows[1:]]
+        return Mix(
+            room=room,
+            peak=self.peak(picks),
+            least=self.least,
+            chosen=tuple(chosen),
+            uniform={
+                mode: Uniform(self.peak(each), self._chain.seconds(each))
+                for mode, each in self._uniform.items()
+            },
+            times=times,
+            clock=clock,
+        )
+
+
+def _everywhere(mode: Recompute, units: list[Unit]) -> dict[str, Recompute]:
+    mix: dict[str, Recompute] = {}
+    for unit in units:
+        around = mode if mode in AROUND_BLOCKS else AROUND_BLOCKS[-1]
+        named = [
+            mode if any(modes[i] == mode for modes in unit.choices) else around
+            for i in range(len(unit.paths))
+        ]
+        mix |= unit.mix(tuple(named))
+    return mix
