@@ -12,7 +12,7 @@ from docs.tables.markdown import table
 PACKAGE = "efficient_densenet"
 FOLDERS = (
     *(f"{PACKAGE}/{room}" for room in ("kernels", "kernels/triton", "functional", "modules")),
-    *(f"{PACKAGE}/{room}" for room in ("convert", "memory", "training")),
+    *(f"{PACKAGE}/{room}" for room in ("convert", "memory", "fit", "training")),
     PACKAGE,
     *("benchmarks", "benchmarks/gpu", "docs/tables"),
 )
