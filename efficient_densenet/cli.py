@@ -1,8 +1,7 @@
 """The ``efficient-densenet`` command.
 
-Bad input ends in one line on stderr that quotes it and exit status 2; memory that ran out, in one
-line and exit status 1, which is also that of a plan in which nothing fits; Ctrl-C, in one line and
-exit status 130.
+Every failure is one line on stderr. Exit status 2: an invalid argument, which the line quotes; 1:
+out of memory, or a plan in which nothing fits; 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     recipe.add_argument("--batch-size", type=int, help=_default("batch_size", "of each device"))
     recipe.add_argument("--epochs", type=int, help=_default("epochs", "passes"))
     recipe.add_argument("--lr", type=float, help=_default("lr", "learning rate"))
-    recipe.add_argument("--train-size", type=int, help="use the first so many images only")
+    recipe.add_argument("--train-size", type=int, help="use only so many training images, the first ones")
     recipe.add_argument("--seed", type=int, default=0, help="default: 0")
 
     machine = parser.add_argument_group("machine")

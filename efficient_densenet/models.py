@@ -45,7 +45,7 @@ class Options(TypedDict, total=False):
 
 
 class ImageNetOptions(Options, total=False):
-    """Those that torchvision's networks take."""
+    """Arguments that torchvision's networks take, too."""
 
     bn_size: int | None
     compression: float
@@ -70,10 +70,10 @@ class DenseNet(nn.Module):
         compression: share θ of the channels that a transition keeps.
         bias: whether convolutions have a bias.
         dims: spatial dimensions, 1, 2 or 3.
-        recompute: what the blocks' backward passes recompute, see :class:`EfficientDenseBlock`. But
-            for ``"none"``, stem, transitions and head keep nothing of their own, and the stem's
-            convolution runs twice.
-        kernels: which implementation of the operations all of them run on, see
+        recompute: what the backward passes of blocks recompute, see :class:`EfficientDenseBlock`.
+            With any mode but ``"none"``, stem, transitions and head keep nothing of their own, and
+            the stem's convolution runs twice.
+        kernels: the implementation of the operations that all of them use, see
             :class:`EfficientDenseBlock`.
     """
 
@@ -164,7 +164,7 @@ def _named(
     num_init_features: int,
     options: ImageNetOptions,
 ) -> DenseNet:
-    """A network of torchvision's; its builder's other arguments are refused with what to do."""
+    """A network of torchvision's; its builder's other arguments are refused, with the way out."""
     given: dict[str, object] = {**options}
     if options.pop("weights", None) is not None:  # type: ignore[typeddict-item]
         raise TypeError(
@@ -215,7 +215,7 @@ def densenet_cifar(
 
     ``depth = 3 * n * (2 if bottleneck else 1) + 4`` for a whole number ``n`` of layers per block.
     With bottleneck and ``compression < 1`` (DenseNet-BC) the first convolution has ``2k`` channels,
-    otherwise 16. Options as for :class:`DenseNet`; ``num_classes`` is 10 unless given.
+    otherwise 16. Options as for :class:`DenseNet`; ``num_classes`` is 10 by default.
 
     Raises:
         ValueError: if no such network has ``depth`` layers.

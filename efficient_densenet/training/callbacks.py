@@ -1,4 +1,4 @@
-"""What is done around the steps of a run: a budget held, passes captured in graphs."""
+"""Callbacks of a run: one holds steps to a budget, one replays passes from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from efficient_densenet.training.config import AUTOCAST, ConfigError, TrainConfi
 class BudgetCallback(L.Callback):
     """Holds every training step to the budget, from its batch to its optimizer's update.
 
-    Parameters, buffers and optimizer state count; the images that a step reads are counted once
-    resized, as the network's input.
+    Parameters, buffers and optimizer state count; so do the images of the batch, resized as the
+    network reads them.
 
     Args:
         limit: bytes.
@@ -46,7 +46,7 @@ class BudgetCallback(L.Callback):
 
 
 def check_graphs(config: TrainConfig) -> None:
-    """Raise :class:`ConfigError` if this run asks for graphs and cannot be held in any."""
+    """Raise :class:`ConfigError` if this run asks for CUDA graphs and cannot be captured."""
     reasons = (
         (not torch.cuda.is_available(), "needs a GPU, and there is none"),
         (config.devices * config.num_nodes > 1, "is for a single device"),
@@ -58,9 +58,9 @@ def check_graphs(config: TrainConfig) -> None:
 
 
 class GraphsCallback(L.Callback):
-    """Has the network's passes in training replayed from CUDA graphs.
+    """Replays the network's training passes from CUDA graphs.
 
-    Their shapes are fixed: what does not fill a batch is left out.
+    Their shapes are fixed: an incomplete batch is dropped.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -72,9 +72,9 @@ class GraphsCallback(L.Callback):
 
 
 def capture_(model: nn.Module, images: Tensor, autocast_dtype: torch.dtype | None) -> None:
-    """From now on ``model`` replays graphs of its passes in training, on batches like ``images``.
+    """Let ``model`` replay its training passes, captured on batches like ``images``.
 
-    Capturing runs the model a few times: what its norms learnt of that is forgotten.
+    Capturing runs the model a few times; running statistics are then restored.
     """
     state = {name: value.clone() for name, value in model.state_dict().items()}
     enabled = autocast_dtype is not None

@@ -16,10 +16,10 @@ from efficient_densenet.memory.devices import available_bytes
 
 
 class ConfigError(ValueError):
-    """A run was asked for that cannot be.
+    """An argument of a run or plan is invalid.
 
     Attributes:
-        argument: name of the argument that is at fault.
+        argument: its name.
         problem: what is wrong with it; the message is both, in one line.
     """
 
@@ -41,7 +41,7 @@ make_optimizer = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_de
 
 
 class Recipe(NamedTuple):
-    """Defaults of a model, and the smallest image it can halve often enough."""
+    """Defaults of a model, and the smallest image that its poolings can halve."""
 
     build: Callable[..., models.DenseNet]
     image_size: int = 32
@@ -64,12 +64,12 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run's weights; :meth:`of` fills in the model's defaults.
+    """Everything that determines a run's weights; :meth:`of` fills in the model's defaults.
 
-    ``batch_size`` is each device's; images are ``image_size`` pixels high and wide;
+    ``batch_size`` is that of each device; images are ``image_size`` pixels high and wide;
     ``train_size`` is the number of training images used, ``None`` for all; ``depth`` and
     ``growth_rate`` belong to ``cifar-bc`` alone; ``budget`` is the most bytes that a training step
-    may hold, ``None`` for as many as there are; with ``graphs`` the passes in training are replayed
+    may take, ``None`` for no limit; with ``graphs`` the passes in training are replayed
     from CUDA graphs.
 
     Raises:
@@ -178,10 +178,10 @@ def check_at_least(name: str, value: int | None, least: int) -> None:
 
 
 def check_budget(budget: int | str | None) -> int:
-    """Bytes of a budget such as ``8GiB``; of none, what the present GPU has free.
+    """Bytes of a budget such as ``8GiB``; for ``None`` the free memory of the current GPU.
 
     Raises:
-        ConfigError: if it is no size, or there is no GPU.
+        ConfigError: if it is not a size, or there is no GPU.
     """
     try:
         return available_bytes(budget)

@@ -1,7 +1,7 @@
-"""Fashion-MNIST from wherever it lies on this machine, checked to the last bit.
+"""Fashion-MNIST from wherever it is on this machine, verified by checksums.
 
 The four idx files may be plain or gzipped. A damaged or missing one raises :class:`DataError`; a
-folder that holds some of them is never passed over for the next.
+folder that holds some of them is never skipped for another.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ FASHION_MNIST = Manifest(
 
 
 def load(data_dir: Path, manifest: Manifest = FASHION_MNIST) -> Images:
-    """Read the data from the first place that has them.
+    """Read the data from the first folder that has them, see :func:`find`.
 
     Raises:
-        DataError: if no place has them, or the first that has any holds a damaged or incomplete
+        DataError: if no folder has them, or the first that has any holds a damaged or incomplete
             set.
     """
     folder = find(data_dir, manifest)
@@ -107,7 +107,7 @@ def load(data_dir: Path, manifest: Manifest = FASHION_MNIST) -> Images:
 
 
 def find(data_dir: Path, manifest: Manifest = FASHION_MNIST) -> Path | None:
-    """The first folder that holds any of the files: given, torchvision's layout, the system's."""
+    """The first folder with any of the files: ``data_dir``, torchvision's in it, the system's."""
     for folder in (data_dir, _torchvision_folder(data_dir), SYSTEM_FOLDER):
         if any(path.exists() for file in manifest for path in _spellings(folder, file)):
             return folder
@@ -149,7 +149,7 @@ def _locate(folder: Path, file: IdxFile) -> Path:
 
 
 def _read(path: Path, expected: IdxFile) -> Tensor:
-    """The array of an idx file, after every check."""
+    """The array of an idx file; header, shape and checksum are verified."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":

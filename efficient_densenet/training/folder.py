@@ -1,4 +1,4 @@
-"""The folder of a run: opened for a new one or to resume one, or left as it was found."""
+"""The folder of a run: opened for a new run or to resume one, restored if no step was taken."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RunFolder:
         return self.out / CHECKPOINT
 
     def open(self, config: TrainConfig, resume: bool) -> None:
-        """Write the configuration, or see that the run to resume has the same.
+        """Write the configuration, or check that the run to resume has the same.
 
         Only ``epochs`` may differ, and be more.
 
@@ -56,7 +56,7 @@ class RunFolder:
             raise ConfigError("out", f"{str(self.out)!r} cannot hold a run: {error}") from error
 
     def discard(self) -> None:
-        """Remove what a new run has written that took no step, and the folders made for it."""
+        """Remove the files and folders of a new run that took no step."""
         if not self._is_new or self.checkpoint.exists():
             return
         for name in FIRST_FILES:

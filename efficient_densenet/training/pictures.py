@@ -1,4 +1,4 @@
-"""Pictures of memory: what a plan found, and what lived when in one step."""
+"""Pictures of memory: plans, and the live bytes over one step."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def fits_chart(plans: Sequence[Plan], path: Path) -> None:
 
 
 def timeline(reports: dict[str, StepReport], title: str, path: Path) -> None:
-    """Draw the live bytes of one step after every birth and death, its phases marked.
+    """Draw the live bytes of one step after every allocation and release, its phases marked.
 
     Args:
-        reports: by mode; each gets an axes of its own, all with one scale.
+        reports: by mode; each gets its own axes, all on one scale.
         title: of the picture.
         path: the PNG to write.
     """

@@ -39,7 +39,7 @@ class Plan:
     Attributes:
         budget: bytes.
         device: ``"cpu"`` or ``"cuda"``.
-        reserve: bytes of the budget that are left to what the estimate does not see.
+        reserve: bytes of the budget set aside for what the estimate cannot see.
         reserve_reason: what they are for.
         varies: ``"batch"`` or ``"depth"``; the other is fixed in ``work``.
         work: what is trained.
@@ -124,17 +124,17 @@ def plan(
     batch are part of the peak.
 
     Args:
-        budget: bytes, or a size such as ``"8GiB"``; unless given, what the present GPU has free.
+        budget: bytes, or a size such as ``"8GiB"``; by default the free memory of the current GPU.
         model: a name of the ``train`` command.
-        image_size: pixels, height and width; the model's training size unless given.
+        image_size: pixels, height and width; by default the model's training size.
         batch_size: fixes the batch, so that the depth is planned; for ``cifar-bc`` alone.
-        depth: layers of ``cifar-bc``, 6n+4; 100 unless given.
-        growth_rate: channels ``k`` of ``cifar-bc``; 12 unless given.
+        depth: layers of ``cifar-bc``, 6n+4; by default 100.
+        growth_rate: channels ``k`` of ``cifar-bc``; by default 12.
         in_channels: channels of an image.
         num_classes: number of logits.
         drop_rate: dropout.
         precision: as in training.
-        device: ``"cpu"`` or ``"cuda"``: whose way of counting; unless given, that of this machine.
+        device: ``"cpu"`` or ``"cuda"``: whose allocator to model; by default that of this machine.
         modes: ``naive``; ``checkpointed``, as by torchvision's ``memory_efficient=True``; ``norm``;
             ``bottleneck``.
 
@@ -184,7 +184,7 @@ def plan_work(
     device: str,
     modes: Iterable[str] = tuple(COMPETITORS),
 ) -> Plan:
-    """As :func:`plan`, of a ``work`` that was checked."""
+    """As :func:`plan`, for ``work`` that was checked."""
     counts = DEVICES[device]
     find = work.largest_batch if varies == "batch" else work.greatest_depth
     fits = {mode: find(mode, budget, device) for mode in modes}
@@ -194,8 +194,8 @@ def plan_work(
 def config_within(budget: str, options: dict[str, Any]) -> TrainConfig:
     """The training run of ``options`` whose step fits ``budget`` on this machine.
 
-    Chooses ``recompute``, the first of none, norm and bottleneck that fits (each computes more
-    again than the one before); if that is given, the largest batch up to the training set's size;
+    Chooses ``recompute``, the first of none, norm and bottleneck that fits (each recomputes more
+    than the one before); if that is given, the largest batch up to the size of the training set;
     if the batch is given too, nothing.
 
     Args:

@@ -1,9 +1,9 @@
 """Training on Fashion-MNIST with Lightning's ``Trainer``.
 
-The ``Trainer`` does the loop, progress bar, checkpoints, resume, precision and devices. What is
-here makes a resumed run end with the very weights of an uninterrupted one: the order of the images
-is a function of seed and epoch, the dropout masks of seed and step, and the checkpoint carries the
-finished epochs' metrics.
+The ``Trainer`` does the loop, progress bar, checkpoints, resume, precision and devices. This
+module makes a resumed run end with the same weights, bit for bit, as an uninterrupted one: the
+order of the images is a function of seed and epoch, the dropout masks of seed and step, and the
+checkpoint carries the metrics of the finished epochs.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Classifier(L.LightningModule):
         return self.model(self.prepared(images))
 
     def prepared(self, images: Tensor) -> Tensor:
-        """What the network gets of uint8 images."""
+        """The network's input: float images ``(N, 1, size, size)`` from uint8 ``(N, 28, 28)``."""
         x = images.unsqueeze(1).to(next(self.model.parameters()).dtype) / 255
         size = self.config.image_size
         if x.shape[-1] != size:
@@ -143,11 +143,11 @@ class Classifier(L.LightningModule):
 
 
 class FashionMNISTData(L.LightningDataModule):
-    """Fashion-MNIST, each device its share.
+    """Fashion-MNIST, divided among the devices.
 
-    Each epoch visits the first ``train_size`` training images in an order that only seed and epoch
-    decide; what does not fill a batch is left out. The test images are never repeated to even out
-    the devices' shares.
+    Each epoch visits the first ``train_size`` training images in an order that depends on seed and
+    epoch alone; an incomplete last batch is dropped. No test image is repeated to make the shares
+    equal.
 
     Args:
         config: batch size, train size and seed.
@@ -216,8 +216,8 @@ def run(
         config: what to train.
         out: folder for configuration, metrics, checkpoint, curves and summary.
         data_dir: as for :class:`FashionMNISTData`.
-        resume: go on from the checkpoint in ``out``, or from the start if it has none yet. Of the
-            run's options only ``epochs`` may differ, and be more.
+        resume: resume from the checkpoint in ``out``, or start if there is none yet. Of the run's
+            options only ``epochs`` may differ, and be more.
         manifest: as for :class:`FashionMNISTData`.
 
     Raises:
@@ -304,7 +304,7 @@ def _trainer(config: TrainConfig, out: Path) -> L.Trainer:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed of its own for each step on each device, far from those of neighbouring seeds."""
+    """A different seed for each step on each device, far from those of neighbouring seeds."""
     return ((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: curves as PNG, and a summary."""
+"""What a run leaves to look at: curves as PNG, and a summary."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ History = list[dict[str, float]]
 
 
 class Summary(TypedDict):
-    """A run in numbers, with where they come from; accuracies are shares of 1.
+    """A run in numbers, with their conditions; accuracies are between 0 and 1.
 
     ``images_per_second`` counts training only, over all epochs; accuracies are of the last epoch,
-    the training one as its steps saw it; memory is that of one training step.
+    the training one as its steps computed it; memory is that of one training step, in bytes.
     """
 
     model: str

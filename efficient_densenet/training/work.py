@@ -37,7 +37,7 @@ BATCHES, DEPTHS = range(SMALLEST_BATCH, 2**20 + 1), range(10, 3004 + 1, 6)
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, but for its size.
+    """A training step to plan: network, images and precision.
 
     Attributes:
         model: a name of ``config.RECIPES``.
@@ -77,7 +77,7 @@ class Work:
 
     @property
     def step(self) -> dict[str, Any]:
-        """What a step is, beside network and batch: arguments of :func:`estimate`."""
+        """The step's arguments of :func:`estimate`, other than network and batch."""
         return {
             "make_optimizer": partial(make_optimizer, lr=0.1),
             "autocast_dtype": AUTOCAST.get(self.precision),
@@ -140,7 +140,7 @@ class Work:
 
 @contextmanager
 def _countable(model: str) -> Iterator[None]:
-    """Turns torch's complaint about a size beyond 2**63 into a :class:`ConfigError`."""
+    """Turns torch's error about a size beyond 2**63 into a :class:`ConfigError`."""
     try:
         yield
     except (OverflowError, RuntimeError, TypeError) as error:
