@@ -93,7 +93,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     recipe.add_argument("--batch-size", type=int, help=_default("batch_size", "of each device"))
     recipe.add_argument("--epochs", type=int, help=_default("epochs", "passes"))
     recipe.add_argument("--lr", type=float, help=_default("lr", "learning rate"))
-    recipe.add_argument("--train-size", type=int, help="use only so many training images, the first ones")
+    recipe.add_argument("--train-size", type=int, help="use only this many training images")
     recipe.add_argument("--seed", type=int, default=0, help="default: 0")
 
     machine = parser.add_argument_group("machine")

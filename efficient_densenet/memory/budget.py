@@ -16,23 +16,23 @@ MOST_TOLD = 5
 
 
 class BudgetExceeded(torch.OutOfMemoryError):
-    """More bytes would live than the budget allows; the message says what lived."""
+    """More bytes would be live than the budget allows; the message says what was live."""
 
 
 class MeteredBudget(LiveMeter):
-    """Context manager in which live bytes may not pass a limit, on any device.
+    """Context manager in which live bytes may not exceed a limit, on any device.
 
-    The operator that would pass it runs, and its result is dropped: the process never holds more
-    than the limit and one operator's result. What the raising code lets go of is freed, so that
-    the process can go on with a smaller batch.
+    The operator that would exceed it runs, and its result is dropped: the process never holds more
+    than the limit and one operator's result. Once the exception has been handled, what the failed
+    code held is freed, so that the process can continue with a smaller batch.
 
     Args:
         limit: bytes, those of ``resident`` included.
-        resident: tensors that are older, such as parameters, and count too.
-        scratch: what operators allocate inside themselves; that of oneDNN unless given.
+        resident: tensors that exist before, such as parameters, and count too.
+        scratch: bytes that an operator allocates internally; by default those of oneDNN.
 
     Raises:
-        BudgetExceeded: inside the context, from the operator that would pass the limit.
+        BudgetExceeded: inside the context, from the operator that would exceed the limit.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MeteredBudget(LiveMeter):
         self.hold(resident)
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Count ``tensors``, which are older than the meter, from now on."""
+        """Count ``tensors``, which existed before the meter, from now on."""
         for storage in (tensor.untyped_storage() for tensor in tensors):
             if storage._cdata not in self._held:
                 self._held.add(storage._cdata)
@@ -82,12 +82,12 @@ def enforce(
 ) -> Iterator[MeteredBudget | None]:
     """Hold ``device`` to ``limit`` bytes inside the context.
 
-    On CUDA the caching allocator refuses (``torch.cuda.set_per_process_memory_fraction``), and what
-    it counts is all that this process has reserved there; the share is given back at the end.
-    Elsewhere a :class:`MeteredBudget` counts, which is what the context yields.
+    On CUDA the caching allocator refuses (``torch.cuda.set_per_process_memory_fraction``); it
+    counts all that this process has reserved on the device. The fraction is restored at the end.
+    Elsewhere the context is a :class:`MeteredBudget`, and yields it.
 
     Raises:
-        torch.OutOfMemoryError: inside the context, when the limit would be passed.
+        torch.OutOfMemoryError: inside the context, when the limit would be exceeded.
     """
     try:
         if device.type == "cuda":
@@ -102,10 +102,10 @@ def enforce(
 
 
 def forget_backward() -> None:
-    """Let go of a backward pass that failed.
+    """Free what a failed backward pass still holds.
 
-    On a CPU torch's engine keeps what such a pass had still to do, and with it the graph, until the
-    next pass: so this runs one, of a single number.
+    On a CPU autograd's engine keeps the rest of such a pass, and with it the graph, until the next
+    pass: so this runs one, on a single number.
     """
     with torch.enable_grad():
         torch.zeros((), requires_grad=True).backward()

@@ -1,4 +1,4 @@
-"""What lived when in one training step: births and deaths of storages, whoever watched them."""
+"""The live bytes of one training step: allocations and frees of storages, and their peak."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from itertools import accumulate
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A storage was born, grew (``size`` > 0 bytes) or died (``size`` < 0).
+    """A storage was allocated, grew (``size`` > 0 bytes) or was freed (``size`` < 0).
 
-    ``storage`` numbers the storage, uniquely in one timeline; ``phase`` is ``"forward"``,
-    ``"backward"`` or ``"optimizer"``; ``operator`` is the one that ran, or ran last.
+    ``storage`` is a number, unique in one step; ``phase`` is ``"forward"``, ``"backward"`` or
+    ``"optimizer"``; ``operator`` is the one that ran, or ran last.
     """
 
     phase: str
@@ -24,7 +24,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes that live at the largest moment of a step, by what they are.
+    """Live bytes at the peak of a step, by what they are.
 
     ``parameters``, ``buffers``, ``inputs`` (targets included) and ``optimizer`` (its state) live
     before the step and after it. ``gradients`` are those of parameters and inputs; ``activations``
@@ -64,7 +64,7 @@ def live_after_forward(events: Sequence[Event]) -> Counter[int]:
 
 
 def find_peak(events: Sequence[Event], gradients: Collection[int], static: dict[str, int]) -> Peak:
-    """Split the largest moment of ``events``.
+    """The peak of ``events``, split.
 
     Args:
         events: of one step, in order.

@@ -1,4 +1,4 @@
-"""Models and tensors of the same shapes without their values."""
+"""Shape-only copies of models and tensors: same shapes, types and strides, no values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def copy_hollow(model: nn.Module, device: torch.device) -> nn.Module:
-    """Deep copy of ``model`` whose tensors are empty ones on ``device``."""
+    """Deep copy of ``model`` whose tensors are uninitialised, on ``device``."""
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = hollow_parameter(parameter, device)
@@ -21,11 +21,11 @@ def copy_hollow(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def hollow_parameter(parameter: nn.Parameter, device: torch.device | str) -> nn.Parameter:
-    """An empty parameter as ``parameter``, on ``device``."""
+    """An uninitialised parameter like ``parameter``, on ``device``."""
     return nn.Parameter(empty_like(parameter, device), requires_grad=parameter.requires_grad)
 
 
 def empty_like(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """An empty tensor on ``device`` with the strides of ``tensor``."""
+    """An uninitialised tensor on ``device`` with the shape and strides of ``tensor``."""
     # Not torch.empty_like: inside FakeTensorMode it would refuse a real tensor.
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

@@ -1,4 +1,4 @@
-"""The live-storage meter: watches tensors be born and die, on any device, ``meta`` included."""
+"""The live-storage meter: counts the bytes of live tensors on any device, ``meta`` included."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ _ONEDNN_BLOCK = 16  # channels; 8 where the CPU has no AVX-512
 
 
 class LiveMeter(TorchDispatchMode):
-    """Context manager that records every storage that is born inside it, until its death.
+    """Context manager that records every storage allocated inside it, until it is freed.
 
     Counts the bytes of live tensors, each storage once: a lower bound of what an allocator hands
-    out, since what an operator allocates and frees inside itself is invisible here, unless
-    ``scratch`` tells. So are the insides of a ``torch.library.custom_op`` and a direct
-    ``UntypedStorage.resize_``. Storages that are older than the meter are not counted.
+    out, since what an operator allocates and frees internally is invisible here, unless ``scratch``
+    says how much that is. The insides of a ``torch.library.custom_op`` and a direct
+    ``UntypedStorage.resize_`` are invisible too. Storages from before the meter are not counted.
 
     :attr:`events` grows as operators run.
 
     Args:
         granularity: every size is rounded up to a multiple of this many bytes, as allocators do.
-        scratch: what operators allocate and free inside themselves, e.g. :func:`onednn_scratch`.
+        scratch: bytes that an operator allocates and frees internally, e.g.
+            :func:`onednn_scratch`.
     """
 
     def __init__(self, granularity: int = 1, scratch: Scratch | None = None) -> None:
@@ -152,10 +153,10 @@ class _Record:
 def onednn_scratch(func: OpOverload, args: Arguments, result: Result) -> int:
     """About the most that oneDNN allocates and frees inside an operator, in bytes.
 
-    A convolution of contiguous maps copies weight, input and output into blocks of channels, the
-    last one filled up, or out of them; the weight twice unless it is 1x1. One of channels-last maps
-    copies and sums the weight alone: 2 weights for 1x1, 3 for others. With a single thread PyTorch
-    itself computes 1x1 convolutions of less than 16 samples, and copies nothing. Other operators 0.
+    A convolution of contiguous maps copies weight, input and output to and from blocks of channels,
+    the last one padded; the weight twice unless it is 1x1. One of channels-last maps makes copies
+    of the weight only: 2 for 1x1, 3 for others. With a single thread PyTorch itself computes 1x1
+    convolutions of less than 16 samples, and copies nothing. For other operators it is 0.
 
     Source: measured with torch 2.14 on AVX-512; the last rule is ``ConvParams::use_mkldnn`` in
     PyTorch's ``aten/src/ATen/native/Convolution.cpp``.
@@ -196,10 +197,10 @@ def _add_in_place(old: Tensor, new: Tensor) -> Tensor:
 
 
 class _Traits(NamedTuple):
-    """What the meter asks of an operator.
+    """What the meter needs to know of an operator.
 
-    ``views``: it returns views of its arguments and nothing else, whatever they are. ``written``:
-    position or keyword of the argument that it writes into and returns, if that is all it does.
+    ``views``: it always returns views of its arguments and nothing else. ``written``: position or
+    keyword of the argument that it writes into and returns, if that is all it does.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Optimizers in a step: made from a factory, and updating tensors that have no values."""
+"""Optimizers in a step: made by a factory, and run on tensors without values."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 def build_optimizer(make_optimizer: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """What ``make_optimizer`` makes of ``parameters``.
+    """The optimizer that ``make_optimizer`` makes of ``parameters``.
 
     Raises:
-        TypeError: if that is no optimizer, or one whose step needs a closure.
+        TypeError: if it is not an optimizer, or its step needs a closure.
     """
     if not callable(make_optimizer):
         raise TypeError(
@@ -51,7 +51,7 @@ def _named(value: object) -> str:
 
 
 def create_state(optimizer: Optimizer) -> None:
-    """Let an optimizer allocate its state, by a step with gradients of zero."""
+    """Let an optimizer allocate its state, in a step with zero gradients."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad:
@@ -79,7 +79,8 @@ class Update:
     ) -> Update:
         """The update of parameters without values, as on a kind of device.
 
-        The parameters are ``meta`` ones. An optimizer that asks for the device has fake ones.
+        The parameters are on ``meta``; for an optimizer that asks for the device they are fake
+        tensors on it.
         """
         parameters = list(parameters)
         try:
@@ -101,7 +102,7 @@ class Update:
 
 
 def state_of(optimizer: Optimizer, device: str) -> list[Tensor]:
-    """The tensors of an optimizer's state, on a GPU without those that stay on the CPU."""
+    """The tensors of an optimizer's state; on a GPU, without those that stay on the CPU."""
     values = (value for state in optimizer.state.values() for value in state.values())
     tensors = list(tensors_of(values))
     if device == "cpu":
@@ -125,7 +126,7 @@ def _asks_for_device(optimizer: Optimizer) -> bool:
 
 
 def _default_to_foreach(optimizer: Optimizer) -> None:
-    """What optimizers do by themselves on CUDA, but not on ``meta``."""
+    """Choose ``foreach`` as optimizers do on CUDA by default, but not on ``meta``."""
     if isinstance(optimizer, Adafactor):
         return
     for group in optimizer.param_groups:
@@ -134,9 +135,9 @@ def _default_to_foreach(optimizer: Optimizer) -> None:
 
 
 class _Valueless(TorchDispatchMode):
-    """Context manager in which an optimizer may read numbers of tensors that have none.
+    """Context manager in which an optimizer may read numbers from tensors without values.
 
-    They are 1. Fused updates, which allocate nothing, are left out there.
+    Each reads as 1. Fused updates, which allocate nothing, are skipped.
     """
 
     def __torch_dispatch__(

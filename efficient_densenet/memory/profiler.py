@@ -1,4 +1,4 @@
-"""The allocator's own account of a step, from the memory events of ``torch.profiler``."""
+"""Allocations and frees of a step by the allocator, from the events of ``torch.profiler``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def phase(name: str) -> record_function:
 
 
 class AllocatorRecord:
-    """Allocations and frees of one device while ``run`` ran, in order of time.
+    """Allocations and frees on one device while ``run`` runs, in order of time.
 
-    What was allocated before is not in it, nor is its being freed.
+    Memory that was allocated before is not in it, nor is its release.
 
     Args:
         run: does the work, marking its phases with :func:`phase`.

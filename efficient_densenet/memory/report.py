@@ -1,4 +1,4 @@
-"""What is known of the memory of one training step, and how it is shown."""
+"""The memory of one training step, as a table, a dictionary or a picture."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class StepReport:
 
     Attributes:
         source: what counted: an allocator, or the live-storage meter.
-        device: where the step ran, or whose way of counting was used.
+        device: where the step ran, or whose allocator was modelled.
         kept: bytes alive when the forward pass ended, above parameters, buffers, inputs and
             optimizer state: what is kept for the backward pass, the output included.
-        peak: the largest moment, split.
-        events: every birth and death of a storage, in order.
-        seconds: of one step, unwatched; ``None`` if it was not timed.
-        allocated: bytes, CUDA only: peak of the allocator, all that lives on the device included.
-        requested: bytes, CUDA only: the same before the allocator's rounding.
+        peak: live bytes at the peak, by what they are.
+        events: every allocation and release of a storage, in order.
+        seconds: of one step, measured without instruments; ``None`` if it was not timed.
+        allocated: CUDA only: the allocator's peak in bytes, everything on the device included.
+        requested: CUDA only: the same before the allocator's rounding.
     """
 
     source: str
@@ -75,12 +75,12 @@ class StepReport:
         }
 
     def plot(self, axes: Axes | None = None, *, colour: str = "#2563eb") -> Axes:
-        """Draw the live bytes after every birth and death; the dotted line is what is kept.
+        """Draw the live bytes after every allocation and release; the dotted line is what is kept.
 
         Needs matplotlib.
 
         Args:
-            axes: where to draw; new ones unless given.
+            axes: where to draw; by default new ones.
             colour: of the area.
         """
         if axes is None:
@@ -107,7 +107,7 @@ class StepReport:
             fontsize="medium",
         )
         axes.set(
-            xlabel="births and deaths of tensors",
+            xlabel="allocations and releases",
             ylabel="live above parameters and batch, MiB",
             xlim=(0, len(live)),
             ylim=(0, 1.15 * max(live)),  # room for the names of the phases

@@ -1,4 +1,4 @@
-"""Operators on tensors without values: what they return, without asking PyTorch twice.
+"""Operators on tensors without values, with the shapes of results cached.
 
 PyTorch takes up to milliseconds to find the shape of a result, and a deep network asks for the same
 ones again and again.
@@ -44,9 +44,9 @@ _LOSSES_IN_FULL = {
 
 
 class Operators:
-    """Runs operators; of those on ``meta`` tensors of shapes seen before it makes up the result.
+    """Runs operators; for ``meta`` tensors of shapes seen before, makes the result from the cache.
 
-    In shape, strides and type that is what the operator returned the first time.
+    Shape, strides and type are those that the operator returned the first time.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Operators:
 
 
 class _Form(NamedTuple):
-    """Of a result: its kind, and of its tensors the shapes, strides and types."""
+    """The kind of a result, and the shapes, strides and types of its tensors."""
 
     kind: type
     parts: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]
@@ -92,7 +92,7 @@ def tensors_of(values: Iterable[object]) -> Iterator[Tensor]:
 
 @cache
 def _only_reads(func: OpOverload) -> bool:
-    """Whether an operator writes into no argument, and says of no result that it is one."""
+    """Whether an operator writes into no argument and returns none, by its schema."""
     schema = func._schema
     return all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
 
@@ -110,7 +110,7 @@ def _described(value: object) -> object:
 
 
 def _form(result: Result, args: Arguments, kwargs: Keywords) -> _Form | None:
-    """That of ``result`` if it is all ``meta`` tensors with storages of their own, just filled."""
+    """The form of ``result`` if all its tensors are on ``meta`` and fill their own storages."""
     tensors = [result] if isinstance(result, Tensor) else result
     if not isinstance(tensors, (list, tuple)):
         return None
@@ -139,7 +139,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> Result:
-    """What ``func`` returns, where PyTorch is slow or wrong about it put right."""
+    """What ``func`` returns; corrected where PyTorch is slow or wrong about it."""
     if func in _ELEMENTWISE:
         like = _common(args, kwargs)
         return func(*args, **kwargs) if like is None else torch.empty_like(like)
@@ -159,7 +159,7 @@ def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> Result:
 
 
 def _common(args: Arguments, kwargs: Keywords) -> Tensor | None:
-    """The first of the operands if all are alike, so that the result is, too."""
+    """The first of the operands if all have one form, so that the result has it, too."""
     # Tells what torch takes a tenth of a millisecond to find.
     first, *others = tensors_of(args)
     plain = first.is_floating_point() and first.is_contiguous(memory_format=outer_format(first))

@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Sizes of memory such as ``8GiB``, read and written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parse_size(size: int | str) -> int:
     """Bytes of a size such as ``8GiB``, ``512 MiB``, ``6.5GB`` or ``1000000``.
 
     Raises:
-        ValueError: if it is none, or less than a byte; the message quotes it.
+        ValueError: if it is not a size, or less than a byte; the message quotes it.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip().lower())
     unit = UNITS.get(match[2] or "b") if match else None
