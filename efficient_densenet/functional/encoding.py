@@ -1,6 +1,6 @@
-"""Specifications as text, for operators: those take strings, and no objects of ours.
+"""Specifications as text, for operators: those take strings, but no objects of ours.
 
-The text holds all there is, so that it means the same in another process.
+The text is complete, so that it means the same in another process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Forward passes that nothing will be learnt from: one buffer, and batch norms folded.
+"""Forward passes without gradients or batch statistics: one buffer, and batch norms folded.
 
 A batch norm after a convolution, with running statistics, is part of it: its scale multiplies the
 convolution's weight, its shift is added to the bias. So a bottleneck layer normalises once.
@@ -21,7 +21,7 @@ from efficient_densenet.kernels.layout import inner_format, outer_format
 
 
 def suits_block(spec: BlockSpec, *tensors: Tensor | None) -> bool:
-    """Whether nothing of a block's pass is needed afterwards: neither gradients nor statistics."""
+    """Whether a block's pass draws no masks and needs neither gradients nor batch statistics."""
     units = [unit for layer in spec.layers for unit in layer.units]
     units += [spec.exit] if spec.exit else []
     return (
@@ -72,7 +72,7 @@ def infer_stem(spec: StemSpec, x: Tensor, tensors: UnitTensors) -> Tensor:
 
 
 def folded(conv: UnitTensors, unit: UnitSpec, norm: UnitTensors) -> UnitTensors:
-    """The tensors of ``conv`` whose convolution also does what ``norm`` would do after it.
+    """The tensors of ``conv`` with ``norm``, which follows it, folded into the convolution.
 
     ``scale = γ / sqrt(var + eps)``; weight ``scale * W``, bias ``β + scale * (b - mean)``.
     """

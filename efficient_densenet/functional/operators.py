@@ -105,7 +105,7 @@ def block_backward(
     needs_x: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of the input and of ``tensors``, those alone that are needed."""
+    """The gradients of the input and of ``tensors``, only those that are needed."""
     block = decode(spec)
     saved = Saved.of(block, border, kept)
     flat, needs_flat = _spread(tensors, present), _spread(needs, present, False)
@@ -165,7 +165,7 @@ def stem_backward(
     needs_x: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of the image and of ``tensors``, those alone that are needed."""
+    """The gradients of the image and of ``tensors``, only those that are needed."""
     unit, _ = _stem_tensors(decode(spec), tensors, present)
     statistics = Statistics(*vectors) if vectors else None
     wanted = UnitTensors(*_spread(needs, present, False))
@@ -254,7 +254,7 @@ def _unit_result(
     types: Types,
     memory_format: torch.memory_format,
 ) -> Tensor:
-    """An unwritten map as ``unit`` makes of one like ``x``."""
+    """An uninitialised map of the shape and type that ``unit`` returns for ``x``."""
     y = x.to(types.compute if unit.conv else types.features)
     y = pooled(y, unit.pool) if unit.pool else y
     y = convolve(y, Conv(tensors.conv_weight, tensors.conv_bias, unit.conv)) if unit.conv else y
@@ -266,7 +266,7 @@ def _vector(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 
 
 def _dense(flat: Sequence[Tensor | None]) -> tuple[list[bool], list[Tensor]]:
-    """Which tensors there are, and these."""
+    """For each place whether it has a tensor, and the tensors."""
     return [t is not None for t in flat], [t for t in flat if t is not None]
 
 
@@ -279,7 +279,7 @@ def _spread(values: Sequence[Any], present: Sequence[bool], absent: Any = None) 
 def _laid_out_like(
     tensors: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients that are there, each with the strides of its tensor."""
+    """The gradients that are not ``None``, each with the strides of its tensor."""
     wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     found = [grad for grad in grads if grad is not None]
     return [

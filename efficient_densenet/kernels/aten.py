@@ -53,7 +53,7 @@ def convolve_backward(
 
 
 def pooled(x: Tensor, pool: Pool) -> Tensor:
-    """What ``pool`` makes of a map ``(N, channels, *spatial)``."""
+    """``pool`` of a map ``(N, channels, *spatial)``: a map ``(N, channels, *smaller)``."""
     if pool.kind == "all":
         return x.mean(tuple(range(2, x.dim())), keepdim=True)
     if x.dim() == 3:
@@ -81,7 +81,7 @@ def pooled_backward(grad: Tensor, x: Tensor, pool: Pool) -> Tensor:
 
 
 def _must_widen(x: Tensor) -> bool:
-    """Whether PyTorch has no pooling for maps of this kind in their type."""
+    """Whether PyTorch has no pooling for maps of this type, which are then widened."""
     return x.dim() == 5 and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -95,7 +95,7 @@ def _maximum(pool: Pool) -> tuple[object, ...]:
 
 
 def _of_rows(pool: Pool) -> Pool:
-    """The same pooling of maps that have got a spatial dimension of size one in front."""
+    """The same pooling for maps with a spatial dimension of size one put first."""
     return pool._replace(
         kernel=(1, *pool.kernel),
         stride=(1, *pool.stride),

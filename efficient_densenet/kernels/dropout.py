@@ -25,7 +25,7 @@ def drop(
 def _drawn_on_cpu(
     y: Tensor, seed: Tensor, rate: float, whole_maps: bool, memory_format: torch.memory_format
 ) -> Tensor:
-    """By a generator of its own, whose seed is read on the host: faster there than counting."""
+    """The mask by a ``torch.Generator`` whose seed is read here: on a CPU faster than counting."""
     if whole_maps:
         mask = y.new_empty((*y.shape[:2], *(1,) * (y.dim() - 2)))
     else:
