@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficient_densenet.convert import libraries, recipes
-from efficient_densenet.convert.classes import Converted
-from efficient_densenet.convert.recipes import Recipe
+from efficient_densenet.convert.converted import Converted, class_of, converted_class
+from efficient_densenet.convert.fronts import DenseFront, Front, NormFront, SequenceFront
+from efficient_densenet.convert.match import match_norm
+from efficient_densenet.convert.record import record
 from efficient_densenet.convert.report import Finding, Report
-from efficient_densenet.modules.block import RecomputingBlock
+from efficient_densenet.convert.stand_ins import stand_in
+from efficient_densenet.convert.state import CHOICES
+from efficient_densenet.convert.survey import Found, Survey
+from efficient_densenet.convert.twin import Unrecordable
+from efficient_densenet.modules.reading import CONVS, NORMS, POOLS, Unsupported
+from efficient_densenet.modules.recomputing import Settings
+from efficient_densenet.modules.sequence import RecomputingSequence
 
 FilterFn = Callable[[nn.Module, str], bool]
 Mode = Literal["auto", "bottleneck", "norm"]
@@ -22,6 +31,8 @@ MODES: dict[str, Literal["bottleneck", "norm"]] = {
     "norm": "norm",
 }
 FILTERED = "filter_fn leaves it out"
+IN_PARTS = "its parts are called one by one"
+NATIVE = "is efficient by itself"
 
 
 def convert_(
@@ -60,85 +71,123 @@ def convert_(
         raise ValueError(
             f"recompute must be one of {tuple(MODES)}, got {recompute!r}; revert_ goes back"
         )
-    candidates = _walk(model, filter_fn)
-    left = [c for c in candidates if c.is_left_over()]
-    if strict and left:
-        reasons = "; ".join(f"{c.path or 'the model'}: {c.recipe.reason}" for c in left)
-        raise ValueError(f"{len(left)} dense block(s) cannot be converted: {reasons}")
-    for module, _, recipe in candidates:
-        if recipe.new_class is not None:
-            module.__class__ = recipe.new_class
-            if isinstance(module, RecomputingBlock):
-                module.recompute = MODES[recompute]
+    candidates = _candidates(model, filter_fn)
+    if strict:
+        _check_none_is_left(candidates)
+    for candidate in candidates:
+        candidate.convert_(MODES[recompute])
     return _report(candidates)
+
+
+def _check_none_is_left(candidates: list[_Candidate]) -> None:
+    blocks = [c for c in candidates if c.kind == "dense block"]
+    left = [c for c in blocks if c.reason not in (None, FILTERED)]
+    if left:
+        reasons = "; ".join(f"{c.path or 'the model'}: {c.reason}" for c in left)
+        raise ValueError(f"{len(left)} dense block(s) cannot be converted: {reasons}")
+    if not blocks:
+        raise ValueError("no dense block was recognised")
 
 
 def revert_(model: nn.Module) -> None:
     """Give every converted module of ``model`` its own class back, in place."""
     for module in model.modules():
         if isinstance(module, Converted):
-            module.__class__ = module.original  # type: ignore[assignment]
-            for choice in ("_recompute", "_kernels"):
+            module.__class__ = module.converted_from  # type: ignore[assignment]
+            for choice in CHOICES:
                 vars(module).pop(choice, None)
 
 
 def explain(model: nn.Module) -> Report:
     """What of ``model`` recomputes, what could, and what cannot and why; nothing is changed."""
-    return _report(_walk(model, None))
+    return _report(_candidates(model, None))
 
 
-class _Candidate(NamedTuple):
+@dataclass(frozen=True)
+class _Candidate:
+    """A module that was recognised, what it would become, or why it would not."""
+
     module: nn.Module
     path: str
-    recipe: Recipe
+    found: Found
+    reason: str | None
+    is_native: bool
+    is_wanted: bool
 
-    def is_left_over(self) -> bool:
-        kind, reason = self.recipe.kind, self.recipe.reason
-        return kind == "dense block" and reason not in (None, FILTERED, recipes.ALREADY)
+    @property
+    def kind(self) -> str:
+        return self.found.front.kind
+
+    def convert_(self, recompute: Literal["bottleneck", "norm"]) -> None:
+        if self.is_native or not self.is_wanted:
+            return
+        self.module.__class__ = converted_class(class_of(self.module), self.found.front)
+        assert isinstance(self.module, Front)
+        self.module.learn(self.found.match, self.found.args, self.found.kwargs)
+        if isinstance(self.module, DenseFront):
+            self.module.recompute = recompute
+
+    def finding(self) -> Finding:
+        return Finding(
+            path=self.path,
+            kind=self.kind,
+            class_name=type(self.module).__name__,
+            converted=isinstance(self.module, Converted),
+            reason=NATIVE if self.is_native and self.reason is None else self.reason,
+        )
 
 
-def _walk(model: nn.Module, filter_fn: FilterFn | None) -> list[_Candidate]:
+def _candidates(model: nn.Module, filter_fn: FilterFn | None) -> list[_Candidate]:
     """Every recognised module, in the order of ``named_modules``."""
-    by_name = dict(libraries.below_called_by_name(model))
-    recognised = {path: recipes.recognise(module) for path, module in model.named_modules()}
-    holders = {
-        path.rpartition(".")[0]
-        for path, recipe in recognised.items()
-        if path and recipe and recipe.kind == "dense block" and recipe.new_class
-    }
+    survey = Survey(model)
+    modules = dict(model.named_modules())
+    found = survey.found | _sequences(modules, survey)
     candidates = []
-    for path, module in model.named_modules():
-        recipe = recognised[path] or (recipes.sequence(module) if path in holders else None)
-        if recipe is None:
-            continue
-        if recipe.new_class:
-            reason = _called_by_name(path, recipe, by_name)
-            if not reason and filter_fn is not None and not filter_fn(module, path):
-                reason = FILTERED
-            recipe = replace(recipe, new_class=None, reason=reason) if reason else recipe
-        candidates.append(_Candidate(module, path, recipe))
+    for path, module in modules.items():
+        if path in found:
+            candidates.append(_candidate(module, path, found[path], survey, filter_fn))
     return candidates
 
 
-def _called_by_name(path: str, recipe: Recipe, by_name: dict[str, str]) -> str | None:
-    """Why a module that is never called as a whole is left, ``None`` for all others."""
-    for container, network in by_name.items():
-        if recipe.kind != "dense block" and f"{path}.".startswith(f"{container}."):
-            return f"{network} calls its parts one by one"
-    return None
+def _sequences(modules: dict[str, nn.Module], survey: Survey) -> dict[str, Found]:
+    """The sequences that hold dense blocks, and norms in their stems that only they would see."""
+    found = {}
+    for path, what in survey.found.items():
+        holder = path.rpartition(".")[0]
+        is_block = path and what.front is DenseFront and what.match is not None
+        if is_block and holder not in survey.found and holder not in found:
+            module = modules[holder]
+            native = isinstance(module, RecomputingSequence) and not isinstance(module, Converted)
+            if native or class_of(module).forward is nn.Sequential.forward:
+                found[holder] = Found(SequenceFront, SequenceFront)
+                found |= {f"{holder}.{name}": norm for name, norm in _norm_of_stem(module)}
+    return found
+
+
+def _norm_of_stem(sequence: nn.Module) -> Iterator[tuple[str, Found]]:
+    """The second child if it is a norm with an activation, between convolution and pooling."""
+    children = [(name, child) for name, child in sequence._modules.items() if child is not None]
+    if len(children) > 2:
+        (_, conv), (name, norm), (_, pool) = children[:3]
+        is_other_norm = isinstance(norm, _BatchNorm) and type(norm) not in NORMS
+        if type(conv) in CONVS and is_other_norm and type(pool) in POOLS:
+            with suppress(Unsupported, Unrecordable):
+                recording = record(norm, (x := stand_in(norm),))
+                yield name, Found(NormFront, match_norm(recording, recording.root), (x,))
+
+
+def _candidate(
+    module: nn.Module, path: str, found: Found, survey: Survey, filter_fn: FilterFn | None
+) -> _Candidate:
+    is_converted = isinstance(module, Converted)
+    is_native = isinstance(module, Settings) and not is_converted
+    if path in survey.in_parts:
+        return _Candidate(module, path, found, IN_PARTS, is_native, False)
+    reason, is_wanted = found.why_naive(module), found.match is not None
+    if is_wanted and not is_native and filter_fn is not None and not filter_fn(module, path):
+        reason, is_wanted = reason if is_converted else FILTERED, False
+    return _Candidate(module, path, found, reason, is_native, is_wanted)
 
 
 def _report(candidates: list[_Candidate]) -> Report:
-    return Report(
-        tuple(
-            Finding(
-                path=path,
-                kind=recipe.kind,
-                class_name=type(module).__name__,
-                library=recipe.library,
-                converted=isinstance(module, Converted),
-                reason=recipe.reason,
-            )
-            for module, path, recipe in candidates
-        )
-    )
+    return Report(tuple(candidate.finding() for candidate in candidates))

@@ -111,7 +111,7 @@ def _layer(
     except Unsupported as why:
         if call is None:
             raise
-        return _Layer(LayerMatch(growth, (), call, str(why)), (), run)
+        return _Layer(LayerMatch(growth, (), call, why.args), (), run)
     return _Layer(LayerMatch(growth, units, call), nodes, run)
 
 

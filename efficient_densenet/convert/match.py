@@ -1,4 +1,4 @@
-"""What recognised calls are, as plain data: dense blocks, transitions and stems.
+"""What recognised calls are, as plain data: dense blocks, transitions, stems and their norms.
 
 Modules are named by their paths in the module that was called; ``""`` is that module itself.
 """
@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 from efficient_densenet.convert.graph import Call, Recording
 from efficient_densenet.convert.region import Region
 from efficient_densenet.convert.steps import Conv, Norm, Step, What, chain
+from efficient_densenet.convert.twin import OWN_FORWARD
 from efficient_densenet.kernels.interface import Activation, Pool
 from efficient_densenet.modules.reading import Dropout, Unsupported
 
@@ -56,13 +57,13 @@ class LayerMatch:
     Attributes:
         units: what it is made of, if that is known; otherwise there are none.
         call: the module whose call is this layer, if there is one. A layer without units has one.
-        why_opaque: why there are no units, as a sentence.
+        why_opaque: why there are no units: subject and predicate of a sentence.
     """
 
     growth: int
     units: tuple[UnitMatch, ...]
     call: LayerCall | None
-    why_opaque: str | None = None
+    why_opaque: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,14 @@ class StemMatch:
     pool: Pool | None
 
 
+@dataclass(frozen=True)
+class NormMatch:
+    """A norm and an activation in one module."""
+
+    norm: str
+    activation: Activation
+
+
 def match_transition(recording: Recording, call: Call) -> TransitionMatch:
     """The transition that a recorded call is.
 
@@ -150,8 +159,23 @@ def match_stem(recording: Recording, call: Call) -> StemMatch:
     return StemMatch(conv.path, norm.path, activation or IDENTITY, pool)
 
 
+def match_norm(recording: Recording, call: Call) -> NormMatch:
+    """The norm and activation that a recorded call is.
+
+    Raises:
+        Unsupported: if it is not both.
+    """
+    whats = _whole_chain(Region(recording, call))
+    norm, activation = _take(whats, Norm), _take(whats, Activation)
+    if whats or norm is None or activation is None:
+        raise Unsupported("the call", "is not norm and activation")
+    return NormMatch(norm.path, activation)
+
+
 def _whole_chain(region: Region) -> list[What]:
     """All that a call does to its first argument."""
+    if region.recording.patched.get(region.call.path) == OWN_FORWARD:
+        raise Unsupported("the module", OWN_FORWARD)
     start = region.arguments[0] if region.arguments else None
     steps = chain(region, region.result, lambda value: value is start)
     for step in steps:

@@ -14,7 +14,6 @@ class Finding:
         path: its name in the model, as ``named_modules`` says it.
         kind: ``"dense block"``, ``"transition"``, ``"stem"`` or ``"sequence"``.
         class_name: the name of its class.
-        library: whose class it is; ``"none"`` if a forward function was known by what it does.
         converted: whether it recomputes.
         reason: why not, ``None`` if it does or would.
     """
@@ -22,7 +21,6 @@ class Finding:
     path: str
     kind: str
     class_name: str
-    library: str
     converted: bool
     reason: str | None = None
 
@@ -67,8 +65,8 @@ class Report:
     def __str__(self) -> str:
         if not self.findings:
             return "no dense blocks, transitions or stems were recognised"
-        rows = [("module", "kind", "class", "library", "state")]
-        rows += [(f.path or "(the model)", f.kind, f.class_name, f.library, f.state) for f in self]
+        rows = [("module", "kind", "class", "state")]
+        rows += [(f.path or "(the model)", f.kind, f.class_name, f.state) for f in self]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

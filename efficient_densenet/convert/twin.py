@@ -17,6 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
+from efficient_densenet.convert.converted import class_of
+from efficient_densenet.modules.recomputing import Settings
+
 HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -129,10 +132,13 @@ def _make_runnable(part: nn.Module) -> None:
     """Take from a copied module what would run elsewhere, or reads values."""
     vars(part).pop("forward", None)
     part._compiled_call_impl = None
+    part.__class__ = class_of(part)
+    if isinstance(part, Settings):
+        part.recompute = "none"
     if isinstance(part, nn.SyncBatchNorm):
         cls = type(part)
         bases = (_Alone,) if cls is nn.SyncBatchNorm else (cls, _Alone)
-        part.__class__ = type(cls.__name__, bases, {})
+        part.__class__ = type(cls.__name__, bases, {"converted_from": cls})
     if isinstance(part, _BatchNorm) and part.momentum is None:
         part.momentum = SOME_MOMENTUM  # else it reads how many batches there were
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.kernels.implementations import Kernels
@@ -21,11 +21,8 @@ Forward = Callable[..., Tensor]
 class RecomputingBlock(Recomputing):
     """What makes a dense block recompute: a base in front of the class whose forward is naive.
 
-    The layers are read once a call, each by the structure that belongs to its forward function.
+    The layers are read once a call.
     """
-
-    structures: ClassVar[Mapping[Forward, Structure]]
-    """What a layer is made of, by its forward function: a subclass may not have its own."""
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by ``torch.jit.script`` on every module of a model."""
@@ -36,26 +33,6 @@ class RecomputingBlock(Recomputing):
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), f"recompute={self.recompute!r}"]))
-
-    def dense_layers(self) -> list[tuple[str, nn.Module]]:
-        """The layers of the block in the order of their use, each with its path in the block."""
-        return [(name, layer) for name, layer in self._modules.items() if layer is not None]
-
-    def read(self, x: Tensor) -> BlockCall:
-        layers = self.read_layers(x.shape[1])
-        return BlockCall.of(x, layers, None, self.recompute, self.kernels)
-
-    def read_layers(self, channels: int | None) -> list[Layer]:
-        """Every layer; ``channels`` enter the block, ``None``: as many as it expects."""
-        layers = []
-        for path, module in self.dense_layers():
-            structure = self.structures.get(type(module).forward)
-            if structure is None:
-                raise Unsupported(path, f"is a {type(module).__name__}, whose forward is not known")
-            layer = read_layer(module, structure, path, channels)
-            channels = layer.spec.channels + layer.spec.growth
-            layers.append(layer)
-        return layers
 
 
 class EfficientDenseBlock(RecomputingBlock, DenseBlock):
@@ -90,7 +67,11 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
     What the efficient path does not support runs on the naive one; :meth:`why_naive` says why.
     """
 
-    structures = {BottleneckLayer.forward: BOTTLENECK, BasicLayer.forward: BASIC}  # noqa: RUF012
+    structures: ClassVar[Mapping[Forward, Structure]] = {
+        BottleneckLayer.forward: BOTTLENECK,
+        BasicLayer.forward: BASIC,
+    }
+    """What a layer is made of, by its forward function: a subclass may not have its own."""
 
     def __init__(
         self,
@@ -116,3 +97,19 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
         )
         self.recompute = recompute
         self.kernels = kernels
+
+    def read(self, x: Tensor) -> BlockCall:
+        layers = self.read_layers(x.shape[1])
+        return BlockCall.of(x, layers, None, self.recompute, self.kernels)
+
+    def read_layers(self, channels: int | None) -> list[Layer]:
+        """Every layer; ``channels`` enter the block, ``None``: as many as it expects."""
+        layers = []
+        for path, module in self.items():
+            structure = self.structures.get(type(module).forward)
+            if structure is None:
+                raise Unsupported(path, f"is a {type(module).__name__}, whose forward is not known")
+            layer = read_layer(module, structure, path, channels)
+            channels = layer.spec.channels + layer.spec.growth
+            layers.append(layer)
+        return layers

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,9 +22,7 @@ from efficient_densenet.modules.reading import (
     keeps_size,
     read_activation,
     read_conv,
-    read_dropout,
     read_norm,
-    read_norm_act,
     read_pool,
     unit_of,
 )
@@ -44,55 +41,57 @@ class Found:
     dropout: Dropout = NO_DROPOUT
 
 
-class Kind(NamedTuple):
-    """What a part does. ``read(module, path, found)`` adds what the part is to ``found``.
-
-    It raises :class:`Unsupported` for a module that does not do this. ``holds_parts`` is true of a
-    container, whose children are parts themselves; a part that is not ``required`` may be missing.
-    """
-
-    read: Callable[[nn.Module, str, Found], object]
-    holds_parts: bool = False
-    required: bool = True
+Read = Callable[[nn.Module, str, Found], object]
+"""Adds what a part is to what was found; raises :class:`Unsupported` for any other module."""
 
 
-def _dropout(module: nn.Module, path: str, found: Found) -> None:
-    found.dropout = read_dropout(module, path)
+def add_norm(module: nn.Module, path: str, found: Found) -> None:
+    """A batch norm."""
+    found.norms.append(read_norm(module, path))
 
 
-def _norm_act(module: nn.Module, path: str, found: Found) -> None:
-    norm, activation = read_norm_act(module, path)
+class NormWithActivation(nn.Module):
+    """A batch norm that activates its result, and says which it does."""
+
+    def read_parts(self) -> tuple[_BatchNorm, Activation]:
+        """The norm and the activation; raises :class:`Unsupported` if it does anything else."""
+        raise NotImplementedError
+
+
+def add_norm_with_activation(module: nn.Module, path: str, found: Found) -> None:
+    """A norm and an activation in one module."""
+    if not isinstance(module, NormWithActivation):
+        raise Unsupported(path, f"is a {type(module).__name__}")
+    check_plain(module, path)
+    norm, activation = module.read_parts()
     found.norms.append(norm)
     found.activations.append(activation)
 
 
-def _sequential(module: nn.Module, path: str, found: Found) -> None:
-    if type(module) is not nn.Sequential:
-        raise Unsupported(path, f"is a {type(module).__name__}")
-    check_plain(module, path)
+def add_activation(module: nn.Module, path: str, found: Found) -> None:
+    """A known activation."""
+    found.activations.append(read_activation(module, path))
 
 
-NORM = Kind(lambda module, path, found: found.norms.append(read_norm(module, path)))
-NORM_ACT = Kind(_norm_act)
-ACTIVATION = Kind(
-    lambda module, path, found: found.activations.append(read_activation(module, path))
-)
-CONV = Kind(lambda module, path, found: found.convs.append(read_conv(module, path)))
-POOL = Kind(lambda module, path, found: found.pools.append(read_pool(module, path)))
-DROPOUT = Kind(_dropout, required=False)
-SEQUENTIAL = Kind(_sequential, holds_parts=True)
+def add_conv(module: nn.Module, path: str, found: Found) -> None:
+    """A convolution."""
+    found.convs.append(read_conv(module, path))
+
+
+def add_pool(module: nn.Module, path: str, found: Found) -> None:
+    """A pooling of windows."""
+    found.pools.append(read_pool(module, path))
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The parts of a module by path, in the order of registration and of use.
+    """The parts of a module by name, in the order of registration and of use.
 
-    Norms and convolutions alternate, with an activation after each norm; a norm that has its
-    activation inside has none beside it. ``drop_rate`` is the attribute of a layer that drops by
-    itself.
+    Norms and convolutions alternate, with an activation after each norm. ``drop_rate`` is the
+    attribute of a layer that drops by itself.
     """
 
-    parts: Mapping[str, Kind]
+    parts: Mapping[str, Read]
     drop_rate: str | None = None
 
     def read(self, module: nn.Module, path: str) -> Found:
@@ -101,50 +100,40 @@ class Structure:
         found = Found()
         prefix = f"{path}." if path else ""
         expected = iter(self.parts.items())
-        for name, part in _below(module, self.parts, ""):
-            for known, kind in expected:
-                if known == name:
-                    kind.read(part, prefix + name, found)
-                    break
-                if kind.required:
-                    raise Unsupported(path, f"has {name!r} where {known!r} is expected")
-            else:
+        for name, part in module._modules.items():
+            if part is None:
+                continue
+            known, read = next(expected, (None, None))
+            if read is None:
                 raise Unsupported(prefix + name, f"is a {type(part).__name__}")
-        missing = next((known for known, kind in expected if kind.required), None)
+            if known != name:
+                raise Unsupported(path, f"has {name!r} where {known!r} is expected")
+            read(part, prefix + name, found)
+        missing = next(expected, None)
         if missing is not None:
-            raise Unsupported(path, f"has no {missing!r}")
+            raise Unsupported(path, f"has no {missing[0]!r}")
         if self.drop_rate is not None and module.training:
             found.dropout = Dropout(float(getattr(module, self.drop_rate)))
         return found
 
 
-def _below(
-    module: nn.Module, parts: Mapping[str, Kind], prefix: str
-) -> Iterator[tuple[str, nn.Module]]:
-    """Every part and its path, a container before what it holds."""
-    for name, part in module._modules.items():
-        if part is None:
-            continue
-        path = prefix + name
-        yield path, part
-        kind = parts.get(path)
-        if kind is not None and kind.holds_parts:
-            yield from _below(part, parts, f"{path}.")
-
-
 BOTTLENECK = Structure(
     {
-        "norm1": NORM,
-        "relu1": ACTIVATION,
-        "conv1": CONV,
-        "norm2": NORM,
-        "relu2": ACTIVATION,
-        "conv2": CONV,
+        "norm1": add_norm,
+        "relu1": add_activation,
+        "conv1": add_conv,
+        "norm2": add_norm,
+        "relu2": add_activation,
+        "conv2": add_conv,
     },
     drop_rate="drop_rate",
 )
-BASIC = Structure({"norm1": NORM, "relu1": ACTIVATION, "conv1": CONV}, drop_rate="drop_rate")
-TRANSITION = Structure({"norm": NORM, "relu": ACTIVATION, "conv": CONV, "pool": POOL})
+BASIC = Structure(
+    {"norm1": add_norm, "relu1": add_activation, "conv1": add_conv}, drop_rate="drop_rate"
+)
+TRANSITION = Structure(
+    {"norm": add_norm, "relu": add_activation, "conv": add_conv, "pool": add_pool}
+)
 
 
 def read_layer(module: nn.Module, structure: Structure, path: str, channels: int | None) -> Layer:

@@ -57,14 +57,6 @@ ACTIVATION_NAMES: dict[type[nn.Module], tuple[str, ...]] = {
 }
 """The name of an activation module for the operations, and the attributes it takes."""
 ACTIVATIONS = _as_imported(*ACTIVATION_NAMES)
-DROPOUTS = _as_imported(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-IDENTITY = _as_imported(nn.Identity)
-
-NORM_ACT_CLASSES = (
-    "timm.layers.norm_act.BatchNormAct2d",
-    "timm.layers.norm_act.SyncBatchNormAct",
-)
-"""Batch norms with an activation inside, by name: their library need not be there."""
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -103,16 +95,6 @@ def read_norm(module: nn.Module, path: str) -> _BatchNorm:
     check_known(module, path, NORMS)
     assert isinstance(module, _BatchNorm)
     return module
-
-
-def read_norm_act(module: nn.Module, path: str) -> tuple[_BatchNorm, Activation]:
-    """timm's batch norm with dropout and activation inside, if it does not drop."""
-    if f"{type(module).__module__}.{type(module).__qualname__}" not in NORM_ACT_CLASSES:
-        raise Unsupported(path, f"is a {type(module).__name__}")
-    check_plain(module, path)
-    assert isinstance(module, _BatchNorm)
-    check_known(module.get_submodule("drop"), f"{path}.drop", IDENTITY)
-    return module, read_activation(module.get_submodule("act"), f"{path}.act")
 
 
 def read_activation(module: nn.Module, path: str) -> Activation:
@@ -165,13 +147,6 @@ class Dropout(NamedTuple):
 
     rate: float = 0.0
     drops_maps: bool = False
-
-
-def read_dropout(module: nn.Module, path: str) -> Dropout:
-    """Dropout of single values or of whole maps."""
-    check_known(module, path, DROPOUTS)
-    rate = float(module.p) if module.training else 0.0  # type: ignore[arg-type]
-    return Dropout(rate, type(module) is not nn.Dropout)
 
 
 def keeps_size(conv: _ConvNd) -> bool:

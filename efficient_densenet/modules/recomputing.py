@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Settings(nn.Module):
 
     _recompute: Recompute = "bottleneck"
     _kernels: Kernels = "auto"
+    is_generated: ClassVar[bool] = False
+    """Whether the class was made by the conversion, so that its forward is the recomputing one."""
 
     @property
     def recompute(self) -> Recompute:
@@ -77,36 +79,45 @@ class Recomputing(Settings):
     A subclass says in :meth:`read` what it is; the modules are read once a call.
     """
 
-    def read(self, x: Tensor) -> Call:
-        """What a call on ``x`` would run; raises :class:`Unsupported` where it would be naive."""
+    def read(self, *args: Any, **kwargs: Any) -> Call:
+        """What a call would run; raises :class:`Unsupported` where it would be naive."""
         raise NotImplementedError
 
-    def read_call(self, x: Tensor) -> Call:
+    def read_call(self, *args: Any, **kwargs: Any) -> Call:
         """:meth:`read`, unless the mode or the call itself decides already."""
         if self._recompute == "none":
             raise Declined("the module", 'has recompute="none"')
-        check_input(x)
-        return self.read(x)
+        for x in self.inputs(args, kwargs):
+            check_input(x)
+        return self.read(*args, **kwargs)
 
-    def read_or_none(self, x: Tensor) -> Call | None:
-        """What a call on ``x`` would run; ``None``, and a warning, if that is the naive path.
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
+        """The maps among the arguments of a call."""
+        return (*args, *kwargs.values())
+
+    def read_or_none(self, *args: Any, **kwargs: Any) -> Call | None:
+        """What a call would run; ``None``, and a warning, if that is the naive path.
 
         Nobody is warned of what the caller has asked for.
         """
         try:
-            return self.read_call(x)
+            return self.read_call(*args, **kwargs)
         except Declined:
             return None
         except Unsupported as reason:
-            if not torch.compiler.is_compiling():
-                # Python shows a warning once for each text.
-                warnings.warn(f"{type(self).__name__} is naive, since {reason}", stacklevel=3)
+            self.warn(reason)
             return None
 
-    def why_naive(self, x: Tensor) -> str | None:
-        """Why ``x`` would take the naive path, or ``None`` if it takes the efficient one."""
+    def warn(self, reason: Unsupported) -> None:
+        """Say why a call takes the naive path."""
+        if not torch.compiler.is_compiling():
+            # Python shows a warning once for each text.
+            warnings.warn(f"{type(self).__name__} is naive, since {reason}", stacklevel=5)
+
+    def why_naive(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why a call would take the naive path, or ``None`` if it takes the efficient one."""
         try:
-            self.read_call(x)
+            self.read_call(*args, **kwargs)
         except Unsupported as reason:
             return str(reason)
         return None
@@ -117,13 +128,18 @@ class Recomputing(Settings):
         types, activations = types_of(x), (RELU,) if call is None else call.spec.activations
         return explain_choice(self.kernels, x.device, (types.compute, types.features), activations)
 
-    def run_naive(self, x: Tensor) -> Tensor:
+    def run_naive(self, *args: Any, **kwargs: Any) -> Any:
         """The forward function of the class behind."""
-        return super().forward(x)
+        return super().forward(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass, on the efficient path or the naive one."""
+        call = self.read_or_none(*args, **kwargs)
+        return self.run_naive(*args, **kwargs) if call is None else call.run()
 
     def forward(self, x: Tensor) -> Tensor:
-        call = self.read_or_none(x)
-        return self.run_naive(x) if call is None else call.run()
+        result: Tensor = self.run(x)
+        return result
 
 
 def supported(read: Callable[[Tensor], T], x: Tensor) -> T | None:

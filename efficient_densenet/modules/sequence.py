@@ -15,15 +15,14 @@ from efficient_densenet.modules.block import RecomputingBlock
 from efficient_densenet.modules.calls import BlockCall, StemCall, check_input
 from efficient_densenet.modules.naive import Transition, global_average
 from efficient_densenet.modules.parts import (
-    ACTIVATION,
-    CONV,
-    NORM,
-    NORM_ACT,
-    POOL,
     TRANSITION,
     Found,
-    Kind,
     Structure,
+    add_activation,
+    add_conv,
+    add_norm,
+    add_norm_with_activation,
+    add_pool,
     read_transition,
     stem_of,
 )
@@ -37,9 +36,12 @@ from efficient_densenet.modules.reading import (
 )
 from efficient_densenet.modules.recomputing import Recomputing, Settings, supported
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=Recomputing)
 
-STEMS: tuple[tuple[Kind, ...], ...] = ((CONV, NORM, ACTIVATION, POOL), (CONV, NORM_ACT, POOL))
+STEMS = (
+    (add_conv, add_norm, add_activation, add_pool),
+    (add_conv, add_norm_with_activation, add_pool),
+)
 
 
 class RecomputingTransition(Recomputing):
@@ -175,7 +177,8 @@ def _run_block(block: RecomputingBlock, x: Tensor, reader: RecomputingTransition
     call = block.read_or_none(x)
     if call is None:
         return reader(block.run_naive(x))
-    assert isinstance(call, BlockCall)
+    if not isinstance(call, BlockCall):
+        return reader(call.run())
     try:
         call = call.read_by(reader.read_unit())
     except Unsupported:
@@ -191,7 +194,9 @@ def _reads_inside(module: nn.Module | None) -> TypeGuard[RecomputingTransition]:
 def is_plain(module: nn.Module | None, base: type[M]) -> TypeGuard[M]:
     """Whether calling a module is calling the forward of ``base``, and that alone."""
     return (
-        isinstance(module, base) and type(module).forward is base.forward and not is_patched(module)
+        isinstance(module, base)
+        and (module.is_generated or type(module).forward is base.forward)
+        and not is_patched(module)
     )
 
 
@@ -201,15 +206,15 @@ def read_stem(
     """The stem with which the modules begin, for the image ``x``, and how many modules it is."""
     if type(modules[0]) not in CONVS:
         return None
-    for kinds in STEMS:
-        if len(modules) < len(kinds):
+    for parts in STEMS:
+        if len(modules) < len(parts):
             continue
         found = Found()
         try:
             check_input(x)
-            for kind, module in zip(kinds, modules, strict=False):
-                kind.read(module, type(module).__name__, found)
-            return StemCall.of(x, *stem_of(found), kernels), len(kinds)
+            for add, module in zip(parts, modules, strict=False):
+                add(module, type(module).__name__, found)
+            return StemCall.of(x, *stem_of(found), kernels), len(parts)
         except Unsupported:
             continue
     return None

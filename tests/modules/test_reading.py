@@ -15,7 +15,6 @@ from efficient_densenet.modules.reading import (
     Unsupported,
     read_activation,
     read_conv,
-    read_dropout,
     read_norm,
     read_pool,
 )
@@ -61,7 +60,6 @@ REFUSED = [
     (read_activation, nn.Sigmoid(), "part is a Sigmoid"),
     (read_pool, nn.AdaptiveAvgPool2d(1), "part is a AdaptiveAvgPool2d"),
     (read_pool, nn.MaxPool2d(2, return_indices=True), "part returns indices"),
-    (read_dropout, nn.AlphaDropout(), "part is a AlphaDropout"),
 ]
 
 

@@ -1,0 +1,269 @@
+"""What stands in front of the class of a converted module: it recomputes what was recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from efficient_densenet.convert.dense import match_dense
+from efficient_densenet.convert.graph import Call as RecordedCall
+from efficient_densenet.convert.graph import Recording
+from efficient_densenet.convert.layers import (
+    part,
+    read_layers,
+    read_stem,
+    read_transition,
+    run_layer,
+)
+from efficient_densenet.convert.match import (
+    DenseMatch,
+    NormMatch,
+    StemMatch,
+    TransitionMatch,
+    match_norm,
+    match_stem,
+    match_transition,
+)
+from efficient_densenet.convert.record import record
+from efficient_densenet.convert.stand_ins import stand_in
+from efficient_densenet.convert.state import Known, Snapshot
+from efficient_densenet.convert.twin import Unrecordable, described
+from efficient_densenet.functional.precision import types_of
+from efficient_densenet.functional.spec import BlockSpec
+from efficient_densenet.kernels.interface import Activation
+from efficient_densenet.kernels.layout import in_format_of
+from efficient_densenet.modules.block import RecomputingBlock
+from efficient_densenet.modules.calls import BlockCall, StemCall
+from efficient_densenet.modules.parts import NormWithActivation
+from efficient_densenet.modules.reading import Layer, Unit, Unsupported
+from efficient_densenet.modules.recomputing import Recomputing
+from efficient_densenet.modules.sequence import RecomputingSequence, RecomputingTransition
+
+M = TypeVar("M", DenseMatch, TransitionMatch, StemMatch, NormMatch)
+Args = tuple[Any, ...] | None
+TENSOR = "tensor"
+ONE_TENSOR = ((TENSOR,), ())
+
+
+def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What Python may decide by in the arguments of a call; ``ONE_TENSOR`` is that of most."""
+    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+        return ONE_TENSOR
+    return (
+        tuple([_described(arg) for arg in args]),
+        tuple([(name, _described(arg)) for name, arg in kwargs.items()]),
+    )
+
+
+def _described(thing: Any) -> Any:
+    if isinstance(thing, Tensor):
+        return TENSOR
+    if isinstance(thing, (list, tuple)):
+        return tuple([_described(item) for item in thing])
+    return described(thing)
+
+
+def tensors_in(nest: Any) -> Iterator[Tensor]:
+    """All tensors among arguments, in order."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, (list, tuple)):
+        for item in nest:
+            yield from tensors_in(item)
+    elif isinstance(nest, Mapping):
+        for item in nest.values():
+            yield from tensors_in(item)
+
+
+class Front(nn.Module):
+    """What stands before the class of a converted module of this ``kind``."""
+
+    kind: ClassVar[str]
+
+    def learn(self, match: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Be told what a call with these arguments computes, as the module is now."""
+
+
+class Recognised(Front, Generic[M]):
+    """A module that knows what it computes, and looks again when something has changed."""
+
+    _known: Known
+
+    @staticmethod
+    def recognise(recording: Recording, call: RecordedCall) -> Any:
+        """What a recorded call computes; raises :class:`Unsupported`."""
+        raise NotImplementedError
+
+    def learn(self, match: M, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if "_known" not in vars(self):
+            self._known = Known()
+        arguments = arguments_of(args, kwargs)
+        if self._known.find(self, arguments) is None:
+            self._known.add(Snapshot(self), arguments, match)
+
+    def recognised(self, args: Args = None, kwargs: Mapping[str, Any] | None = None) -> M:
+        """What a call with these arguments computes, by default with one tensor.
+
+        Raises:
+            Unsupported: if it is not known.
+        """
+        arguments = ONE_TENSOR if args is None else arguments_of(args, kwargs or {})
+        found = self._known.find(self, arguments)
+        if found is None:
+            if torch.compiler.is_compiling():
+                raise Unsupported("the module", "has changed since it was recognised")
+            found = self._look(args, kwargs or {})
+            self._known.add(Snapshot(self), arguments, found)
+        if isinstance(found, Unsupported):
+            raise Unsupported(*found.args)  # without the traceback of its first time
+        result: M = found
+        return result
+
+    def _look(self, args: Args, kwargs: Mapping[str, Any]) -> M | Unsupported:
+        try:
+            recording = record(self, (stand_in(self),) if args is None else args, kwargs)
+            result: M = self.recognise(recording, recording.root)
+        except Unrecordable as reason:
+            return Unsupported("the forward function", f"cannot be recorded: {reason}")
+        except Unsupported as reason:
+            return reason.with_traceback(None)
+        return result
+
+
+class DenseFront(Recognised[DenseMatch], RecomputingBlock):
+    """A dense block."""
+
+    recognise = staticmethod(match_dense)
+    kind = "dense block"
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
+        return tensors_in((args, kwargs))
+
+    def read(self, *args: Any, **kwargs: Any) -> BlockCall | _NewMaps | _AfterEntry:
+        match = self.recognised(args, kwargs)
+        x = list(tensors_in((args, kwargs)))[match.argument]
+        layers = tuple(read_layers(self, match))
+        if match.new_first:
+            raise Unsupported("the block", "puts new maps before older ones")
+        if match.entry is not None:
+            return _AfterEntry(self, x, match, layers)
+        call = self.call_on(x, match, layers)
+        return _NewMaps(call) if match.returns == "new" else call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def call_on(self, x: Tensor, match: DenseMatch, layers: tuple[Layer, ...]) -> BlockCall:
+        """The call of the layers on the map that enters; raises :class:`Unsupported`."""
+        if x.shape[1] != match.input_channels:
+            expected = f"expects {match.input_channels} channels and gets {x.shape[1]}"
+            raise Unsupported("the block", expected)
+        if x.dim() != layers[0].units[0].tensors.conv_weight.dim():
+            raise Unsupported("the input", f"has {x.dim()} dimensions")
+        return BlockCall.of(x, layers, None, self.recompute, self.kernels)
+
+
+@dataclass(frozen=True)
+class _NewMaps:
+    """A call whose result is only the maps that it adds: a view of all."""
+
+    call: BlockCall
+
+    @property
+    def spec(self) -> BlockSpec:
+        return self.call.spec
+
+    def run(self) -> Tensor:
+        return self.call.run()[:, self.call.x.shape[1] :]
+
+
+@dataclass(frozen=True)
+class _AfterEntry:
+    """A call of layers on what another module, called first, makes of ``x``."""
+
+    block: DenseFront
+    x: Tensor
+    match: DenseMatch
+    layers: tuple[Layer, ...]
+
+    @property
+    def spec(self) -> BlockSpec:
+        return BlockSpec(
+            layers=tuple([layer.spec for layer in self.layers]),
+            exit=None,
+            input_channels=self.match.input_channels,
+            recompute=self.block.recompute,
+            types=types_of(self.x),
+            kernels=self.block.kernels,
+        )
+
+    def run(self) -> Tensor:
+        assert self.match.entry is not None
+        x = part(self.block, self.match.entry)(self.x)
+        try:
+            features = self.block.call_on(x, self.match, self.layers).run()
+        except Unsupported as reason:
+            self.block.warn(reason)
+            features = x
+            for layer in self.match.layers:
+                assert layer.call is not None
+                features = run_layer(self.block, layer.call, features)
+        return features if self.match.returns == "all" else features[:, x.shape[1] :]
+
+
+class TransitionFront(Recognised[TransitionMatch], RecomputingTransition):
+    """A transition."""
+
+    recognise = staticmethod(match_transition)
+    kind = "transition"
+
+    def read(self, *args: Any, **kwargs: Any) -> BlockCall:
+        unit = read_transition(self, self.recognised(args, kwargs))
+        (x,) = tensors_in((args, kwargs))
+        return BlockCall.of(x, (), None, "norm", self.kernels).read_by(unit)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def read_unit(self) -> Unit:
+        return read_transition(self, self.recognised())
+
+
+class StemFront(Recognised[StemMatch], Recomputing):
+    """A module that is a stem, and keeps only the image."""
+
+    recognise = staticmethod(match_stem)
+    kind = "stem"
+
+    def read(self, *args: Any, **kwargs: Any) -> StemCall:
+        (x,) = tensors_in((args, kwargs))
+        return StemCall.of(x, *read_stem(self, self.recognised(args, kwargs)), self.kernels)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.run(*args, **kwargs)
+        return in_format_of(next(tensors_in((args, kwargs))), result)
+
+
+class NormFront(Recognised[NormMatch], NormWithActivation):
+    """A batch norm with its activation inside, which a sequence runs as a part of a stem."""
+
+    recognise = staticmethod(match_norm)
+    kind = "norm of a stem"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+    def read_parts(self) -> tuple[_BatchNorm, Activation]:
+        match = self.recognised()
+        return part(self, match.norm), match.activation
+
+
+class SequenceFront(Front, RecomputingSequence):
+    """A sequence that runs a block and the transition after it together, and a stem as one."""
+
+    kind = "sequence"

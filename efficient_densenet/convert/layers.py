@@ -1,0 +1,103 @@
+"""What was recognised, read as what its modules are now: specifications and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from efficient_densenet.convert.match import (
+    DenseMatch,
+    LayerCall,
+    LayerMatch,
+    StemMatch,
+    TransitionMatch,
+    UnitMatch,
+)
+from efficient_densenet.functional.spec import LayerSpec
+from efficient_densenet.modules.reading import (
+    Layer,
+    Unit,
+    Unsupported,
+    is_plain_average,
+    is_pointwise,
+    keeps_size,
+    unit_of,
+)
+
+
+def part(module: nn.Module, path: str) -> Any:
+    """The module at a path below ``module``."""
+    for name in path.split(".") if path else ():
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+def read_layers(block: nn.Module, match: DenseMatch) -> Iterator[Layer]:
+    """The layers of a recognised block.
+
+    Raises:
+        Unsupported: if one of them is no known unit, or units that are not supported together.
+    """
+    channels = match.input_channels
+    for number, layer in enumerate(match.layers):
+        name = layer.call.path if layer.call else f"layer {number + 1}"
+        yield _read_layer(block, layer, name, channels)
+        channels += layer.growth
+
+
+def _read_layer(block: nn.Module, layer: LayerMatch, name: str, channels: int) -> Layer:
+    if layer.why_opaque is not None:
+        raise Unsupported(*layer.why_opaque)
+    if len(layer.units) > 2:
+        raise Unsupported(name, f"has {len(layer.units)} convolutions: one or two are supported")
+    *inner, last = [unit.dropout for unit in layer.units]
+    if any(dropout.rate for dropout in inner):
+        raise Unsupported(name, "drops values between its convolutions")
+    units = tuple([_read_unit(block, unit) for unit in layer.units])
+    convs, reads = [part(block, unit.conv) for unit in layer.units], channels
+    for unit, conv in zip(layer.units, convs, strict=True):
+        if not keeps_size(conv):
+            raise Unsupported(unit.conv, "changes the size of the map")
+        expected = conv.weight.shape[1] * conv.groups
+        if expected != reads:
+            raise Unsupported(unit.conv, f"expects {expected} channels and gets {reads}")
+        reads = conv.weight.shape[0]
+    if reads != layer.growth:
+        raise Unsupported(name, f"adds {reads} channels, and not {layer.growth} as it did")
+    specs, width = tuple([unit.spec for unit in units]), convs[0].weight.shape[0]
+    return Layer(LayerSpec(specs, channels, width, reads, last.rate, last.drops_maps), units)
+
+
+def _read_unit(block: nn.Module, unit: UnitMatch) -> Unit:
+    return unit_of(part(block, unit.norm), unit.activation, part(block, unit.conv))
+
+
+def run_layer(block: nn.Module, call: LayerCall, x: Tensor) -> Tensor:
+    """The maps ``x`` with the new ones of a layer, which is called as its block calls it."""
+    maps = list(x.split(call.channels, 1))
+    module = part(block, call.path)
+    result: Tensor = module(maps) if call.form == "list" else module(*maps)
+    return result if call.returns == "all" else torch.cat([x, result], 1)
+
+
+def read_transition(transition: nn.Module, match: TransitionMatch) -> Unit:
+    """A recognised transition as what reads all features of a block; raises Unsupported."""
+    conv, pool = part(transition, match.conv), match.pool
+    if match.dropout.rate:
+        raise Unsupported("the transition", "drops values")
+    if pool is None or not (is_pointwise(conv) and is_plain_average(pool)):
+        raise Unsupported(
+            "the transition",
+            "does not convolve 1x1 and average without padding: the two do not commute",
+        )
+    return unit_of(part(transition, match.norm), match.activation, conv, pool)
+
+
+def read_stem(stem: nn.Module, match: StemMatch) -> tuple[_ConvNd, Unit]:
+    """The convolution of a recognised stem, and the unit that reads its result."""
+    unit = unit_of(part(stem, match.norm), match.activation, pool=match.pool)
+    return part(stem, match.conv), unit

@@ -1,0 +1,203 @@
+"""What Python may decide by in a module and all below it: whether a recording still holds.
+
+Norms and convolutions are read at every call; their parameters, and what schedules change of them,
+need not be what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficient_densenet.convert.converted import class_of
+from efficient_densenet.convert.twin import PLAIN, described
+from efficient_densenet.modules.reading import CONVS, NORMS, is_patched
+
+IGNORED = {*vars(nn.Module()), "_is_replica", "_former_parameters"} - {"training"}
+"""What every module has, and ``DataParallel``'s replicas."""
+CHOICES = {"_recompute", "_kernels", "_known"}
+"""What a converted module has besides."""
+READ: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict.fromkeys(NORMS, ("eps", "momentum")),
+    **dict.fromkeys(CONVS, ("_reversed_padding_repeated_twice",)),
+}
+"""What is read of exactly these classes at every call, or follows from something else."""
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One module as it was.
+
+    Attributes:
+        cls: its class, or what that was before the conversion.
+        first: where in the walk it was met first.
+        children: their names.
+        patched: whether calling it did more than its class's forward.
+        plain: attributes that never change in place.
+        other: all other attributes, as :func:`twin.described` has them.
+        tensors: names and shapes of its own parameters and buffers; empty for PyTorch's classes.
+        entries: how many attributes it had in all.
+    """
+
+    cls: type[nn.Module]
+    first: int
+    children: tuple[str, ...]
+    patched: bool
+    plain: tuple[tuple[str, Any], ...]
+    other: tuple[tuple[str, Any], ...]
+    tensors: tuple[tuple[str, Any], ...]
+    entries: int
+
+    @classmethod
+    def of(cls, module: nn.Module, first: int) -> _Part:
+        known = class_of(module)
+        plain, other = [], []
+        for name, value in _attributes(known, vars(module)):
+            if _is_constant(value):
+                plain.append((name, value))
+            else:
+                other.append((name, described(value)))
+        return cls(
+            known,
+            first,
+            tuple(module._modules),
+            is_patched(module),
+            tuple(plain),
+            tuple(other),
+            tuple(_tensors(known, module)),
+            len(vars(module)),
+        )
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether Python would decide the same by ``module``."""
+        values = vars(module)
+        return (
+            class_of(module) is self.cls
+            and is_patched(module) == self.patched
+            and tuple(module._modules) == self.children
+            and all(_is_same(values.get(name, MISSING), value) for name, value in self.plain)
+            and all(name in values and described(values[name]) == it for name, it in self.other)
+            and (len(values) == self.entries or self._names() == _names(self.cls, values))
+            and tuple(_tensors(self.cls, module)) == self.tensors
+        )
+
+    def fits_as_traced(self, module: nn.Module) -> bool:
+        """The same in what is compiled; where it cannot look, false."""
+        for name, value in self.plain:
+            if getattr(module, name) != value:
+                return False
+        return class_of(module) is self.cls and not (self.patched or self.other)
+
+    def _names(self) -> set[str]:
+        return {name for name, _ in (*self.plain, *self.other)}
+
+
+class Snapshot:
+    """What Python may decide by in a module and all below it, at one moment.
+
+    It names no module, so that it holds for copies as well.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        firsts: dict[int, int] = {}
+        live: list[nn.Module] = []
+        _walk([module], live)
+        self._parts = [
+            _Part.of(part, firsts.setdefault(id(part), i)) for i, part in enumerate(live)
+        ]
+        bases = (base for part in self._parts for base in part.cls.__mro__)
+        self._classes = [(base, dict(vars(base))) for base in dict.fromkeys(bases)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
+        return self  # which nothing changes
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether Python would decide the same now, and no class has another method."""
+        live: list[nn.Module] = []
+        _walk([module], live)
+        if torch.compiler.is_compiling():
+            # The compiler compares whatever is looked at here again before each call.
+            return len(live) == len(self._parts) and all(
+                [part.fits_as_traced(module) for module, part in zip(live, self._parts)]  # noqa: B905
+            )
+        firsts: dict[int, int] = {}
+        return (
+            len(live) == len(self._parts)
+            and all(
+                firsts.setdefault(id(module), i) == part.first and part.fits(module)
+                for i, (module, part) in enumerate(zip(live, self._parts, strict=True))
+            )
+            and all(vars(base) == members for base, members in self._classes)
+        )
+
+
+def _walk(modules: Iterable[nn.Module | None], into: list[nn.Module]) -> None:
+    for module in modules:
+        if module is not None:
+            into.append(module)
+            _walk(module._modules.values(), into)
+
+
+def _attributes(cls: type[nn.Module], values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The attributes that Python may decide by."""
+    for name, value in values.items():
+        ignored = name in IGNORED or name in CHOICES or name in READ.get(cls, ())
+        if not ignored and not isinstance(value, Tensor):
+            yield name, value
+
+
+def _names(cls: type[nn.Module], values: Mapping[str, Any]) -> set[str]:
+    return {name for name, _ in _attributes(cls, values)}
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_constant(item) for item in value)
+    return value is None or isinstance(value, (*PLAIN, FunctionType, BuiltinFunctionType, type))
+
+
+def _is_same(found: Any, value: Any) -> bool:
+    return found is value or (type(found) is type(value) and bool(found == value))
+
+
+def _tensors(cls: type[nn.Module], module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What there is of a module's own tensors; PyTorch's modules are read, or are no known unit."""
+    if cls.__module__.startswith("torch.nn."):
+        return
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            yield name, None if tensor is None else tuple(tensor.shape)
+
+
+class Known:
+    """What a module was recognised as, and in which state; pickles forget it."""
+
+    LENGTH = 8
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Snapshot, Any, Any]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Known:
+        copied = Known()
+        copied._entries = list(self._entries)
+        return copied
+
+    def __reduce__(self) -> Any:
+        return Known, ()
+
+    def add(self, snapshot: Snapshot, arguments: Any, result: Any) -> None:
+        """Note ``result`` for calls with ``arguments`` while ``snapshot`` holds."""
+        self._entries = [(snapshot, arguments, result), *self._entries][: self.LENGTH]
+
+    def find(self, module: nn.Module, arguments: Any) -> Any:
+        """What ``module`` was recognised as in the state that it is in, else ``None``."""
+        for snapshot, known, result in self._entries:
+            if known == arguments and snapshot.holds(module):
+                return result
+        return None

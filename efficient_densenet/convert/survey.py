@@ -1,0 +1,180 @@
+"""Finds what a model is made of: dense blocks, transitions, stems, and what nearly is one.
+
+The model's forward pass is recorded once, and every call in it is looked at; parts that it did not
+come to are recorded by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from efficient_densenet.convert.converted import Converted, class_of, converted_class
+from efficient_densenet.convert.dense import match_dense
+from efficient_densenet.convert.fronts import (
+    DenseFront,
+    Front,
+    Recognised,
+    StemFront,
+    TransitionFront,
+)
+from efficient_densenet.convert.graph import Call, Nest, Recording, Value
+from efficient_densenet.convert.near import nearly_dense
+from efficient_densenet.convert.record import record
+from efficient_densenet.convert.stand_ins import stand_in, without_values
+from efficient_densenet.convert.twin import Unrecordable
+from efficient_densenet.modules.reading import Unsupported
+from efficient_densenet.modules.recomputing import Recomputing, Settings
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module that was recognised.
+
+    Attributes:
+        front: what would stand before its class.
+        match: what it is, ``None`` if it only looks like a dense block.
+        args: what it is called with, as stand-ins, and ``kwargs``.
+        reason: why it is none.
+    """
+
+    front: type[Front]
+    match: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    reason: Unsupported | None = None
+
+    def why_naive(self, module: nn.Module) -> str | None:
+        """Why ``module`` would be naive if it were converted, or is if it is native."""
+        if self.match is None:
+            return str(self.reason)
+        if not isinstance(module, Settings) or isinstance(module, Converted):
+            cls = converted_class(class_of(module), self.front)
+            shell = cls.__new__(cls)
+            vars(shell).update(vars(module))
+            vars(shell).pop("_known", None)
+            shell.learn(self.match, self.args, self.kwargs)
+            module = shell
+        if not isinstance(module, Recomputing):
+            return None
+        return module.why_naive(*self.args, **self.kwargs)
+
+
+class Survey:
+    """What there is in ``model``.
+
+    Attributes:
+        found: the modules that were recognised, by path.
+        in_parts: the paths of modules that were not called, but their parts were.
+
+    Args:
+        model: any module.
+        args: what it is called with; by default a map of as many channels as its first norm or
+            convolution reads.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...] | None = None) -> None:
+        self.found: dict[str, Found] = {}
+        self.in_parts: set[str] = set()
+        self._record(model, "", args)
+
+    def _record(self, module: nn.Module, path: str, args: tuple[Any, ...] | None) -> None:
+        """Record the module at ``path``, and after that what its forward pass did not come to."""
+        if args is None:
+            x = stand_in(module)
+            if x is None:
+                return
+            args = (x,)
+        reached: set[str] = set()
+        try:
+            recording = record(module, args)
+        except Unrecordable:
+            pass
+        else:
+            for name, found in _found_in(recording, _dtype_of(module)):
+                self.found.setdefault(_joined(path, name), found)
+            reached = {call.path for call in recording.calls() if call.stop is not None}
+        self._record_rest(module, path, "", reached)
+
+    def _record_rest(self, module: nn.Module, path: str, below: str, reached: set[str]) -> None:
+        """What was not ``reached`` in the recording at ``path``; ``module`` is ``below`` that."""
+        for name, child in module.named_children():
+            inner = _joined(below, name)
+            in_parts = any(other.startswith(f"{inner}.") for other in reached)
+            is_callable = type(child).forward is not nn.Module.forward
+            if inner not in reached:
+                if in_parts:
+                    self.in_parts.add(_joined(path, inner))
+                if is_callable and any(True for _ in child.children()):
+                    self._record(child, _joined(path, inner), None)
+            if in_parts or not is_callable:
+                self._record_rest(child, path, inner, reached)
+
+
+def _found_in(recording: Recording, dtype: torch.dtype) -> Iterator[tuple[str, Found]]:
+    """What is recognised in a recording, outer modules first, by the path of each."""
+    known: dict[str, Call] = {}
+    entries: list[str] = []
+    for call in recording.calls():
+        if call.path not in entries and any(call.within(other) for other in known.values()):
+            continue
+        found = _recognised(recording, call)
+        if found is not None and found[2].path not in known:
+            front, match, inner = found
+            known[inner.path] = inner
+            if front is DenseFront and match.entry is not None:
+                entries.append(_joined(inner.path, match.entry))
+            args, kwargs = _stand_ins(inner.args, dtype), _stand_ins(inner.kwargs, dtype)
+            yield inner.path, Found(front, match, args, kwargs)
+    for call in nearly_dense(recording, known.values()):
+        try:
+            match_dense(recording, call)
+        except Unsupported as reason:
+            yield call.path, Found(DenseFront, None, reason=reason.with_traceback(None))
+
+
+def _recognised(recording: Recording, call: Call) -> tuple[type[Front], Any, Call] | None:
+    """What a call is, and the innermost call that is all of it."""
+    fronts: tuple[type[Recognised[Any]], ...] = (DenseFront, TransitionFront, StemFront)
+    for front in fronts:
+        try:
+            match = front.recognise(recording, call)
+        except Unsupported:
+            continue
+        if getattr(match, "pool", match) is None:
+            continue
+        for child in call.children:
+            if child.result is call.result:
+                inner = _recognised(recording, child)
+                if inner is not None and inner[0] is front and _is_as_much(match, inner[1]):
+                    return inner
+        return front, match, call
+    return None
+
+
+def _is_as_much(match: Any, inner: Any) -> bool:
+    """Whether a dense block inside another one holds all layers of it."""
+    return len(getattr(match, "layers", ())) == len(getattr(inner, "layers", ()))
+
+
+def _stand_ins(nest: Nest, dtype: torch.dtype) -> Any:
+    if isinstance(nest, Value):
+        return without_values(nest.shape, dtype)
+    if isinstance(nest, tuple):
+        return tuple([_stand_ins(item, dtype) for item in nest])
+    if isinstance(nest, dict):
+        return {name: _stand_ins(item, dtype) for name, item in nest.items()}
+    return nest
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    floats = (t.dtype for t in module.parameters() if t.is_floating_point())
+    return next(floats, torch.get_default_dtype())
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
