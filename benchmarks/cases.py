@@ -104,7 +104,7 @@ class Case:
     def small_subject(
         self, competitor: Competitor, batch: int = 2, dtype: torch.dtype | None = torch.float64
     ) -> Subject:
-        """The same with a batch of its own, to be judged; unless told, without float32's noise.
+        """The same with a smaller batch, to be checked; in float64, where rounding hides no error.
 
         With no ``dtype`` it is in the precision of the case. Not compiled: another dtype and shape
         would be another compilation.

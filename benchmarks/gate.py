@@ -53,11 +53,11 @@ def regressions(found: Json, baseline: Json) -> list[str]:
     lines = []
     for name in common:
         if now[name]["failure"] is not None:
-            lines.append(f"{_told(name)}: {now[name]['failure']}")
+            lines.append(f"{_name(name)}: {now[name]['failure']}")
             continue
         old, new = _figures(name, baseline), _figures(name, found)
         lines += [
-            f"{_told(name)}: {figure} {new[figure]:,.6g}, {new[figure] / old[figure]:.3f} times "
+            f"{_name(name)}: {figure} {new[figure]:,.6g}, {new[figure] / old[figure]:.3f} times "
             f"the baseline's {old[figure]:,.6g} (at most {most:g})"
             for figure, most in GROWTH.items()
             if (timed or figure != TIME) and new[figure] > most * old[figure]
@@ -92,7 +92,7 @@ def _figures(name: Name, steps: Json) -> dict[str, float]:
     }
 
 
-def _told(name: Name) -> str:
+def _name(name: Name) -> str:
     case, competitor = name
     return f"{case}, {competitor}"
 

@@ -144,7 +144,7 @@ def compete(
             row.failure = OUT_OF_MEMORY
         except Exception as error:
             traceback.print_exc()
-            row.failure = told(error)
+            row.failure = one_line(error)
             synchronize()  # raises if no one can use the device any more
         slowest = max(slowest, time.perf_counter() - start)
     tell(rows, None)
@@ -154,7 +154,7 @@ def compete(
     return rows
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:300]

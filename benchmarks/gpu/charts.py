@@ -136,9 +136,9 @@ def _figure(width: float, height: float) -> Figure:
 
 def _finish(figure: Figure, found: Json, path: Path) -> None:
     conditions = found["conditions"]
-    told = [conditions["device"], f"torch {conditions['torch']}", conditions["date"]]
+    where = [conditions["device"], f"torch {conditions['torch']}", conditions["date"]]
     first = ["REHEARSAL, NO GPU"] if found["rehearsal"] else []
-    figure.suptitle(", ".join([*first, *told, conditions["commit"]]), fontsize=9)
+    figure.suptitle(", ".join([*first, *where, conditions["commit"]]), fontsize=9)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

@@ -22,8 +22,8 @@ from benchmarks.instruments import (
     Row,
     Rows,
     compete,
+    one_line,
     synchronize,
-    told,
 )
 from benchmarks.precision import PrecisionJudge
 from benchmarks.provenance import Json
@@ -111,7 +111,7 @@ def fill_rows(
             fill(thing, row)
         except Exception as error:
             traceback.print_exc()
-            row["failure"] = told(error)
+            row["failure"] = one_line(error)
             synchronize()  # raises if no one can use the device any more
     job.tell(result)
 

@@ -194,7 +194,7 @@ def operations_tables(result: Json) -> list[Table]:
     rows.append((*ceiling, f"{copied / 1e9:.0f}", f"{multiplied / 1e12:.1f}", "", ""))
     for row in result["rows"]:
         times = {name: median(seconds) for name, seconds in row.get("seconds", {}).items()}
-        told = [f"{times[name] * 1e6:.0f}" if name in times else "" for name in names]
+        cells = [f"{times[name] * 1e6:.0f}" if name in times else "" for name in names]
         fastest = min(times, key=lambda name: times[name], default=None)
         rates = ("", "", "")
         if fastest is not None:
@@ -202,7 +202,7 @@ def operations_tables(result: Json) -> list[Table]:
             rates = (fastest, f"{moved / 1e9:.0f}", f"{done / 1e12:.1f}" if done else "")
         difference = max(row.get("differences", {}).values(), default=None)
         largest = "" if difference is None else f"{difference:.1e}"
-        rows.append((row["name"], *told, *rates, largest, _cell(row["failure"] or "")))
+        rows.append((row["name"], *cells, *rates, largest, _cell(row["failure"] or "")))
     tiles = [("fastest tile for", "rows", "columns", "depth", "warps", "stages")]
     for key, tile in result.get("tiles", {}).items():
         tiles.append((key, *(str(tile[name]) for name in tiles[0][1:])))
@@ -214,8 +214,8 @@ def launches_tables(result: Json) -> list[Table]:
     found: list[Table] = [rows]
     for row in result["rows"]:
         counts = [row.get(f"{way}_per_layer") for way in ("forward", "backward")]
-        told = ["" if count is None else f"{count:.1f}" for count in counts]
-        rows.append((row["name"], *told, row["failure"] or ""))
+        cells = ["" if count is None else f"{count:.1f}" for count in counts]
+        rows.append((row["name"], *cells, row["failure"] or ""))
         kernels = [
             (_cell(kernel["name"]), str(kernel["count"]), f"{kernel['microseconds']:.0f}")
             for kernel in row.get("kernels", ())

@@ -68,11 +68,11 @@ class MeteredBudget(LiveMeter):
         made: Counter[str] = Counter()
         for maker, count in self._makers.values():
             made[maker] += count
-        told = ", ".join(f"{format_size(n)} by {name}" for name, n in made.most_common(MOST_TOLD))
+        makers = ", ".join(f"{format_size(n)} by {name}" for name, n in made.most_common(MOST_TOLD))
         return (
-            f"{self._operator} needs {format_size(size)}, and {format_size(self.live)} would live "
-            f"in a budget of {format_size(self.limit)}; {format_size(self.resident)} are resident, "
-            f"the rest was made mostly: {told}"
+            f"{self._operator} needs {format_size(size)}, and {format_size(self.live)} would be "
+            f"live in a budget of {format_size(self.limit)}; {format_size(self.resident)} are "
+            f"resident, most of the rest was allocated by: {makers}"
         )
 
 

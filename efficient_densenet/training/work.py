@@ -144,7 +144,7 @@ def _countable(model: str) -> Iterator[None]:
     try:
         yield
     except (OverflowError, RuntimeError, TypeError) as error:
-        told = str(error).splitlines()[0]
-        if "overflow" not in told.lower():
+        message = str(error).splitlines()[0]
+        if "overflow" not in message.lower():
             raise
-        raise ConfigError("model", f"{model}: no memory can hold it: {told}") from error
+        raise ConfigError("model", f"{model}: no memory can hold it: {message}") from error

@@ -276,7 +276,7 @@ def test_run_stays_within_budget_and_naive_run_cannot(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["budget"] == need
     naive = planner.config_within(str(need), options | {"recompute": "none"})
     assert (naive.recompute, naive.batch_size) == ("none", 32)
-    with pytest.raises(BudgetExceeded, match="would live in a budget"):
+    with pytest.raises(BudgetExceeded, match="would be live in a budget"):
         training.run(naive, tmp_path / "naive", tmp_path / "data", manifest=manifest)
 
 
