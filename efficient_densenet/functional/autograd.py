@@ -27,7 +27,7 @@ from efficient_densenet.kernels.interface import Statistics
 
 
 def dense_block(
-    x: Tensor, spec: BlockSpec, units: Sequence[UnitTensors]
+    x: Tensor, spec: BlockSpec, units: Sequence[Sequence[Tensor | None]]
 ) -> tuple[Tensor, Statistics, list[Statistics | None]]:
     """The dense block of ``spec`` on ``x``, and the batch statistics that it computed on the way.
 
@@ -39,7 +39,7 @@ def dense_block(
 
     Never kept for the backward pass: concatenations, normalised maps, and with
     ``recompute="bottleneck"`` the bottleneck maps. ``units`` holds the tensors of the units of each
-    layer in order, then those of the exit.
+    layer in order, or those of an opaque layer, then those of the exit.
 
     Returns the features (with an exit, its result), the features' statistics (written as far as a
     norm reads them), and per layer the statistics of its bottleneck map (``None`` where there is

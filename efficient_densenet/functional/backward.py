@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.functional.forward import Saved, seed_of_each
+from efficient_densenet.functional.opaque import run_again
 from efficient_densenet.functional.precision import outside_autocast
 from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
 from efficient_densenet.functional.units import UnitRunner
 from efficient_densenet.kernels.interface import Statistics, Unit
-from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
+from efficient_densenet.kernels.layout import empty_map
 
 
 class MapGradient:
@@ -152,7 +153,7 @@ class BlockBackward:
         learning = (i for i, needs in enumerate(self.needs) if any(map(any, needs)))
         self.lowest = 0 if needs_x else next(learning, len(self.layers))
         x = saved.features
-        memory_format = inner_format(x) if spec.layers else outer_format(x)
+        memory_format = spec.format(x)
         features = x.contiguous(memory_format=memory_format)
         self.units = UnitRunner(spec, features, spec.widest, memory_format)
         self.total = MapGradient(self.units, features, saved.statistics, spec.process_group)
@@ -161,7 +162,7 @@ class BlockBackward:
 
     def run(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradients of the block's input and of ``flat``, as far as they are needed."""
-        gradients: list[UnitTensors] = []  # of the last unit first
+        gradients: list[Sequence[Tensor | None]] = []  # of the last unit first
         if self.spec.exit:
             gradients.append(self._exit(grad))
             self.units.workspace.narrow(self.spec.widest_in_layers)
@@ -170,7 +171,9 @@ class BlockBackward:
         del grad
         for i in reversed(range(len(self.layers))):
             if i < self.lowest:
-                gradients += [UnitTensors()] * len(self.layers[i])
+                gradients += [(None,) * len(unit) for unit in reversed(self.layers[i])]
+            elif self.spec.layers[i].opaque:
+                gradients.append(self._opaque(i))
             else:
                 gradients += self._layer(i)
         dx = None
@@ -213,6 +216,21 @@ class BlockBackward:
             yield self.total.back_through(grad, ready, *first, needs[0], below)
         else:
             yield UnitTensors()
+
+    def _opaque(self, i: int) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors of an opaque layer, which is run again."""
+        layer, tensors, needs = self.spec.layers[i], self.layers[i][0], self.needs[i][0]
+        random, surroundings = self.saved.random[i], self.spec.surroundings
+        assert layer.opaque is not None and random is not None and surroundings is not None
+        channels, below = layer.channels, self.needs_x or i > self.lowest
+        grad = self.total.finish(channels, channels + layer.growth)
+        prefix = self.total.maps[:, :channels]
+        dx, grads = run_again(
+            layer.opaque, surroundings, prefix, tensors, random, grad, below, needs
+        )
+        if dx is not None:
+            self.total.grad[:, :channels].add_(dx)
+        return grads
 
     def _bottleneck(self, i: int, ready: Unit) -> Tensor:
         kept = self.saved.bottlenecks[i]

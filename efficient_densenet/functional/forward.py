@@ -8,31 +8,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from efficient_densenet.functional.opaque import Expected, run_once
 from efficient_densenet.functional.precision import outside_autocast
-from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.spec import BlockSpec, LayerSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_statistics
 from efficient_densenet.functional.units import UnitRunner
 from efficient_densenet.kernels.interface import Statistics
-from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
+from efficient_densenet.kernels.layout import empty_map, outer_format
 
 
 class Saved(NamedTuple):
     """What a block's forward pass leaves for its backward pass.
 
-    ``bottlenecks`` and ``bottleneck_statistics`` have an entry per layer.
+    ``bottlenecks``, ``bottleneck_statistics`` and ``random`` have an entry per layer; the last is
+    the state of the random generators from which an opaque layer drew.
     """
 
     features: Tensor
     statistics: Statistics
     bottlenecks: list[Tensor | None]
     bottleneck_statistics: list[Statistics | None]
+    random: list[Tensor | None]
 
     def flat(self, spec: BlockSpec) -> list[Tensor]:
         """Its tensors in order; the features only if they are not at the block's border."""
         pairs = [self.statistics, *filter(None, self.bottleneck_statistics)]
         maps = [bottleneck for bottleneck in self.bottlenecks if bottleneck is not None]
         inside = [self.features] if spec.layers and spec.exit else []
-        return inside + [vector for pair in pairs for vector in pair] + maps
+        random = [state for state in self.random if state is not None]
+        return inside + [vector for pair in pairs for vector in pair] + maps + random
 
     @classmethod
     def of(cls, spec: BlockSpec, border: Tensor | None, flat: Sequence[Tensor]) -> Saved:
@@ -48,7 +52,8 @@ class Saved(NamedTuple):
         bottlenecks = [
             next(tensors) if unit and spec.keeps_bottlenecks else None for unit in seconds
         ]
-        return cls(features, statistics, bottlenecks, bottleneck_statistics)
+        random = [next(tensors) if layer.opaque else None for layer in spec.layers]
+        return cls(features, statistics, bottlenecks, bottleneck_statistics, random)
 
 
 def features_at_border(spec: BlockSpec, x: Tensor, out: Tensor) -> Tensor | None:
@@ -65,11 +70,12 @@ class FeatureBuffer:
     """
 
     def __init__(self, spec: BlockSpec, x: Tensor) -> None:
-        memory_format = inner_format(x) if spec.layers else outer_format(x)
+        memory_format = spec.format(x)
         shape = (spec.channels, *(1,) * (x.dim() - 2))
         mean, var = (x.new_zeros(shape, dtype=spec.types.statistics) for _ in range(2))
         self.statistics = Statistics(mean, var)
         self._filled, self._process_group = 0, spec.process_group
+        self._surroundings = spec.surroundings
         self._read = spec.maps_with_statistics  # of the maps to come
         if spec.layers:
             self.maps = empty_map(x, spec.channels, memory_format, spec.types.features)
@@ -97,6 +103,16 @@ class FeatureBuffer:
         x, statistics = self.maps[:, : self._filled], self.statistics.first(self._filled)
         ready = self.units.ready(unit, tensors, statistics, x.dim())
         return self.units.forward(x, ready, need_statistics)
+
+    def run(
+        self, layer: LayerSpec, tensors: Sequence[Tensor], learns: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The new maps of an opaque layer, and the random state that it drew from."""
+        assert layer.opaque is not None and self._surroundings is not None
+        prefix = self.maps[:, : self._filled]
+        shape = torch.Size([len(prefix), layer.growth, *prefix.shape[2:]])
+        expected = Expected(shape, prefix.dtype)
+        return run_once(layer.opaque, self._surroundings, prefix, tensors, learns, expected)
 
 
 def forward_block(
@@ -127,28 +143,38 @@ def _forward_block(
     spec: BlockSpec, seeds: Sequence[Tensor | None], x: Tensor, flat: Sequence[Tensor | None]
 ) -> tuple[Tensor, Saved]:
     layers, exit_tensors = spec.nested(flat)
+    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, *flat))
     buffer = FeatureBuffer(spec, x)
-    bottlenecks: list[Tensor | None] = []
-    bottleneck_statistics: list[Statistics | None] = []
+    saved = Saved(buffer.maps, buffer.statistics, [], [], [])
     for layer, tensors, seed in zip(spec.layers, layers, seeds, strict=True):
-        first, *second = layer.units
-        wanted = any(unit.batch_statistics for unit in second)
-        y, statistics = buffer.read(first, tensors[0], wanted)
-        if statistics is not None:
-            statistics = joined_statistics(statistics, y, spec.process_group)
-        bottleneck = y if second else None
-        if second:
-            ready = buffer.units.ready(second[0], tensors[1], statistics, y.dim())
-            y, _ = buffer.units.forward(y, ready)
-        bottlenecks.append(bottleneck if spec.keeps_bottlenecks else None)
-        bottleneck_statistics.append(statistics)
+        random = bottleneck = statistics = None
+        if layer.opaque:
+            y, random = buffer.run(layer, tensors[0], learns)
+        else:
+            y, bottleneck, statistics = _run_units(buffer, spec, layer, tensors)
+        saved.bottlenecks.append(bottleneck if spec.keeps_bottlenecks else None)
+        saved.bottleneck_statistics.append(statistics)
+        saved.random.append(random)
         if seed is not None:
             buffer.units.drop(y, layer, seed)
         buffer.append(y)
         del y, bottleneck
-    features = buffer.maps
     if spec.exit:
-        out, _ = buffer.read(spec.exit, exit_tensors)
-    else:
-        features = out = features.contiguous(memory_format=outer_format(x))
-    return out, Saved(features, buffer.statistics, bottlenecks, bottleneck_statistics)
+        return buffer.read(spec.exit, exit_tensors)[0], saved
+    features = buffer.maps.contiguous(memory_format=outer_format(x))
+    return features, saved._replace(features=features)
+
+
+def _run_units(
+    buffer: FeatureBuffer, spec: BlockSpec, layer: LayerSpec, tensors: Sequence[UnitTensors]
+) -> tuple[Tensor, Tensor | None, Statistics | None]:
+    """The new maps of a layer, its bottleneck map, and that one's batch statistics."""
+    first, *second = layer.units
+    wanted = any(unit.batch_statistics for unit in second)
+    y, statistics = buffer.read(first, tensors[0], wanted)
+    if not second:
+        return y, None, None
+    if statistics is not None:
+        statistics = joined_statistics(statistics, y, spec.process_group)
+    ready = buffer.units.ready(second[0], tensors[1], statistics, y.dim())
+    return buffer.units.forward(y, ready)[0], y, statistics

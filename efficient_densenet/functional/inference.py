@@ -26,6 +26,7 @@ def suits_block(spec: BlockSpec, *tensors: Tensor | None) -> bool:
     units += [spec.exit] if spec.exit else []
     return (
         bool(units)
+        and not any(layer.opaque for layer in spec.layers)
         and not any(unit.batch_statistics for unit in units)
         and not any(layer.drop_rate for layer in spec.layers)
         and _nothing_learns(tensors)

@@ -237,7 +237,7 @@ stem_forward.register_autograd(_stem_gradients, setup_context=_keep_stem)
 def _formats(spec: BlockSpec, x: Tensor) -> tuple[torch.memory_format, torch.memory_format]:
     """Memory formats inside the block and at its borders, by its input or its features."""
     outer = outer_format(x)
-    return (inner_format(x) if spec.layers else outer), outer
+    return spec.format(x), outer
 
 
 def _stem_tensors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,31 @@ def pools_to_float32(x: Tensor, pool: Pool | None) -> bool:
     Source: the list of operators of CPU autocast in PyTorch's ``autocast_mode.cpp``.
     """
     return pool is not None and len(pool.kernel) == 3 and x.device.type == "cpu" and is_autocast(x)
+
+
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+"""Of some types of devices, whether autocast is on, and its type."""
+
+
+def autocast_now(device: torch.device) -> Autocast:
+    """What autocast does at this moment, to operations on ``device`` or on the CPU."""
+    kinds = dict.fromkeys(("cpu", device.type))
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in kinds
+        if torch.amp.is_autocast_available(kind)
+    )
+
+
+def as_autocast(state: Autocast) -> ExitStack:
+    """A context in which autocast does what it did then.
+
+    Nothing is cached: what is cached outside of a graph would be found by those who need one.
+    """
+    stack = ExitStack()
+    for kind, enabled, dtype in state:
+        stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+    return stack
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from efficient_densenet.functional.modes import MODES, Recompute
+from efficient_densenet.functional.opaque import Opaque, Surroundings
 from efficient_densenet.functional.precision import Types
 from efficient_densenet.kernels.interface import RELU, Activation, Geometry, Pool
+from efficient_densenet.kernels.layout import inner_format, outer_format
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,19 @@ class UnitTensors(NamedTuple):
         """Those of some channels, of a convolution's result and of the norm that reads it."""
         return UnitTensors(*(None if t is None else t[channels] for t in self))
 
+    @classmethod
+    def take(cls, values: Iterator[Any]) -> UnitTensors:
+        """The next values of one unit; of none if there are no more."""
+        return cls(*islice(values, len(cls._fields)))
+
 
 @dataclass(frozen=True)
 class LayerSpec:
     """A dense layer: one unit (basic) or two (bottleneck), reading the first ``channels`` features.
 
     The first unit leaves ``width`` channels, the last one ``growth``. Dropout zeroes single values,
-    or with ``drops_maps`` whole maps of a sample.
+    or with ``drops_maps`` whole maps of a sample. Where a layer is anything else, it has no units
+    and is ``opaque``.
     """
 
     units: tuple[UnitSpec, ...]
@@ -58,6 +70,13 @@ class LayerSpec:
     growth: int
     drop_rate: float
     drops_maps: bool = False
+    opaque: Opaque | None = None
+
+    def take(self, values: Iterator[Any]) -> list[tuple[Any, ...]]:
+        """The next values of its units, or those of an opaque layer as if it were one unit."""
+        if self.opaque is not None:
+            return [tuple(islice(values, self.opaque.tensors))]
+        return [UnitTensors.take(values) for _ in self.units]
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class BlockSpec:
     ``recompute`` is ``"norm"`` or ``"bottleneck"``: a naive block has no specification.
     ``kernels`` says which implementation of the operations to try first
     (``kernels/implementations.py``). Batch statistics are those of all processes of
-    ``process_group``, if there is one.
+    ``process_group``, if there is one. Opaque layers run in ``surroundings``.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -79,6 +98,14 @@ class BlockSpec:
     types: Types
     kernels: str = "auto"
     process_group: Any = None
+    surroundings: Surroundings | None = None
+
+    def format(self, like: Tensor) -> torch.memory_format:
+        """The memory format of the features inside, by the input or the features.
+
+        Without units in its layers nothing is faster in another format than that of ``like``.
+        """
+        return inner_format(like) if any(la.units for la in self.layers) else outer_format(like)
 
     @property
     def drops(self) -> bool:
@@ -104,27 +131,27 @@ class BlockSpec:
 
     @property
     def widest(self) -> int:
-        """Channels of the widest map that is normalised."""
-        return max([self.channels, *(layer.width for layer in self.layers)])
+        """Channels of the widest map that is normalised; 1 if none is."""
+        widths = [max(self.channels, layer.width) for layer in self.layers if layer.units]
+        return max([*widths, self.channels if self.exit else 1])
 
     @property
     def widest_in_layers(self) -> int:
         """Channels of the widest map that a layer's norm reads."""
-        return max((max(layer.channels, layer.width) for layer in self.layers), default=1)
+        units = (layer for layer in self.layers if layer.units)
+        return max((max(layer.channels, layer.width) for layer in units), default=1)
 
     @property
     def maps_with_statistics(self) -> int:
         """How many maps, the input first, a norm reads the batch statistics of."""
-        readers = [*(layer.units[0] for layer in self.layers), *([self.exit] if self.exit else [])]
-        last = (i for i, unit in reversed(list(enumerate(readers))) if unit.batch_statistics)
-        return next(last, -1) + 1
+        readers = [*(next(iter(layer.units), None) for layer in self.layers), self.exit]
+        reading = [i for i, unit in enumerate(readers) if unit and unit.batch_statistics]
+        return max(reading, default=-1) + 1
 
-    def nested(self, flat: Sequence[Any]) -> tuple[list[list[UnitTensors]], UnitTensors]:
+    def nested(self, flat: Sequence[Any]) -> tuple[list[list[Any]], UnitTensors]:
         """Values of all units, given flat, as those of each layer's units and those of the exit."""
-        width = len(UnitTensors._fields)
-        groups = iter([UnitTensors(*flat[i : i + width]) for i in range(0, len(flat), width)])
-        layers = [[next(groups) for _ in layer.units] for layer in self.layers]
-        return layers, next(groups, UnitTensors())
+        values = iter(flat)
+        return [layer.take(values) for layer in self.layers], UnitTensors.take(values)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.kernels.implementations import Kernels
 from efficient_densenet.modules.calls import BlockCall
 from efficient_densenet.modules.naive import BasicLayer, BottleneckLayer, DenseBlock
+from efficient_densenet.modules.opaque import Form, read_opaque
 from efficient_densenet.modules.parts import BASIC, BOTTLENECK, Structure, read_layer
-from efficient_densenet.modules.reading import Layer, Unsupported
+from efficient_densenet.modules.reading import Layer, Misfit, Unsupported
 from efficient_densenet.modules.recomputing import Recomputing
 
 Forward = Callable[..., Tensor]
@@ -104,12 +105,25 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
 
     def read_layers(self, channels: int | None) -> list[Layer]:
         """Every layer; ``channels`` enter the block, ``None``: as many as it expects."""
-        layers = []
+        layers: list[Layer] = []
         for path, module in self.items():
-            structure = self.structures.get(type(module).forward)
-            if structure is None:
-                raise Unsupported(path, f"is a {type(module).__name__}, whose forward is not known")
-            layer = read_layer(module, structure, path, channels)
+            try:
+                layer = self.read_known(path, module, channels)
+            except Misfit:
+                raise
+            except Unsupported:
+                if channels is None or self.growth_rate is None:
+                    raise
+                growths = [layer.spec.growth for layer in layers]
+                form = Form("list", (channels - sum(growths), *growths))
+                layer = read_opaque(module, path, channels, self.growth_rate, form)
             channels = layer.spec.channels + layer.spec.growth
             layers.append(layer)
         return layers
+
+    def read_known(self, path: str, module: nn.Module, channels: int | None) -> Layer:
+        """A layer by its parts."""
+        structure = self.structures.get(type(module).forward)
+        if structure is None:
+            raise Unsupported(path, f"is a {type(module).__name__}, whose forward is not known")
+        return read_layer(module, structure, path, channels)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,6 +14,12 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from efficient_densenet.functional import autograd
 from efficient_densenet.functional.modes import Recompute
+from efficient_densenet.functional.opaque import (
+    Surroundings,
+    Unfit,
+    random_state,
+    set_random_state,
+)
 from efficient_densenet.functional.precision import Types, is_autocast, pools_to_float32, types_of
 from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.functional.synchronise import joined_count
@@ -25,6 +30,7 @@ from efficient_densenet.modules.reading import (
     Unit,
     Unsupported,
     geometry,
+    group_of,
     uses_batch_statistics,
 )
 from efficient_densenet.modules.running_statistics import Seen, update_running_statistics
@@ -80,17 +86,16 @@ def check_dtypes(x: Tensor, units: Iterable[Unit]) -> None:
             raise Unsupported("the input", f"is {x.dtype}, and a norm is {norm.dtype}")
 
 
-def group_of(norm: _BatchNorm) -> ProcessGroup | None:
-    """The process group over which a norm takes its batch's statistics, ``None`` for this process.
-
-    As in ``nn.SyncBatchNorm``: only in training, and only where there are several processes.
-    """
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
-        return None
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = norm.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
+def check_opaque(x: Tensor, layer: Layer) -> None:
+    """Raise :class:`Unsupported` if a layer could not be run by its tensors, or run again."""
+    opaque = layer.spec.opaque
+    if opaque is None:
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise Unsupported(opaque.name, "is not of known parts, and is transformed by torch.func")
+    for tensor in layer.tensors:
+        if tensor.device != x.device and tensor.dim():
+            raise Unsupported(opaque.name, f"has tensors on {tensor.device}")
 
 
 def common_group(norms: Iterable[_BatchNorm], values: int) -> ProcessGroup | None:
@@ -147,6 +152,8 @@ class BlockCall:
         units = [unit for layer in layers for unit in layer.units]
         units += [exit] if exit else []
         check_dtypes(x, units)
+        for layer in layers:
+            check_opaque(x, layer)
         group = common_group([unit.norm for unit in units], x.numel() // x.shape[1])
         return cls(x, layers, exit, recompute, kernels, group)
 
@@ -173,14 +180,34 @@ class BlockCall:
             types=types_of(self.x),
             kernels=self.kernels,
             process_group=self.group,
+            surroundings=Surroundings.of(self.x) if self.has_opaque else None,
         )
 
+    @property
+    def has_opaque(self) -> bool:
+        """Whether any layer is not of known parts."""
+        return any(layer.spec.opaque for layer in self.layers)
+
     def run(self) -> Tensor:
-        """The features, or the result of the exit; running statistics are updated once."""
-        return on_plain_tensor(self._run, self.x)
+        """The features, or the result of the exit; buffers learn once.
+
+        Raises:
+            Unsupported: if an opaque layer turned out to be no dense layer; its buffers and the
+                random generators are as they were before.
+        """
+        if not self.has_opaque:
+            return on_plain_tensor(self._run, self.x)
+        state = random_state(self.x.device)
+        try:
+            return on_plain_tensor(self._run, self.x)
+        except Unfit as reason:
+            for layer in self.layers:
+                layer.undo()
+            set_random_state(state, self.x.device)
+            raise Unsupported(*reason.args) from reason
 
     def _run(self, x: Tensor) -> Tensor:
-        tensors = [unit.tensors for layer in self.layers for unit in layer.units]
+        tensors = [tensors for layer in self.layers for tensors in layer.inputs]
         tensors += [self.exit.tensors] if self.exit else []
         out, features, bottlenecks = autograd.dense_block(x, self.spec, tensors)
         features = Statistics(features.mean.view(-1), features.var.view(-1))  # once, not per norm

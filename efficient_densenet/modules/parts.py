@@ -14,6 +14,7 @@ from efficient_densenet.kernels.interface import Activation, Pool
 from efficient_densenet.modules.reading import (
     Dropout,
     Layer,
+    Misfit,
     Unit,
     Unsupported,
     check_plain,
@@ -141,10 +142,10 @@ def read_layer(module: nn.Module, structure: Structure, path: str, channels: int
     found = structure.read(module, path)
     for conv in found.convs:
         if not keeps_size(conv):
-            raise Unsupported(path, "has a convolution that changes the size of the map")
+            raise Misfit(path, "has a convolution that changes the size of the map")
     expected = found.norms[0].num_features
     if channels is not None and expected != channels:
-        raise Unsupported(path, f"expects {expected} channels and gets {channels}")
+        raise Misfit(path, f"expects {expected} channels and gets {channels}")
     units = tuple(map(unit_of, found.norms, found.activations, found.convs))
     rate, drops_maps = found.dropout
     width, growth = found.convs[0].out_channels, found.convs[-1].out_channels

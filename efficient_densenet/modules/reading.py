@@ -8,14 +8,19 @@ the last call is seen. Whoever asks catches :class:`Unsupported` in one place
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from efficient_densenet.functional.spec import LayerSpec, UnitSpec, UnitTensors
 from efficient_densenet.kernels.interface import Activation, Geometry, Pool
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Unsupported(Exception):
@@ -28,6 +33,10 @@ class Unsupported(Exception):
     def __str__(self) -> str:
         subject, predicate = self.args
         return f"{subject} {predicate}"
+
+
+class Misfit(Unsupported):
+    """The same where maps are of another size than a layer reads, or leaves."""
 
 
 class Declined(Unsupported):
@@ -177,6 +186,19 @@ def geometry(conv: _ConvNd) -> Geometry:
     return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+def group_of(norm: _BatchNorm) -> ProcessGroup | None:
+    """The process group over which a norm takes its batch's statistics, ``None`` for this process.
+
+    As in ``nn.SyncBatchNorm``: only in training, and only where there are several processes.
+    """
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
 def uses_batch_statistics(norm: _BatchNorm) -> bool:
     """Whether a batch norm would normalise with the statistics of its batch."""
     return norm.training or norm.running_mean is None
@@ -191,10 +213,26 @@ class Unit(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A dense layer as it is now: what it computes, and the units that it is made of."""
+    """A dense layer as it is now: what it computes, and the units that it is made of.
+
+    An opaque layer has no units but ``tensors``, and ``buffers`` beside copies of them.
+    """
 
     spec: LayerSpec
     units: tuple[Unit, ...]
+    tensors: tuple[Tensor, ...] = ()
+    buffers: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def inputs(self) -> list[tuple[Tensor | None, ...]]:
+        """Its tensors as the recomputing functions take them."""
+        return [self.tensors] if self.spec.opaque else [unit.tensors for unit in self.units]
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Let the buffers of an opaque layer be what they were when it was read."""
+        for buffer, copy in self.buffers:
+            buffer.resize_(copy.shape).copy_(copy)
 
 
 def unit_of(

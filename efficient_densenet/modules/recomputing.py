@@ -135,7 +135,16 @@ class Recomputing(Settings):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass, on the efficient path or the naive one."""
         call = self.read_or_none(*args, **kwargs)
-        return self.run_naive(*args, **kwargs) if call is None else call.run()
+        out = None if call is None else self.run_or_none(call)
+        return self.run_naive(*args, **kwargs) if out is None else out
+
+    def run_or_none(self, call: Call) -> Tensor | None:
+        """The result of a call; ``None``, and a warning, if that turns out to be naive."""
+        try:
+            return call.run()
+        except Unsupported as reason:
+            self.warn(reason)
+            return None
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.run(x)

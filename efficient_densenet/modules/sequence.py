@@ -180,10 +180,12 @@ def _run_block(block: RecomputingBlock, x: Tensor, reader: RecomputingTransition
     if not isinstance(call, BlockCall):
         return reader(call.run())
     try:
-        call = call.read_by(reader.read_unit())
+        read = call.read_by(reader.read_unit())
     except Unsupported:
-        return reader(call.run())
-    return call.run()
+        out = block.run_or_none(call)
+        return reader(block.run_naive(x) if out is None else out)
+    out = block.run_or_none(read)
+    return reader(block.run_naive(x)) if out is None else out
 
 
 def _reads_inside(module: nn.Module | None) -> TypeGuard[RecomputingTransition]:

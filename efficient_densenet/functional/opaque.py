@@ -1,0 +1,207 @@
+"""Layers of which nothing is known: run without keeping anything, and run again by autograd.
+
+The forward pass drops the graph that a layer makes; the backward pass runs the layer again on a
+copy of what it read, and differentiates that. ``docs/derivation.md`` says what it costs.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, saved_tensors_hooks
+
+from efficient_densenet.functional.precision import Autocast, as_autocast, autocast_now
+from efficient_densenet.kernels.layout import outer_format
+
+
+@dataclass(frozen=True, eq=False)
+class Opaque:
+    """A layer that makes new maps of those before it, in a way that only running it tells.
+
+    Attributes:
+        run: ``run(x, None)`` is the layer on ``x``, ``(N, channels, *spatial)``, a copy that it may
+            overwrite; the result is its new maps. ``run(x, tensors)`` is the same with ``tensors``
+            in the place of its own, and in the modes that it had.
+        tensors: how many tensors it has: parameters, and copies of buffers as they were.
+        name: what it is called in a reason.
+        shares: whether others see ``x`` too where nothing is recomputed, so that the layer must not
+            overwrite it.
+    """
+
+    run: Callable[[Tensor, Sequence[Tensor] | None], Tensor]
+    tensors: int
+    name: str
+    shares: bool = False
+
+
+class Surroundings(NamedTuple):
+    """What a layer's result depends on besides its tensors: those of the forward pass."""
+
+    grad: bool
+    autocast: Autocast
+    format: torch.memory_format
+
+    @classmethod
+    def of(cls, x: Tensor) -> Surroundings:
+        """Those of a call on ``x`` at this moment."""
+        return cls(torch.is_grad_enabled(), autocast_now(x.device), outer_format(x))
+
+
+class Unfit(Exception):
+    """A layer does not do what a dense layer does: its ``name``, and a predicate."""
+
+
+class Expected(NamedTuple):
+    """What a layer has to return: a shape, and the type that holds all features."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def run_once(
+    opaque: Opaque,
+    surroundings: Surroundings,
+    prefix: Tensor,
+    tensors: Sequence[Tensor],
+    learns: bool,
+    expected: Expected,
+) -> tuple[Tensor, Tensor]:
+    """The new maps of a layer, and the random state that it drew from (empty if it did not).
+
+    Raises:
+        Unfit: if its result cannot be recomputed, or is not as ``expected``.
+    """
+    before = random_state(prefix.device)
+    learns = learns and surroundings.grad
+    leaf = prefix.detach().requires_grad_(learns)
+    if learns:
+        leaf.register_hook(_refuse)
+    with (
+        torch.set_grad_enabled(surroundings.grad),
+        as_autocast(surroundings.autocast),
+        saved_tensors_hooks(_drop, _refuse),
+    ):
+        x = leaf.clone(memory_format=surroundings.format)
+        y = opaque.run(x, None)
+    _check(opaque, x, y, expected)
+    _check_leaves(opaque, y, [leaf, *tensors])
+    y, kept = y.detach(), weakref.ref(leaf)
+    del leaf, x
+    if learns and kept() is not None and (gc.collect(), kept())[1] is not None:
+        raise Unfit(opaque.name, "leaves a tensor from inside with somebody, perhaps a hook")
+    after = random_state(prefix.device)
+    return y, before.new_empty(0) if torch.equal(before, after) else before
+
+
+def run_again(
+    opaque: Opaque,
+    surroundings: Surroundings,
+    prefix: Tensor,
+    tensors: Sequence[Tensor],
+    random: Tensor,
+    grad: Tensor,
+    needs_prefix: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """The gradients of what a layer read and of its tensors, from that of its new maps."""
+    leaf = prefix.detach().requires_grad_(needs_prefix)
+    own = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    with (
+        torch.enable_grad(),
+        as_autocast(surroundings.autocast),
+        drawing_from(random, prefix.device),
+    ):
+        y = opaque.run(leaf.clone(memory_format=surroundings.format), own)
+    _check_leaves(opaque, y, [leaf, *own])
+    wanted = [tensor for tensor in (leaf, *own) if tensor.requires_grad]
+    if not wanted or not y.requires_grad:
+        return None, (None,) * len(own)
+    found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), allow_unused=True))
+    dx, *grads = (next(found) if tensor.requires_grad else None for tensor in (leaf, *own))
+    return dx, tuple(grads)
+
+
+def _check(opaque: Opaque, x: Tensor, y: Any, expected: Expected) -> None:
+    if not isinstance(y, Tensor):
+        raise Unfit(opaque.name, f"returns a {type(y).__name__}")
+    if y.shape != expected.shape:
+        raise Unfit(opaque.name, f"returns {tuple(y.shape)} instead of {tuple(expected.shape)}")
+    if torch.promote_types(y.dtype, expected.dtype) != expected.dtype:
+        raise Unfit(opaque.name, f"returns {y.dtype} beside features of {expected.dtype}")
+    if opaque.shares and x._version > 0:
+        raise Unfit(opaque.name, "overwrites maps that others read")
+
+
+def _check_leaves(opaque: Opaque, y: Tensor, known: Sequence[Tensor]) -> None:
+    """Raise :class:`Unfit` if a gradient would flow to anything but ``known``."""
+    ids = {id(tensor) for tensor in known}
+    made = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    waiting: list[Node] = [y.grad_fn] if y.grad_fn is not None else []
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node in made:
+            continue
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in ids:
+            raise Unfit(opaque.name, "learns a tensor that is not one of its parameters")
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                waiting.append(after)
+
+
+def _drop(tensor: Tensor) -> None:
+    """In the place of a saved tensor: nothing."""
+
+
+def _refuse(_: object) -> Any:
+    raise RuntimeError(
+        "a tensor from inside a recomputed layer is not connected to the network, and has no "
+        'gradient: build the block or network with recompute="none"'
+    )
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The state of the generators that a layer on ``device`` draws from, as bytes."""
+    state = torch.get_rng_state()
+    module = _generator_of(device)
+    return state if module is None else torch.cat([state, module.get_rng_state(device)])
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """The inverse of :func:`random_state`."""
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:size])
+    module = _generator_of(device)
+    if module is not None:
+        module.set_rng_state(state[size:], device)
+
+
+def _generator_of(device: torch.device) -> Any:
+    if device.type in ("cpu", "meta"):
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "get_rng_state") else None
+
+
+@contextmanager
+def drawing_from(state: Tensor, device: torch.device) -> Iterator[None]:
+    """A context that draws from ``state``, and leaves the generators as they were."""
+    if not state.numel():
+        yield
+        return
+    state = state.cpu()
+    now = random_state(device)
+    set_random_state(state, device)
+    try:
+        yield
+    finally:
+        set_random_state(now, device)

@@ -1,0 +1,123 @@
+"""Reads any module as a dense layer that is run again in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+from efficient_densenet.functional.opaque import Opaque
+from efficient_densenet.functional.spec import LayerSpec
+from efficient_densenet.modules.reading import Layer, Unsupported, group_of
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer takes the maps before it, and what it returns.
+
+    Attributes:
+        takes: ``"tensor"``, their concatenation; ``"list"``, one list; ``"arguments"``, one
+            argument each.
+        channels: of each tensor that it takes, in its order.
+        returns: ``"new"``, its own maps; ``"all"``, the concatenation with those before.
+        older: channels of each map before, the oldest first, where a layer reads the newest first
+            and puts its own before them; none otherwise.
+    """
+
+    takes: Literal["tensor", "list", "arguments"] = "tensor"
+    channels: tuple[int, ...] = ()
+    returns: Literal["new", "all"] = "new"
+    older: tuple[int, ...] = ()
+
+    def call(self, layer: Callable[..., Any], x: Tensor, growth: int) -> Any:
+        """The new maps of ``layer``, which reads ``x``, the maps before with the oldest first."""
+        if self.older:
+            x = torch.cat(x.split(self.older, 1)[::-1], 1)
+        if self.takes == "tensor":
+            y = layer(x)
+        else:
+            ends = [sum(self.channels[: i + 1]) for i in range(len(self.channels))]
+            maps = [x[:, end - size : end] for size, end in zip(self.channels, ends, strict=True)]
+            y = layer(maps) if self.takes == "list" else layer(*maps)
+        if self.returns == "new" or not isinstance(y, Tensor):
+            return y
+        if y.dim() != x.dim() or y.shape[1] != x.shape[1] + growth:
+            return y  # for the check of its shape
+        return y[:, :growth] if self.older else y[:, -growth:]
+
+
+TENSOR = Form()
+
+
+def read_opaque(
+    layer: Callable[..., Any], path: str, channels: int, growth: int, form: Form = TENSOR
+) -> Layer:
+    """Any module as a dense layer that reads ``channels`` channels and adds ``growth``.
+
+    It is run without keeping anything, and once more in the backward pass: by autograd, on copies
+    of its buffers as they were, in the modes that it had, under the same autocast, drawing the same
+    random numbers. ``path`` is what it is called in a reason. A function that has no parameters may
+    stand in for a module.
+
+    Raises:
+        Unsupported: if that cannot be the same training.
+    """
+    if torch.compiler.is_compiling():
+        raise Unsupported(path, "is not of known parts, and is being compiled")
+    module = layer if isinstance(layer, nn.Module) else nn.Module()
+    for name, part in module.named_modules():
+        _check_part(part, f"{path}.{name}" if name else path)
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        if type(parameter) not in (nn.Parameter, Tensor):
+            raise Unsupported(f"{path}.{name}", f"is a {type(parameter).__name__}")
+    buffers = dict(module.named_buffers())
+    names = (*parameters, *buffers)
+    modes = [(part, part.training) for part in module.modules()]
+
+    def run(x: Tensor, tensors: Sequence[Tensor] | None) -> Any:
+        if tensors is None or module is not layer:
+            return form.call(layer, x, growth)
+        own = dict(zip(names, tensors, strict=True))
+        with _in_modes(modes):
+            return form.call(lambda *args: functional_call(module, own, args), x, growth)
+
+    copies = [buffer.detach().clone() for buffer in buffers.values()]
+    shares = form.takes != "tensor" or form.returns != "new"
+    opaque = Opaque(run, len(names), path, shares)
+    spec = LayerSpec((), channels, growth, growth, 0.0, opaque=opaque)
+    changed = tuple(zip(buffers.values(), copies, strict=True))
+    return Layer(spec, (), (*parameters.values(), *copies), changed)
+
+
+def _check_part(part: nn.Module, path: str) -> None:
+    """Raise :class:`Unsupported` if a module cannot run again on other tensors than its own."""
+    if isinstance(part, torch.jit.ScriptModule):
+        raise Unsupported(path, "is a ScriptModule")
+    if part._compiled_call_impl is not None or isinstance(part, torch._dynamo.OptimizedModule):
+        raise Unsupported(path, "is compiled")
+    if getattr(part, "_is_replica", False):
+        raise Unsupported(path, "is a replica of DataParallel")
+    if isinstance(part, nn.SyncBatchNorm) and group_of(part) is not None:
+        raise Unsupported(path, "synchronises, and would have to again in the backward pass")
+    if parametrize._cache_enabled and parametrize.is_parametrized(part):
+        raise Unsupported(path, "has parametrisations that are being cached")
+
+
+@contextmanager
+def _in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """A context in which modules train or evaluate as they did."""
+    now = [(module, module.training) for module, _ in modes]
+    try:
+        for module, training in modes:
+            module.training = training
+        yield
+    finally:
+        for module, training in now:
+            module.training = training
