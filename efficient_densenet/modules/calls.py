@@ -24,6 +24,7 @@ from efficient_densenet.functional.precision import Types, is_autocast, pools_to
 from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.functional.synchronise import joined_count
 from efficient_densenet.kernels.interface import Statistics
+from efficient_densenet.kernels.layout import is_hollow
 from efficient_densenet.modules.reading import (
     Declined,
     Layer,
@@ -197,13 +198,14 @@ class BlockCall:
         """
         if not self.has_opaque:
             return on_plain_tensor(self._run, self.x)
-        state = random_state(self.x.device)
+        state = None if is_hollow(self.x) else random_state(self.x.device)
         try:
             return on_plain_tensor(self._run, self.x)
         except Unfit as reason:
             for layer in self.layers:
                 layer.undo()
-            set_random_state(state, self.x.device)
+            if state is not None:
+                set_random_state(state, self.x.device)
             raise Unsupported(*reason.args) from reason
 
     def _run(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from efficient_densenet.functional.opaque import Opaque
 from efficient_densenet.functional.spec import LayerSpec
+from efficient_densenet.modules.hooks import Hooks
 from efficient_densenet.modules.reading import Layer, Unsupported, group_of
 
 
@@ -62,8 +63,8 @@ def read_opaque(
 
     It is run without keeping anything, and once more in the backward pass: by autograd, on copies
     of its buffers as they were, in the modes that it had, under the same autocast, drawing the same
-    random numbers. ``path`` is what it is called in a reason. A function that has no parameters may
-    stand in for a module.
+    random numbers. Forward hooks that only look are called once, others twice. ``path`` is what it
+    is called in a reason. A function that has no parameters may stand in for a module.
 
     Raises:
         Unsupported: if that cannot be the same training.
@@ -80,12 +81,16 @@ def read_opaque(
     buffers = dict(module.named_buffers())
     names = (*parameters, *buffers)
     modes = [(part, part.training) for part in module.modules()]
+    hooks = Hooks(module)
 
     def run(x: Tensor, tensors: Sequence[Tensor] | None) -> Any:
-        if tensors is None or module is not layer:
+        if module is not layer:
             return form.call(layer, x, growth)
+        if tensors is None:
+            with hooks.watched() if torch.is_grad_enabled() else nullcontext():
+                return form.call(layer, x, growth)
         own = dict(zip(names, tensors, strict=True))
-        with _in_modes(modes):
+        with _in_modes(modes), hooks.acting_only():
             return form.call(lambda *args: functional_call(module, own, args), x, growth)
 
     copies = [buffer.detach().clone() for buffer in buffers.values()]

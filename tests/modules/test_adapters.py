@@ -40,12 +40,12 @@ PARAMETRISED = {"weight norm": weight_normed, "spectral norm": spectral_normed}
         for mode in ("none", *MODES)
     ],
 )
-def test_parametrised_convolution_takes_naive_path(change, mode, took):
+def test_parametrised_convolution_is_efficient(change, mode, took):
     efficient, naive = block_pair(recompute=mode, change=change)
     reason = efficient.why_naive(image())
     took(reason)
-    assert mode == "none" or "Parametrized" in reason
-    assert_same_training(efficient, naive, image(), steps=3)
+    assert mode == "none" or reason is None
+    assert_same_training(efficient, naive, image(), steps=3, rtol=1e-9)
 
 
 def share_weight(block):
@@ -101,11 +101,11 @@ def with_lora(block):
 
 @clause("6 · LoRA: replaced convolutions")
 @every_mode
-def test_replaced_convolutions_take_naive_path(mode, took):
+def test_replaced_convolutions_are_efficient(mode, took):
     efficient, naive = block_pair(recompute=mode, change=with_lora)
     reason = efficient.why_naive(image())
     took(reason)
-    assert mode == "none" or reason == "denselayer1.conv1 is a LoRA"
+    assert mode == "none" or reason is None
     assert_same_training(efficient, naive, image(), steps=3)
     trained = [name for name, p in efficient.named_parameters() if p.grad is not None]
     assert trained

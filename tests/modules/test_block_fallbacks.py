@@ -1,4 +1,4 @@
-"""What the efficient path does not know takes the naive path, and says why."""
+"""Layers with hooks, forwards of their own or parts that are not known train as the naive ones."""
 
 import pytest
 from torch import nn
@@ -38,9 +38,9 @@ def test_hook_on_inner_module_fires(recompute, hook, path):
     efficient, naive = block_pair(recompute=recompute)
     calls = []
     handle = hook(efficient.get_submodule(path), calls)
-    assert "hook" in efficient.why_naive(image())
+    assert_efficient(efficient, image())
     assert_same_training(efficient, naive, image())
-    assert len(calls) == 1
+    assert len(calls) == (2 if hook is HOOKS["forward-pre"] else 1)
     handle.remove()
     assert_efficient(efficient, image())
 
@@ -127,10 +127,10 @@ UNKNOWN = {
 
 @either_mode
 @pytest.mark.parametrize("change", UNKNOWN.values(), ids=UNKNOWN)
-def test_unknown_inner_module_takes_naive_path(recompute, change):
+def test_unknown_inner_module_is_used(recompute, change):
     efficient, naive = block_pair(recompute=recompute, change=change)
-    assert efficient.why_naive(image())
-    assert_same_training(efficient, naive, image())
+    assert_efficient(efficient, image())
+    assert_same_training(efficient, naive, image(), rtol=1e-9)
 
 
 CONVOLUTIONS = {
@@ -168,7 +168,7 @@ def test_replaced_layer_forward_is_used(recompute):
     for block in (efficient, naive):
         layer = block["denselayer2"]
         layer.forward = lambda features, plain=layer.forward: 2 * plain(features)
-    assert efficient.why_naive(image())
+    assert_efficient(efficient, image())
     assert_same_training(efficient, naive, image())
 
 
@@ -182,7 +182,7 @@ def test_layer_of_subclass_is_used(recompute):
         )
 
     efficient, naive = block_pair(recompute=recompute, change=change)
-    assert efficient.why_naive(image())
+    assert_efficient(efficient, image())
     assert_same_training(efficient, naive, image())
 
 

@@ -50,9 +50,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.conv = conv.requires_grad_(False)
         kind = type(conv)
-        self.down = kind(
-            conv.in_channels, 2, conv.kernel_size, padding=conv.padding, bias=False
-        )
+        self.down = kind(conv.in_channels, 2, conv.kernel_size, padding=conv.padding, bias=False)
         self.up = kind(2, conv.out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,9 +147,7 @@ def other_activation(layer: nn.Module) -> None:
 def reflecting(layer: nn.Module) -> None:
     conv = layer.conv2
     kind = CONVS[dims_of(layer)]
-    layer.conv2 = kind(
-        conv.in_channels, conv.out_channels, 3, padding=1, padding_mode="reflect"
-    )
+    layer.conv2 = kind(conv.in_channels, conv.out_channels, 3, padding=1, padding_mode="reflect")
 
 
 def doubling_hook(layer: nn.Module) -> None:
