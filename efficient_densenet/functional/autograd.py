@@ -81,7 +81,7 @@ def stem(x: Tensor, spec: StemSpec, tensors: UnitTensors) -> tuple[Tensor, Stati
     return out, Statistics(*vectors) if vectors else None, count
 
 
-class _Recomputing(torch.autograd.Function):
+class Recomputing(torch.autograd.Function):
     """Base of what is computed outside of autograd and of ``torch.func``."""
 
     @staticmethod
@@ -92,7 +92,7 @@ class _Recomputing(torch.autograd.Function):
         )
 
 
-class _DenseBlock(_Recomputing):
+class _DenseBlock(Recomputing):
     @staticmethod
     def forward(spec: BlockSpec, seeds: Tensor | None, x: Tensor, *flat: Tensor | None) -> Any:
         out, saved = forward_block(spec, seeds, x, flat)
@@ -116,10 +116,10 @@ class _DenseBlock(_Recomputing):
         _, _, needs_x, *needs = ctx.needs_input_grad
         dx, grads = backward_block(ctx.spec, seeds, saved, flat, grad, needs_x, needs)
         dx = None if dx is None else dx.to(ctx.input_dtype)
-        return None, None, *_differentiable_once(grad, dx, *grads)
+        return None, None, *differentiable_once(grad, dx, *grads)
 
 
-class _Stem(_Recomputing):
+class _Stem(Recomputing):
     @staticmethod
     def forward(spec: StemSpec, x: Tensor, *flat: Tensor | None) -> Any:
         out, statistics = forward_stem(spec, x, UnitTensors(*flat))
@@ -145,10 +145,10 @@ class _Stem(_Recomputing):
         wanted = UnitTensors(*needs)
         dx, grads = backward_stem(ctx.spec, x, tensors, statistics, grad, needs_x, wanted)
         dx = None if dx is None else dx.to(x.dtype)
-        return None, *_differentiable_once(grad, dx, *grads)
+        return None, *differentiable_once(grad, dx, *grads)
 
 
-def _differentiable_once(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiable_once(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return _NoSecondDerivative.apply(grad, *grads) if torch.is_grad_enabled() else grads
 
 
@@ -165,7 +165,7 @@ def _saved(ctx: Any) -> Sequence[Tensor]:
         ) from error
 
 
-class _NoSecondDerivative(_Recomputing):
+class _NoSecondDerivative(Recomputing):
     """Hands gradients through, and refuses to be differentiated."""
 
     @staticmethod

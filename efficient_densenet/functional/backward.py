@@ -217,7 +217,7 @@ class BlockBackward:
         else:
             yield UnitTensors()
 
-    def _opaque(self, i: int) -> tuple[Tensor | None, ...]:
+    def _opaque(self, i: int) -> list[Tensor | None]:
         """Gradients of the tensors of an opaque layer, which is run again."""
         layer, tensors, needs = self.spec.layers[i], self.layers[i][0], self.needs[i][0]
         random, surroundings = self.saved.random[i], self.spec.surroundings
@@ -225,8 +225,8 @@ class BlockBackward:
         channels, below = layer.channels, self.needs_x or i > self.lowest
         grad = self.total.finish(channels, channels + layer.growth)
         prefix = self.total.maps[:, :channels]
-        dx, grads = run_again(
-            layer.opaque, surroundings, prefix, tensors, random, grad, below, needs
+        dx, *grads = run_again(
+            layer.opaque, surroundings, [prefix], tensors, random, grad, (below, *needs)
         )
         if dx is not None:
             self.total.grad[:, :channels].add_(dx)

@@ -112,7 +112,7 @@ class FeatureBuffer:
         prefix = self.maps[:, : self._filled]
         shape = torch.Size([len(prefix), layer.growth, *prefix.shape[2:]])
         expected = Expected(shape, prefix.dtype)
-        return run_once(layer.opaque, self._surroundings, prefix, tensors, learns, expected)
+        return run_once(layer.opaque, self._surroundings, [prefix], tensors, learns, expected)
 
 
 def forward_block(

@@ -26,19 +26,16 @@ class Opaque:
     """A layer that makes new maps of those before it, in a way that only running it tells.
 
     Attributes:
-        run: ``run(x, None)`` is the layer on ``x``, ``(N, channels, *spatial)``, a copy that it may
-            overwrite; the result is its new maps. ``run(x, tensors)`` is the same with ``tensors``
-            in the place of its own, and in the modes that it had.
+        run: ``run(x, None)`` is the layer on ``x``, ``(N, channels, *spatial)``; the result is its
+            new maps. ``run(x, tensors)`` is the same with ``tensors`` in the place of its own, and
+            in the modes that it had.
         tensors: how many tensors it has: parameters, and copies of buffers as they were.
         name: what it is called in a reason.
-        shares: whether others see ``x`` too where nothing is recomputed, so that the layer must not
-            overwrite it.
     """
 
     run: Callable[[Tensor, Sequence[Tensor] | None], Tensor]
     tensors: int
     name: str
-    shares: bool = False
 
 
 class Surroundings(NamedTuple):
@@ -71,35 +68,39 @@ class Expected(NamedTuple):
 def run_once(
     opaque: Opaque,
     surroundings: Surroundings,
-    prefix: Tensor,
+    maps: Sequence[Tensor],
     tensors: Sequence[Tensor],
     learns: bool,
-    expected: Expected,
+    expected: Expected | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The new maps of a layer, and the random state that it drew from (empty if it did not).
+    """What a layer makes of ``torch.cat(maps, 1)``, and the random state that it drew from.
+
+    That is empty if it did not draw. What is ``expected`` is expected of a dense layer.
 
     Raises:
-        Unfit: if its result cannot be recomputed, or is not as ``expected``.
+        Unfit: if its result cannot be recomputed, or is not as expected.
     """
-    before = None if is_hollow(prefix) else random_state(prefix.device)
+    device = maps[0].device
+    before = None if is_hollow(maps[0]) else random_state(device)
     learns = learns and surroundings.grad
-    leaf = prefix.detach().requires_grad_(learns)
-    if learns:
-        leaf.register_hook(_refuse)
+    leaves = _unconnected(maps, learns)
     with (
         torch.set_grad_enabled(surroundings.grad),
         as_autocast(surroundings.autocast),
         saved_tensors_hooks(_drop, _refuse),
     ):
-        x = leaf.clone(memory_format=surroundings.format)
+        x = _joined(leaves, surroundings)
         y = opaque.run(x, None)
-    _check(opaque, x, y, expected)
-    _check_leaves(opaque, y, [leaf, *tensors])
-    y, kept = y.detach(), weakref.ref(leaf)
-    del leaf, x
-    if learns and kept() is not None and (gc.collect(), kept())[1] is not None:
+    if not isinstance(y, Tensor):
+        raise Unfit(opaque.name, f"returns a {type(y).__name__}")
+    if expected is not None:
+        _check_dense(opaque, x, y, expected)
+    _check_leaves(opaque, y, [*leaves, *tensors])
+    y, kept = y.detach(), [weakref.ref(leaf) for leaf in leaves]
+    del leaves, x
+    if learns and _is_alive(kept):
         raise Unfit(opaque.name, "leaves a tensor from inside with somebody, perhaps a hook")
-    if before is None or torch.equal(before, random_state(prefix.device)):
+    if before is None or torch.equal(before, random_state(device)):
         return y, torch.empty(0, dtype=torch.uint8)
     return y, before
 
@@ -107,39 +108,63 @@ def run_once(
 def run_again(
     opaque: Opaque,
     surroundings: Surroundings,
-    prefix: Tensor,
+    maps: Sequence[Tensor],
     tensors: Sequence[Tensor],
     random: Tensor,
     grad: Tensor,
-    needs_prefix: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    """The gradients of what a layer read and of its tensors, from that of its new maps."""
-    leaf = prefix.detach().requires_grad_(needs_prefix)
-    own = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+) -> list[Tensor | None]:
+    """The gradients of ``maps`` and of ``tensors`` from that of what :func:`run_once` returned.
+
+    ``needs`` says of each whether it needs one.
+    """
+    inputs = [*maps, *tensors]
+    leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
     with (
         torch.enable_grad(),
         as_autocast(surroundings.autocast),
-        drawing_from(random, prefix.device),
+        drawing_from(random, maps[0].device),
     ):
-        y = opaque.run(leaf.clone(memory_format=surroundings.format), own)
-    _check_leaves(opaque, y, [leaf, *own])
-    wanted = [tensor for tensor in (leaf, *own) if tensor.requires_grad]
+        x = _joined(leaves[: len(maps)], surroundings)
+        y = opaque.run(x, leaves[len(maps) :])
+    del x
+    _check_leaves(opaque, y, leaves)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if not wanted or not y.requires_grad:
-        return None, (None,) * len(own)
+        return [None] * len(leaves)
     found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), allow_unused=True))
-    dx, *grads = (next(found) if tensor.requires_grad else None for tensor in (leaf, *own))
-    return dx, tuple(grads)
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
-def _check(opaque: Opaque, x: Tensor, y: Any, expected: Expected) -> None:
-    if not isinstance(y, Tensor):
-        raise Unfit(opaque.name, f"returns a {type(y).__name__}")
+def _unconnected(maps: Sequence[Tensor], learns: bool) -> list[Tensor]:
+    """The maps as leaves from which no gradient goes on."""
+    leaves = [x.detach().requires_grad_(learns) for x in maps]
+    for leaf in leaves if learns else ():
+        leaf.register_hook(_refuse)
+    return leaves
+
+
+def _joined(maps: Sequence[Tensor], surroundings: Surroundings) -> Tensor:
+    """The concatenation, in new storage and in the memory format that it has in a naive block."""
+    if len(maps) == 1:
+        return maps[0].clone(memory_format=surroundings.format)
+    return torch.cat(list(maps), 1)
+
+
+def _is_alive(tensors: Sequence[weakref.ref[Tensor]]) -> bool:
+    """Whether somebody holds one of the tensors, and not only in a circle."""
+    if all(tensor() is None for tensor in tensors):
+        return False
+    gc.collect()
+    return any(tensor() is not None for tensor in tensors)
+
+
+def _check_dense(opaque: Opaque, x: Tensor, y: Tensor, expected: Expected) -> None:
     if y.shape != expected.shape:
         raise Unfit(opaque.name, f"returns {tuple(y.shape)} instead of {tuple(expected.shape)}")
     if torch.promote_types(y.dtype, expected.dtype) != expected.dtype:
         raise Unfit(opaque.name, f"returns {y.dtype} beside features of {expected.dtype}")
-    if opaque.shares and x._version > 0:
+    if x._version > 0:
         raise Unfit(opaque.name, "overwrites maps that others read")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function
 
 from efficient_densenet.functional import autograd
 from efficient_densenet.functional.modes import Recompute
@@ -52,20 +53,21 @@ def check_input(x: Tensor) -> None:
         raise Unsupported("every module", "has a global hook")
 
 
-def on_plain_tensor(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``run(x)``, as PyTorch calls its own functions on a subclass of ``Tensor``.
+def on_plain_tensors(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``run(*tensors)``, as PyTorch calls its own functions on subclasses of ``Tensor``.
 
-    ``run`` gets the plain tensor; what class its result has, and which metadata, is up to the
+    ``run`` gets plain tensors; what class its result has, and which metadata, is up to the
     ``__torch_function__`` of the subclass.
     """
-    if not has_torch_function_unary(x):
-        return run(x)
-    return handle_torch_function(_run_on_plain_tensor, (x,), run, x)
+    if not has_torch_function(tensors):
+        return run(*tensors)
+    out: Tensor = handle_torch_function(_run_on_plain_tensors, tensors, run, *tensors)
+    return out
 
 
-def _run_on_plain_tensor(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _run_on_plain_tensors(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
-        return run(x.as_subclass(Tensor))
+        return run(*(x.as_subclass(Tensor) for x in tensors))
 
 
 def check_dtypes(x: Tensor, units: Iterable[Unit]) -> None:
@@ -97,6 +99,25 @@ def check_opaque(x: Tensor, layer: Layer) -> None:
     for tensor in layer.tensors:
         if tensor.device != x.device and tensor.dim():
             raise Unsupported(opaque.name, f"has tensors on {tensor.device}")
+
+
+@contextmanager
+def undone_if_unfit(x: Tensor, layers: Iterable[Layer]) -> Iterator[None]:
+    """A context in which opaque layers run on ``x``.
+
+    Raises:
+        Unsupported: if one turns out not to fit; all buffers and random generators are then as
+            before, so that the naive path may run.
+    """
+    state = None if is_hollow(x) else random_state(x.device)
+    try:
+        yield
+    except Unfit as reason:
+        for layer in layers:
+            layer.undo()
+        if state is not None:
+            set_random_state(state, x.device)
+        raise Unsupported(*reason.args) from reason
 
 
 def common_group(norms: Iterable[_BatchNorm], values: int) -> ProcessGroup | None:
@@ -197,16 +218,9 @@ class BlockCall:
                 random generators are as they were before.
         """
         if not self.has_opaque:
-            return on_plain_tensor(self._run, self.x)
-        state = None if is_hollow(self.x) else random_state(self.x.device)
-        try:
-            return on_plain_tensor(self._run, self.x)
-        except Unfit as reason:
-            for layer in self.layers:
-                layer.undo()
-            if state is not None:
-                set_random_state(state, self.x.device)
-            raise Unsupported(*reason.args) from reason
+            return on_plain_tensors(self._run, self.x)
+        with undone_if_unfit(self.x, self.layers):
+            return on_plain_tensors(self._run, self.x)
 
     def _run(self, x: Tensor) -> Tensor:
         tensors = [tensors for layer in self.layers for tensors in layer.inputs]
@@ -261,7 +275,7 @@ class StemCall:
 
     def run(self) -> Tensor:
         """What is left after the pooling; running statistics are updated once."""
-        return on_plain_tensor(self._run, self.x)
+        return on_plain_tensors(self._run, self.x)
 
     def _run(self, x: Tensor) -> Tensor:
         conv = {"conv_weight": self.conv.weight, "conv_bias": self.conv.bias}

@@ -1,19 +1,28 @@
-"""Dense connections of people's own: read a list of features, and keep none of what is between."""
+"""A dense connection of people's own: reads a list of features, and keeps nothing in between."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
+from efficient_densenet.functional.connection import connect, connect_opaque
+from efficient_densenet.functional.synchronise import joined_count
 from efficient_densenet.kernels.interface import RELU
-from efficient_densenet.modules.calls import BlockCall, check_input
+from efficient_densenet.modules.calls import (
+    BlockCall,
+    check_input,
+    check_opaque,
+    on_plain_tensors,
+    undone_if_unfit,
+)
+from efficient_densenet.modules.opaque import read_opaque
 from efficient_densenet.modules.reading import (
+    Declined,
     Unit,
     Unsupported,
     read_activation,
@@ -21,6 +30,9 @@ from efficient_densenet.modules.reading import (
     read_norm,
     unit_of,
 )
+from efficient_densenet.modules.running_statistics import Seen, update_running_statistics
+
+Part = Callable[[Tensor], Tensor]
 
 
 def recompute_connection(
@@ -38,13 +50,12 @@ def recompute_connection(
         x = torch.cat(features, 1)
         return conv(activation(norm(x)))
 
-    How: with ``nn.BatchNorm`` (or ``nn.SyncBatchNorm``), ``nn.ReLU`` (or ``F.relu``,
-    ``torch.relu``) and a plain ``nn.Conv``, without hooks, by the functions of the dense blocks:
-    nothing larger than the concatenation and its gradient exists at a time, and batch statistics
-    are kept, not computed again. With any other norm (group, instance, none), activation or
-    convolution by checkpointing this part: the result is the same, the peak that of plain autograd
-    for this part. A ``SyncBatchNorm`` that is not followed by a ReLU is not recomputed at all,
-    since its processes would have to meet again in the backward pass.
+    How: with ``nn.BatchNorm`` or ``nn.SyncBatchNorm``, a known activation and a plain ``nn.Conv``,
+    without hooks, by the functions of the dense blocks: batch statistics are kept, not computed
+    again. Anything else is run again by autograd, on copies of its buffers, in the modes, under
+    the autocast and with the random numbers of the forward pass. Where that cannot be (while being
+    compiled, or with a ``SyncBatchNorm`` beside something that is not known) it runs as written
+    above, and a warning says why.
 
     Args:
         features: at least one map; all of one batch and size.
@@ -58,69 +69,72 @@ def recompute_connection(
     if not features:
         raise ValueError(f"features must be at least one map, got {features!r}")
     features = list(features)
+    parts = [part for part in (norm, activation, conv) if part is not None]
     try:
-        unit = _read(features, norm, activation, conv)
-    except Unsupported:
-        return _checkpointed(features, norm, activation, conv)
-    return _by_the_functions_of_blocks(features, unit)
+        check_input(features[0])
+        try:
+            unit = _read_unit(norm, activation, conv)
+            call = _call_of(features, unit)
+        except Unsupported:
+            return _run_any(features, parts)
+        return on_plain_tensors(lambda *maps: _run_unit(maps, unit, call), *features)
+    except Declined:
+        pass
+    except Unsupported as reason:
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"recompute_connection is naive, since {reason}", stacklevel=2)
+    x = torch.cat(features, 1)
+    for part in parts:
+        x = part(x)
+    return x
 
 
-def _read(features: Sequence[Tensor], norm: Any, activation: Any, conv: Any) -> Unit:
-    """What the functions of the dense blocks would run."""
-    if torch.compiler.is_compiling():
-        raise Unsupported("the connection", "is being compiled")
+def _read_unit(norm: Any, activation: Any, conv: Any) -> Unit:
+    """Norm, activation and convolution as the functions of the dense blocks run them."""
     if norm is None:
         raise Unsupported("the connection", "has no norm")
     function = RELU
     if activation not in (F.relu, torch.relu):
         function = read_activation(activation, "the activation")
-    channels = sum(x.shape[1] for x in features)
-    whole = features[0].new_empty(()).expand(len(features[0]), channels, *features[0].shape[2:])
-    check_input(whole)
-    unit = unit_of(read_norm(norm, "the norm"), function, read_conv(conv, "the convolution"))
-    BlockCall.of(whole, (), None, "norm", "auto").read_by(unit)
-    return unit
+    return unit_of(read_norm(norm, "the norm"), function, read_conv(conv, "the convolution"))
 
 
-def _by_the_functions_of_blocks(features: Sequence[Tensor], unit: Unit) -> Tensor:
-    """The exit of a block without layers, of which not even the input is saved."""
-    x = torch.cat(list(features), 1)
-    # Not the tensor itself, which would live as long as the functions below.
-    address, shape, versions = x.data_ptr(), x.shape, [map._version for map in features]
-
-    def pack(saved: Tensor) -> Tensor | None:
-        return None if saved.data_ptr() == address and saved.shape == shape else saved
-
-    def unpack(saved: Tensor | None) -> Tensor:
-        if saved is not None:
-            return saved
-        if [map._version for map in features] != versions:
-            raise RuntimeError(
-                "a feature of a dense connection has been modified by an inplace operation "
-                "before the backward pass"
-            )
-        return torch.cat([map.detach() for map in features], 1)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return BlockCall.of(x, (), unit, "norm", "auto").run()
+def _call_of(features: Sequence[Tensor], unit: Unit) -> BlockCall:
+    """A block without layers, of which the unit is the exit, on a stand-in for the features."""
+    if torch.compiler.is_compiling():
+        raise Unsupported("the connection", "is being compiled")
+    first, channels = features[0], sum(x.shape[1] for x in features)
+    if any(x.dtype != first.dtype for x in features):
+        raise Unsupported("the features", "are of several types")
+    whole = first.new_empty(()).expand(len(first), channels, *first.shape[2:])
+    return BlockCall.of(whole, (), None, "norm", "auto").read_by(unit)
 
 
-def _checkpointed(features: Sequence[Tensor], norm: Any, activation: Any, conv: Any) -> Tensor:
-    first = True
-
-    def run(*features: Tensor) -> Tensor:
-        nonlocal first
-        x = torch.cat(features, 1)
-        if norm is not None:
-            x = norm(x) if first else _normalised_again(norm, x)
-        first = False
-        return conv(x if activation is None else activation(x))
-
-    if isinstance(norm, nn.SyncBatchNorm) or not torch.is_grad_enabled():
-        return run(*features)
-    return checkpoint(run, *features, use_reentrant=False)
+def _run_unit(maps: Sequence[Tensor], unit: Unit, call: BlockCall) -> Tensor:
+    out, statistics = connect(maps, call.spec, unit.tensors)
+    count = joined_count(call.x.numel() // call.x.shape[1], call.group, maps[0].device)
+    update_running_statistics([Seen(unit.norm, statistics)], count)
+    return out
 
 
-def _normalised_again(norm: nn.Module, x: Tensor) -> Tensor:
-    """What ``norm`` makes of ``x``; copies of its buffers learn from it, not the buffers."""
-    return functional_call(norm, {name: b.clone() for name, b in norm.named_buffers()}, (x,))
+def _run_any(features: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    modules = [part if isinstance(part, nn.Module) else _Function(part) for part in parts]
+    layer = read_opaque(nn.Sequential(*modules), "the connection", 0, 0)
+    check_opaque(features[0], layer)
+    opaque = layer.spec.opaque
+    assert opaque is not None
+    with undone_if_unfit(features[0], [layer]):
+        return on_plain_tensors(
+            lambda *maps: connect_opaque(maps, opaque, layer.tensors), *features
+        )
+
+
+class _Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Part) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)

@@ -94,8 +94,7 @@ def read_opaque(
             return form.call(lambda *args: functional_call(module, own, args), x, growth)
 
     copies = [buffer.detach().clone() for buffer in buffers.values()]
-    shares = form.takes != "tensor" or form.returns != "new"
-    opaque = Opaque(run, len(names), path, shares)
+    opaque = Opaque(run, len(names), path)
     spec = LayerSpec((), channels, growth, growth, 0.0, opaque=opaque)
     changed = tuple(zip(buffers.values(), copies, strict=True))
     return Layer(spec, (), (*parameters.values(), *copies), changed)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from efficient_densenet import recompute_connection
-from efficient_densenet.functional import autograd
+from efficient_densenet.modules import connections
 from efficient_densenet.modules.naive import CONVS, NORMS
 from support.compare import assert_same_training, randomise_
 from support.storages import live_bytes
@@ -76,8 +76,8 @@ def pair(case, dtype=torch.float64):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_connection_trains_as_plain_autograd(case, mode, monkeypatch):
     calls = []
-    run = autograd.dense_block
-    monkeypatch.setattr(autograd, "dense_block", lambda *args: calls.append(args) or run(*args))
+    run = connections.connect
+    monkeypatch.setattr(connections, "connect", lambda *args: calls.append(args) or run(*args))
     recomputed, plain = pair(case)
     for module in (recomputed, plain):
         module.train(mode == "train")

@@ -1,0 +1,116 @@
+"""A dense block of layers of people's own, as one call that keeps only the features."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from efficient_densenet.modules.calls import BlockCall, check_input
+from efficient_densenet.modules.naive import BasicLayer, BottleneckLayer
+from efficient_densenet.modules.opaque import read_opaque
+from efficient_densenet.modules.parts import (
+    ACTIVATION,
+    BASIC,
+    BOTTLENECK,
+    CONV,
+    DROPOUT,
+    NORM,
+    Kind,
+    Structure,
+    read_layer,
+)
+from efficient_densenet.modules.reading import Declined, Layer, Misfit, Unsupported
+
+UNIT = (NORM, ACTIVATION, CONV)
+SEQUENCES: tuple[tuple[Kind, ...], ...] = tuple(
+    (*UNIT * units, *dropout) for units in (1, 2) for dropout in ((), (DROPOUT,))
+)
+"""What an ``nn.Sequential`` may hold to be a layer of units."""
+
+OWN = {BottleneckLayer.forward: BOTTLENECK, BasicLayer.forward: BASIC}
+
+
+def recompute_dense_block(
+    layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor, growth_rate: int | Sequence[int]
+) -> Tensor:
+    """A dense block of any layers, of which only the features are kept. Equals ::
+
+        for layer in layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+    ``x`` is ``(N, channels, *spatial)``, the result ``(N, channels + growth, *spatial)``, where
+    ``growth`` is that of all layers. Never kept for the backward pass: the concatenations, and
+    whatever a layer makes on its way.
+
+    Layers that are an ``nn.Sequential`` of batch norm, activation, convolution (once or twice) and
+    perhaps dropout run as in :class:`EfficientDenseBlock`. Any other one is run again by autograd:
+    the peak is near that of one layer. Its buffers learn once, and it draws the random numbers of
+    the forward pass again, in the modes and under the autocast of the forward pass.
+
+    Args:
+        layers: modules, each called once with the concatenation so far; or functions that read no
+            parameters.
+        x: the first map.
+        growth_rate: channels that every layer returns, or those of each.
+
+    Raises:
+        ValueError: if there is no layer, or not one growth rate for each.
+
+    What cannot be recomputed takes the loop above; a warning says why.
+    """
+    growths = [growth_rate] * len(layers) if isinstance(growth_rate, int) else list(growth_rate)
+    if not layers or len(growths) != len(layers):
+        raise ValueError(
+            f"layers must be at least one, each with a growth rate, got {len(layers)} layers and "
+            f"growth_rate={growth_rate!r}"
+        )
+    try:
+        return _read(layers, x, growths).run()
+    except Declined:
+        pass
+    except Unsupported as reason:
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"recompute_dense_block is naive, since {reason}", stacklevel=2)
+    for layer in layers:
+        x = torch.cat([x, layer(x)], 1)
+    return x
+
+
+def _read(
+    layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor, growths: Sequence[int]
+) -> BlockCall:
+    """What a call would run; raises :class:`Unsupported`."""
+    check_input(x)
+    read, channels = [], x.shape[1]
+    for i, (layer, growth) in enumerate(zip(layers, growths, strict=True)):
+        read.append(_read_layer(layer, f"layer {i}", channels, growth))
+        channels += growth
+    return BlockCall.of(x, read, None, "bottleneck", "auto")
+
+
+def _read_layer(layer: Callable[[Tensor], Tensor], path: str, channels: int, growth: int) -> Layer:
+    structure = _structure_of(layer)
+    if structure is not None:
+        assert isinstance(layer, nn.Module)
+        try:
+            found = read_layer(layer, structure, path, channels)
+            if found.spec.growth == growth:
+                return found
+        except Misfit:
+            raise
+        except Unsupported:
+            pass
+    return read_opaque(layer, path, channels, growth)
+
+
+def _structure_of(layer: object) -> Structure | None:
+    """The parts of a layer that may be one of units."""
+    if type(layer) is nn.Sequential:
+        for kinds in SEQUENCES:
+            if len(kinds) == len(layer._modules):
+                return Structure(dict(zip(layer._modules, kinds, strict=True)))
+    return OWN.get(type(layer).forward) if isinstance(layer, nn.Module) else None
