@@ -12,21 +12,40 @@ from efficient_densenet.modules.calls import BlockCall, check_input
 from efficient_densenet.modules.naive import BasicLayer, BottleneckLayer
 from efficient_densenet.modules.opaque import read_opaque
 from efficient_densenet.modules.parts import (
-    ACTIVATION,
     BASIC,
     BOTTLENECK,
-    CONV,
-    DROPOUT,
-    NORM,
-    Kind,
+    Found,
+    Read,
     Structure,
+    add_activation,
+    add_conv,
+    add_norm,
     read_layer,
 )
-from efficient_densenet.modules.reading import Declined, Layer, Misfit, Unsupported
+from efficient_densenet.modules.reading import (
+    Declined,
+    Dropout,
+    Layer,
+    Misfit,
+    Unsupported,
+    check_plain,
+)
 
-UNIT = (NORM, ACTIVATION, CONV)
-SEQUENCES: tuple[tuple[Kind, ...], ...] = tuple(
-    (*UNIT * units, *dropout) for units in (1, 2) for dropout in ((), (DROPOUT,))
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def _add_dropout(module: nn.Module, path: str, found: Found) -> None:
+    """Dropout of single values or of whole maps."""
+    if not isinstance(module, DROPOUTS) or type(module) not in DROPOUTS:
+        raise Unsupported(path, f"is a {type(module).__name__}")
+    check_plain(module, path)
+    rate = float(module.p) if module.training else 0.0
+    found.dropout = Dropout(rate, type(module) is not nn.Dropout)
+
+
+UNIT = (add_norm, add_activation, add_conv)
+SEQUENCES: tuple[tuple[Read, ...], ...] = tuple(
+    (*UNIT * units, *dropout) for units in (1, 2) for dropout in ((), (_add_dropout,))
 )
 """What an ``nn.Sequential`` may hold to be a layer of units."""
 
@@ -110,7 +129,7 @@ def _read_layer(layer: Callable[[Tensor], Tensor], path: str, channels: int, gro
 def _structure_of(layer: object) -> Structure | None:
     """The parts of a layer that may be one of units."""
     if type(layer) is nn.Sequential:
-        for kinds in SEQUENCES:
-            if len(kinds) == len(layer._modules):
-                return Structure(dict(zip(layer._modules, kinds, strict=True)))
+        for parts in SEQUENCES:
+            if len(parts) == len(layer._modules):
+                return Structure(dict(zip(layer._modules, parts, strict=True)))
     return OWN.get(type(layer).forward) if isinstance(layer, nn.Module) else None
