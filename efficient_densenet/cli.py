@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,6 +23,7 @@ from efficient_densenet.memory.devices import DEVICES
 from efficient_densenet.training import plan as planner
 from efficient_densenet.training.config import PRECISIONS, RECIPES, ConfigError, TrainConfig
 from efficient_densenet.training.fashion_mnist import DataError
+from efficient_densenet.training.folder import RunFolder
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,7 +85,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--recompute",
         choices=MODES,
         help="what the backward pass recomputes; bottleneck keeps least, none is the naive network "
-        "(default: bottleneck; with --budget the first of none, norm, bottleneck that fits)",
+        "(default: bottleneck; with --budget the fastest mix that fits, module by module)",
     )
     network.add_argument("--drop-rate", type=float, default=0.0, help="dropout (default: 0)")
 
@@ -105,8 +106,8 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     machine.add_argument(
         "--budget",
         metavar="SIZE",
-        help="most memory that a training step may hold, such as 512MiB; chooses --recompute, or "
-        "the batch if only --recompute is given",
+        help="most memory that a training step may hold, such as 512MiB; chooses the mode "
+        "of each module, or the batch if --recompute is given",
     )
 
     machine.add_argument(
@@ -189,11 +190,14 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    options = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
+    options: dict[str, Any] = {
+        field.name: getattr(args, field.name, None) for field in fields(TrainConfig)
+    }
     if args.budget is None:
         config = TrainConfig.of(**options)
     else:
-        config = planner.config_within(args.budget, options)
+        chosen = RunFolder(args.out).chosen() if args.resume else None
+        config = planner.config_within(args.budget, options, chosen)
     with _extra("training"):
         from efficient_densenet.training import run as training
     training.run(config, args.out, args.data_dir, args.resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -72,16 +73,30 @@ class Composition(NamedTuple):
         """What has a choice that makes a difference."""
         return [each.unit for each in self.studied]
 
+    def units_within(self, room: int) -> list[Unit]:
+        """The same, with those choices that fit ``room`` bytes in some mix."""
+        return [
+            replace(
+                each.unit,
+                choices=tuple(
+                    modes
+                    for modes, timeline in zip(each.unit.choices, each.timelines, strict=True)
+                    if each.passes.top(timeline) <= room
+                ),
+            )
+            for each in self.studied
+        ]
+
     def chain(self, times: Times) -> Chain:
-        """What is searched; ``times`` are those of the units."""
+        """What is searched; of a choice that ``times`` lacks the time is infinite."""
         base, (first, *rest) = self.timeline, self._gaps()
         parts = []
         for each, gap in zip(self.studied, rest, strict=True):
-            seconds = times[each.unit.paths]
-            choices = [
-                Choice(t.after_forward - base.after_forward, each.passes.top(t), seconds[modes])
-                for modes, t in zip(each.unit.choices, each.timelines, strict=True)
-            ]
+            seconds = times.get(each.unit.paths, {})
+            choices = []
+            for modes, t in zip(each.unit.choices, each.timelines, strict=True):
+                kept = t.after_forward - base.after_forward
+                choices.append(Choice(kept, each.passes.top(t), seconds.get(modes, math.inf)))
             parts.append(Part(choices, gap))
         return Chain(parts, first)
 

@@ -22,6 +22,22 @@ CORRECTIONS = 8
 """How often a mix is searched for again after one whose estimate was more than its composition."""
 
 
+class BudgetTooSmall(ValueError):
+    """No mix fits a budget.
+
+    Attributes:
+        needed: bytes of the smallest budget that one fits.
+    """
+
+    def __init__(self, needed: int, budget: int | str | None) -> None:
+        given = "what is free" if budget is None else repr(budget)
+        super().__init__(
+            f"budget must be at least {format_size(needed)}, the peak of the mix that needs least, "
+            f"got {given}"
+        )
+        self.needed = needed
+
+
 def fit_(
     model: nn.Module,
     inputs: Tree,
@@ -81,38 +97,39 @@ def fit_(
             "convert_(model) makes its dense blocks do so"
         )
     composition = Composition.of(estimates, units)
+    found = _Found(estimates, units, composition)
+    if found.least > room:
+        raise BudgetTooSmall(found.least + DEVICES[kind].reserve, budget)
     clock = "given"
+    within = composition.units_within(room)
     if times is None:
         here = {parameter.device.type for parameter in model.parameters()} == {kind}
         clock = "measured" if here else "modelled"
         if here:
-            times = measured(composition.units, model, autocast_dtype)
+            times = measured(within, model, autocast_dtype)
         else:
-            times = modelled(composition.units, estimates.hollow, kind, autocast_dtype)
-    check_times(times, composition.units)
-    found = _Found(estimates, units, composition, composition.chain(times))
-    picks = found.best(room)
-    if picks is None:
-        needed = format_size(found.least + DEVICES[kind].reserve)
-        given = "what is free" if budget is None else repr(budget)
-        raise ValueError(
-            f"budget must be at least {needed}, the peak of the mix that needs least, got {given}"
-        )
+            times = modelled(within, estimates.hollow, kind, autocast_dtype)
+    check_times(times, within)
+    chain = composition.chain(times)
+    picks = found.best(chain, room)
     set_modes(model, composition.mix(picks))
-    return found.report(picks, room, times, clock)
+    return found.report(chain, picks, room, times, clock)
 
 
 class _Found:
-    """Mixes, with their peaks as estimated."""
+    """Mixes, with their peaks as estimated.
 
-    def __init__(
-        self, estimates: Estimates, units: list[Unit], composition: Composition, chain: Chain
-    ) -> None:
-        self._estimates, self._composition, self._chain = estimates, composition, chain
+    Attributes:
+        least: bytes at the peak of the mix that needs least.
+    """
+
+    def __init__(self, estimates: Estimates, units: list[Unit], composition: Composition) -> None:
+        self._estimates, self._composition = estimates, composition
         self._uniform = {
             mode.name: composition.picks(_everywhere(mode.name, units)) for mode in MODES.values()
         }
-        least = chain.fastest(chain.least_peak())
+        untimed = composition.chain({})
+        least = untimed.fastest(untimed.least_peak())
         assert least is not None
         self._known = [least, *self._uniform.values()]
         self.least = min(self.peak(picks) for picks in self._known)
@@ -121,27 +138,27 @@ class _Found:
         """The estimated one."""
         return self._estimates.timeline(self._composition.mix(picks)).peak
 
-    def best(self, room: int) -> tuple[int, ...] | None:
-        """The fastest choices whose estimate is within ``room``, ``None`` if there are none."""
+    def best(self, chain: Chain, room: int) -> tuple[int, ...]:
+        """The fastest choices whose estimate is within ``room``, which is not below the least."""
         fitting = [picks for picks in self._known if self.peak(picks) <= room]
         goal = room
         for _ in range(CORRECTIONS):
-            picks = self._chain.fastest(goal)
+            picks = chain.fastest(goal)
             if picks is None:
                 break
             excess = self.peak(picks) - room
             if excess <= 0:
                 fitting.append(picks)
                 break
-            goal = self._chain.peak(picks) - excess
-        return min(fitting, key=self._chain.seconds, default=None)
+            goal = chain.peak(picks) - excess
+        return min(fitting, key=chain.seconds)
 
-    def report(self, picks: tuple[int, ...], room: int, times: Times, clock: str) -> Mix:
+    def report(
+        self, chain: Chain, picks: tuple[int, ...], room: int, times: Times, clock: str
+    ) -> Mix:
         """What was chosen."""
         chosen = []
-        for part, each, pick in zip(
-            self._chain.parts, self._composition.studied, picks, strict=True
-        ):
+        for part, each, pick in zip(chain.parts, self._composition.studied, picks, strict=True):
             choice, modes = part.choices[pick], each.unit.choices[pick]
             kept = choice.kept - min(other.kept for other in part.choices)
             rows = list(zip(each.unit.paths, modes, strict=True))
@@ -153,7 +170,7 @@ class _Found:
             least=self.least,
             chosen=tuple(chosen),
             uniform={
-                mode: Uniform(self.peak(each), self._chain.seconds(each))
+                mode: Uniform(self.peak(each), chain.seconds(each))
                 for mode, each in self._uniform.items()
             },
             times=times,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -32,7 +33,10 @@ class Chosen(NamedTuple):
 
 
 class Uniform(NamedTuple):
-    """A model whose modules are all in one mode: estimated peak, and seconds of its modules."""
+    """A model whose modules are all in one mode: estimated peak, and seconds of its modules.
+
+    They are infinite where a module in this mode fits in no mix, and was not timed.
+    """
 
     peak: int
     seconds: float
@@ -94,7 +98,10 @@ class Mix:
             "seconds": self.seconds,
             "clock": self.clock,
             "chosen": [part._asdict() for part in self.chosen],
-            "uniform": {mode: each._asdict() for mode, each in self.uniform.items()},
+            "uniform": {
+                mode: {"peak": each.peak, "seconds": _finite(each.seconds)}
+                for mode, each in self.uniform.items()
+            },
         }
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
@@ -115,4 +122,9 @@ def _row(path: str, mode: str, kept: int, seconds: float) -> tuple[str, str, str
 
 
 def _sizes(size: int, seconds: float) -> tuple[str, str]:
-    return format_size(size), f"{1000 * seconds:,.1f} ms"
+    finite = _finite(seconds)
+    return format_size(size), "not timed" if finite is None else f"{1000 * finite:,.1f} ms"
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None

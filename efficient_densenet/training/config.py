@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from efficient_densenet import models
+from efficient_densenet.fit.units import set_modes
 from efficient_densenet.functional.modes import MODES, Recompute
 from efficient_densenet.memory.devices import available_bytes
 
@@ -69,7 +70,8 @@ class TrainConfig:
     ``batch_size`` is that of each device; images are ``image_size`` pixels high and wide;
     ``train_size`` is the number of training images used, ``None`` for all; ``depth`` and
     ``growth_rate`` belong to ``cifar-bc`` alone; ``budget`` is the most bytes that a training step
-    may take, ``None`` for no limit; with ``graphs`` the passes in training are replayed
+    may take, ``None`` for no limit; ``mix`` has the modes, by path, of those modules of
+    the network whose mode is not ``recompute``; with ``graphs`` the passes in training are replayed
     from CUDA graphs.
 
     Raises:
@@ -91,6 +93,7 @@ class TrainConfig:
     devices: int = 1
     num_nodes: int = 1
     budget: int | None = None
+    mix: dict[str, Recompute] = field(default_factory=dict)
     graphs: bool = False
 
     @classmethod
@@ -128,7 +131,7 @@ class TrainConfig:
         Raises:
             ConfigError: if no such network has this depth.
         """
-        return build_network(
+        network = build_network(
             self.model,
             self.depth,
             self.growth_rate,
@@ -137,6 +140,8 @@ class TrainConfig:
             drop_rate=self.drop_rate,
             recompute=self.recompute,
         )
+        set_modes(network, self.mix)
+        return network
 
 
 def build_network(

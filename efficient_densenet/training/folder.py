@@ -33,6 +33,17 @@ class RunFolder:
         """The checkpoint of the last finished epoch, which need not exist."""
         return self.out / CHECKPOINT
 
+    def chosen(self) -> dict[str, object] | None:
+        """The modes of the run to resume; ``None`` if there is none.
+
+        Raises:
+            ConfigError: if its configuration is damaged.
+        """
+        if self._is_new:
+            return None
+        earlier = self._read_config()
+        return {name: earlier[name] for name in ("recompute", "mix") if name in earlier}
+
     def open(self, config: TrainConfig, resume: bool) -> None:
         """Write the configuration, or check that the run to resume has the same.
 

@@ -6,11 +6,14 @@ optimizer state included.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from efficient_densenet.functional.modes import MODES, Recompute
+from efficient_densenet.fit.fitting import BudgetTooSmall, fit_
+from efficient_densenet.fit.units import modes_of
+from efficient_densenet.functional.modes import MODES
 from efficient_densenet.memory.devices import DEVICES, present_device
 from efficient_densenet.memory.plan import Fit
 from efficient_densenet.memory.sizes import format_size
@@ -191,16 +194,18 @@ def plan_work(
     return Plan(budget, device, counts.reserve, counts.reserve_reason, varies, work, fits)
 
 
-def config_within(budget: str, options: dict[str, Any]) -> TrainConfig:
+def config_within(
+    budget: str, options: dict[str, Any], chosen: dict[str, Any] | None = None
+) -> TrainConfig:
     """The training run of ``options`` whose step fits ``budget`` on this machine.
 
-    Chooses ``recompute``, the first of none, norm and bottleneck that fits (each recomputes more
-    than the one before); if that is given, the largest batch up to the size of the training set;
-    if the batch is given too, nothing.
+    Chooses the fastest mix of modes that fits, which needs some steps' time; if ``recompute`` is
+    given, the largest batch up to the training set's size; if the batch is given too, nothing.
 
     Args:
         budget: a size such as ``"8GiB"``.
         options: as for :meth:`TrainConfig.of`, ``None`` where not given.
+        chosen: the ``recompute`` and ``mix`` of an earlier choice, to be taken again.
 
     Raises:
         ConfigError: if nothing fits, or as :meth:`TrainConfig.of`.
@@ -212,7 +217,7 @@ def config_within(budget: str, options: dict[str, Any]) -> TrainConfig:
     try:
         if options.get("recompute"):
             return replace(config, batch_size=_largest_batch(config, size))
-        return replace(config, recompute=_cheapest(config, size))
+        return replace(config, **(chosen or _fastest(config, size)))
     except _NothingFits as error:
         raise ConfigError("budget", f"{budget} is too small: {error}") from error
 
@@ -221,18 +226,25 @@ class _NothingFits(Exception):
     pass
 
 
-def _cheapest(config: TrainConfig, budget: int) -> Recompute:
-    device = present_device()
-    needed = 0
-    for mode in MODES.values():
-        peak = Work.of(config).estimate(mode.label, device).peak.total
-        needed = peak + DEVICES[device].reserve
-        if needed <= budget:
-            return mode.name
-    raise _NothingFits(
-        f"a batch of {config.batch_size} needs {format_size(needed)} "
-        f"even with recompute {mode.name!r}"
-    )
+def _fastest(config: TrainConfig, budget: int) -> dict[str, Any]:
+    """``recompute`` and ``mix`` of the fastest mix."""
+    device, work = present_device(), Work.of(config)
+    network = config.build_model().to(device)
+    if config.precision == "64-true":
+        network = network.double()
+    try:
+        fit_(network, work.images, budget, target=work.labels, device=device, **work.step)
+    except BudgetTooSmall as error:
+        raise _NothingFits(
+            f"a batch of {config.batch_size} needs {format_size(error.needed)} in the mix of modes "
+            "that needs least"
+        ) from error
+    modes = modes_of(network)
+    most = Counter(modes.values()).most_common(1)[0][0]
+    return {
+        "recompute": most,
+        "mix": {path: mode for path, mode in modes.items() if mode != most},
+    }
 
 
 def _largest_batch(config: TrainConfig, budget: int) -> int:

@@ -102,7 +102,7 @@ def summarise(
         "model": config.model,
         "depth": config.depth,
         "growth_rate": config.growth_rate,
-        "recompute": config.recompute,
+        "recompute": "mixed" if config.mix else config.recompute,
         "parameters": sum(p.numel() for p in config.build_model().parameters()),
         "batch_size": config.batch_size,
         "image_size": config.image_size,

@@ -83,6 +83,16 @@ class Work:
             "autocast_dtype": AUTOCAST.get(self.precision),
         }
 
+    @property
+    def images(self) -> tuple[int, ...]:
+        """The shape of a batch."""
+        return (self.batch_size, self.in_channels, self.image_size, self.image_size)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The shape of its labels."""
+        return (self.batch_size,)
+
     def build(self, mode: str) -> nn.Module:
         """The network, with the parameters on torch's default device.
 
@@ -108,10 +118,9 @@ class Work:
         Raises:
             ConfigError: if the network does not exist, or has more bytes than torch can count.
         """
-        images = (self.batch_size, self.in_channels, self.image_size, self.image_size)
         with _countable(self.model):
             network = self._build_hollow(mode)
-            return estimate(network, images, target=(self.batch_size,), device=device, **self.step)
+            return estimate(network, self.images, target=self.labels, device=device, **self.step)
 
     def largest_batch(self, mode: str, budget: int, device: str) -> Fit:
         """The largest batch whose step fits, whatever ``batch_size`` says. Errors as above."""

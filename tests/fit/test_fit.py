@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -213,6 +214,18 @@ def test_wrong_calls_are_answered_in_sentence(given) -> None:
         fit_(network(), IMAGES, "1GiB", times={}, **OPTIONS)
     with pytest.raises(ValueError, match="device must be one of cpu, cuda, got 'tpu'"):
         fit_(network(), IMAGES, "1GiB", device="tpu")
+
+
+def test_what_fits_in_no_mix_is_not_timed(given) -> None:
+    model = network()
+    least = fit_(model, IMAGES, "1GiB", times=given, **OPTIONS).least
+    mix = fit_(model, IMAGES, least, **OPTIONS)
+    assert mix.uniform["none"].seconds == math.inf
+    assert "not timed" in str(mix)
+    assert mix.to_dict()["uniform"]["none"]["seconds"] is None
+    assert set(mix.times["features",]) == {("norm",)}  # the naive stem is the largest part
+    with pytest.raises(ValueError, match="times must have"):
+        fit_(model, IMAGES, "1GiB", times=mix.times, **OPTIONS)
 
 
 def test_budget_that_nothing_fits_is_told_what_is_needed(given) -> None:

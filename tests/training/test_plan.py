@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from benchmarks import planned_peaks
-from efficient_densenet import plan
+from efficient_densenet import estimate, plan
 from efficient_densenet.cli import main
+from efficient_densenet.fit.units import modes_of
 from efficient_densenet.training.config import ConfigError, TrainConfig
+from efficient_densenet.training.folder import RunFolder
 from efficient_densenet.training.plan import config_within
 from efficient_densenet.training.work import COMPETITORS, Work
 from support.commands import ENVIRONMENT, error_of
@@ -123,18 +125,32 @@ def test_search_ends_at_its_limit(monkeypatch) -> None:
 # Training within a budget
 
 
-def test_cheapest_mode_that_fits_is_chosen() -> None:
-    options = {"model": "cifar-bc", "depth": 22, "growth_rate": 8, "batch_size": 32}
-    needs = [
-        Work("cifar-bc", 32, 32, 22, 8, in_channels=1).estimate(mode, "cpu").peak.total
-        for mode in ("naive", "norm", "bottleneck")
-    ]
-    assert needs == sorted(needs, reverse=True)
-    for need, chosen in zip(needs, ("none", "norm", "bottleneck"), strict=True):
-        config = config_within(str(need), options)
-        assert (config.recompute, config.budget, config.batch_size) == (chosen, need, 32)
-    with pytest.raises(ConfigError, match=f"budget {needs[2] - 1} is too small"):
-        config_within(str(needs[2] - 1), options)
+def test_mix_that_fits_is_chosen() -> None:
+    options = {"model": "cifar-bc", "depth": 16, "growth_rate": 4, "batch_size": 8}
+    work = Work("cifar-bc", 32, 8, 16, 4, in_channels=1)
+    least, most = (work.estimate(mode, "cpu").peak.total for mode in ("bottleneck", "naive"))
+    for budget in (least, (least + most) // 2):
+        config = config_within(str(budget), options)
+        assert (config.budget, config.batch_size) == (budget, 8)
+        network = config.build_model()
+        peak = estimate(network, work.images, target=work.labels, device="cpu", **work.step)
+        assert peak.peak.total <= budget
+        assert set(modes_of(network).values()) == {config.recompute, *config.mix.values()}
+    with pytest.raises(ConfigError, match="budget 100KiB is too small: a batch of 8 "):
+        config_within("100KiB", options)
+
+
+def test_mix_that_was_chosen_before_is_taken_again(tmp_path) -> None:
+    options = {"model": "cifar-bc", "depth": 10, "growth_rate": 4, "batch_size": 8}
+    chosen = {"recompute": "norm", "mix": {"features.denseblock1": "none"}}
+    config = config_within("1GiB", options, chosen)
+    modes = modes_of(config.build_model())
+    assert modes.pop("features.denseblock1") == "none" and set(modes.values()) == {"norm"}
+    folder = RunFolder(tmp_path)
+    assert folder.chosen() is None
+    folder.open(config, resume=False)
+    folder.checkpoint.touch()
+    assert RunFolder(tmp_path).chosen() == chosen
 
 
 def test_batch_is_chosen_where_mode_is_given() -> None:

@@ -270,7 +270,6 @@ def test_run_stays_within_budget_and_naive_run_cannot(tmp_path):
     work = Work("cifar-bc", 8, 32, 22, 4, in_channels=1, drop_rate=0.2)
     need = work.estimate("bottleneck", "cpu").peak.total
     config = planner.config_within(str(need), options)
-    assert config.recompute == "bottleneck"
     manifest = write_data(tmp_path / "data")
     training.run(config, tmp_path / "run", tmp_path / "data", manifest=manifest)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["budget"] == need
