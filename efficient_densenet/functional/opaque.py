@@ -51,7 +51,7 @@ class Surroundings(NamedTuple):
         return cls(torch.is_grad_enabled(), autocast_now(x.device), outer_format(x))
 
 
-class Unfit(Exception):
+class Unfit(RuntimeError):
     """A layer does not do what a dense layer does: its ``name``, and a predicate."""
 
     def __str__(self) -> str:
@@ -89,12 +89,15 @@ def run_once(
         as_autocast(surroundings.autocast),
         saved_tensors_hooks(_drop, _refuse),
     ):
-        x = _joined(leaves, surroundings)
+        x = _with_version(leaves, surroundings)
+        version = x._version
         y = opaque.run(x, None)
     if not isinstance(y, Tensor):
         raise Unfit(opaque.name, f"returns a {type(y).__name__}")
     if expected is not None:
-        _check_dense(opaque, x, y, expected)
+        _check_dense(opaque, y, expected)
+        if x._version != version:
+            raise Unfit(opaque.name, "overwrites maps that others read")
     _check_leaves(opaque, y, [*leaves, *tensors])
     y, kept = y.detach(), [weakref.ref(leaf) for leaf in leaves]
     del leaves, x
@@ -151,6 +154,14 @@ def _joined(maps: Sequence[Tensor], surroundings: Surroundings) -> Tensor:
     return torch.cat(list(maps), 1)
 
 
+def _with_version(maps: Sequence[Tensor], surroundings: Surroundings) -> Tensor:
+    """The same, so that it shows whether the layer overwrites it: inference tensors do not."""
+    if not torch.is_inference_mode_enabled():
+        return _joined(maps, surroundings)
+    with torch.inference_mode(False):
+        return _joined(maps, surroundings)
+
+
 def _is_alive(tensors: Sequence[weakref.ref[Tensor]]) -> bool:
     """Whether somebody holds one of the tensors, and not only in a circle."""
     if all(tensor() is None for tensor in tensors):
@@ -159,13 +170,11 @@ def _is_alive(tensors: Sequence[weakref.ref[Tensor]]) -> bool:
     return any(tensor() is not None for tensor in tensors)
 
 
-def _check_dense(opaque: Opaque, x: Tensor, y: Tensor, expected: Expected) -> None:
+def _check_dense(opaque: Opaque, y: Tensor, expected: Expected) -> None:
     if y.shape != expected.shape:
         raise Unfit(opaque.name, f"returns {tuple(y.shape)} instead of {tuple(expected.shape)}")
     if torch.promote_types(y.dtype, expected.dtype) != expected.dtype:
         raise Unfit(opaque.name, f"returns {y.dtype} beside features of {expected.dtype}")
-    if x._version > 0:
-        raise Unfit(opaque.name, "overwrites maps that others read")
 
 
 def _check_leaves(opaque: Opaque, y: Tensor, known: Sequence[Tensor]) -> None:
