@@ -34,13 +34,15 @@ DEPENDS = {
 
 
 def stale() -> Iterator[str]:
-    """A line for each result that is stale."""
+    """A line for each result that is stale or missing."""
     for name, depends in DEPENDS.items():
-        if (RESULTS / f"{name}.json").exists():
-            commit = results(name)["conditions"]["commit"]
-            paths = (f"benchmarks/{name}.py", *(f"efficient_densenet/{path}" for path in depends))
-            if why := _why(commit, paths):
-                yield f"stale: docs/results/{name}.json, measured at {commit}: {why}"
+        if not (RESULTS / f"{name}.json").exists():
+            yield f"missing: docs/results/{name}.json, from `python -m benchmarks.{name}`"
+            continue
+        commit = results(name)["conditions"]["commit"]
+        paths = (f"benchmarks/{name}.py", *(f"efficient_densenet/{path}" for path in depends))
+        if why := _why(commit, paths):
+            yield f"stale: docs/results/{name}.json, measured at {commit}: {why}"
 
 
 def _why(commit: str, paths: tuple[str, ...]) -> str | None:

@@ -44,7 +44,7 @@ def test_three_steps_train_as_original(network, recompute, runs):
     assert sum(len(spec.layers) > 0 for spec in runs) == 3 * network.blocks
 
 
-@pytest.mark.capability("float32 as precise")
+@pytest.mark.capability("float32 as accurate")
 @every_network
 def test_single_precision_is_as_precise_as_original(network):
     converted, original = pair(network, torch.float32)
@@ -62,7 +62,7 @@ def test_evaluation_equals_originals(network):
     assert_all_close({"output": found}, {"output": expected}, 1e-10)
 
 
-@pytest.mark.capability("keeps features alone")
+@pytest.mark.capability("keeps only features")
 @every_network
 def test_blocks_keep_what_ledger_says(network):
     converted, original = pair(network, torch.float32)
