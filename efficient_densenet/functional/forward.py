@@ -18,10 +18,17 @@ from efficient_densenet.kernels.layout import empty_map, outer_format
 
 
 class Saved(NamedTuple):
-    """What a block's forward pass leaves for its backward pass.
+    """What a block's forward pass leaves for its backward pass; lists have an entry per layer.
 
-    ``bottlenecks``, ``bottleneck_statistics`` and ``random`` have an entry per layer; the last is
-    the state of the random generators from which an opaque layer drew.
+    Attributes:
+        features: ``(N, channels, *spatial)``, the input's channels first, in the features' type.
+        statistics: theirs, two vectors ``(channels, 1, …)`` in the statistics' type, written as far
+            as a norm reads them.
+        bottlenecks: ``(N, width, *spatial)`` in the compute type; ``None`` if recomputed or absent.
+        bottleneck_statistics: two vectors ``(width, 1, …)``; ``None`` if there is no bottleneck or
+            its norm uses running statistics.
+        random: ``uint8``, the state of the random generators from which an opaque layer drew,
+            empty if it drew nothing; ``None`` for other layers.
     """
 
     features: Tensor
@@ -64,7 +71,7 @@ def features_at_border(spec: BlockSpec, x: Tensor, out: Tensor) -> Tensor | None
 
 
 class FeatureBuffer:
-    """The concatenation storage, and the batch statistics of every map in it.
+    """The storage of all features, ``(N, channels, *spatial)``, and their batch statistics.
 
     Starts with the input ``x``; in a block without layers it is ``x`` itself.
     """

@@ -1,4 +1,4 @@
-"""What is computed, apart from its tensors: what the recomputing functions walk."""
+"""Specifications: what a block or stem computes, without its tensors."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class UnitSpec:
 class UnitTensors(NamedTuple):
     """A value for each tensor of a unit, ``None`` where it has none.
 
-    The values are the tensors, or their gradients, or whether those are wanted. Running statistics
-    are there only where the norm uses them.
+    The values are the tensors, or their gradients, or whether those are wanted. The norm's are
+    ``(channels,)`` of the map it reads, running statistics present only if it uses them; the
+    convolution's are ``(out_channels, in_channels / groups, *kernel)`` and ``(out_channels,)``.
     """
 
     weight: Any = None
@@ -46,7 +47,7 @@ class UnitTensors(NamedTuple):
     conv_bias: Any = None
 
     def only(self, channels: slice) -> UnitTensors:
-        """Those of some channels, of a convolution's result and of the norm that reads it."""
+        """The part for some channels of a convolution's result and of the norm that reads it."""
         return UnitTensors(*(None if t is None else t[channels] for t in self))
 
     @classmethod
