@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from efficient_densenet.memory.meter import LiveMeter, Scratch, onednn_scratch
+from efficient_densenet.memory.meter import LiveMeter
+from efficient_densenet.memory.scratch import Scratch, cpu_scratch
 from efficient_densenet.memory.sizes import format_size
 
 MOST_TOLD = 5
@@ -29,14 +30,14 @@ class MeteredBudget(LiveMeter):
     Args:
         limit: bytes, those of ``resident`` included.
         resident: tensors that exist before, such as parameters, and count too.
-        scratch: bytes that an operator allocates internally; by default those of oneDNN.
+        scratch: bytes that an operator allocates internally; by default those of a CPU.
 
     Raises:
         BudgetExceeded: inside the context, from the operator that would exceed the limit.
     """
 
     def __init__(
-        self, limit: int, resident: Iterable[Tensor] = (), scratch: Scratch | None = onednn_scratch
+        self, limit: int, resident: Iterable[Tensor] = (), scratch: Scratch | None = cpu_scratch
     ) -> None:
         super().__init__(scratch=scratch)
         self.limit = limit

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from efficient_densenet.memory.meter import Scratch, onednn_scratch
+from efficient_densenet.memory.scratch import Scratch, cpu_scratch
 from efficient_densenet.memory.sizes import parse_size
 
 
@@ -27,7 +27,7 @@ class Device(NamedTuple):
 
 
 DEVICES = {
-    "cpu": Device(1, onednn_scratch, 0, "what oneDNN allocates is part of the peak"),
+    "cpu": Device(1, cpu_scratch, 0, "what oneDNN allocates is part of the peak"),
     "cuda": Device(
         512,
         None,

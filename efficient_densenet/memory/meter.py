@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,15 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet.kernels.layout import is_hollow
 from efficient_densenet.memory.events import Event
+from efficient_densenet.memory.scratch import Scratch
 from efficient_densenet.memory.shapes import Arguments, Keywords, Operators, Result, tensors_of
 
-Scratch = Callable[[OpOverload, Arguments, Result], int]
-"""Bytes that an operator allocates and frees inside itself, by operator, arguments and result."""
-
 _ADD = torch.ops.aten.add.Tensor
-_CONVOLUTION = torch.ops.aten.convolution.default
-_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
-_ONEDNN_BLOCK = 16  # channels; 8 where the CPU has no AVX-512
 
 
 class LiveMeter(TorchDispatchMode):
@@ -40,7 +35,7 @@ class LiveMeter(TorchDispatchMode):
     Args:
         granularity: every size is rounded up to a multiple of this many bytes, as allocators do.
         scratch: bytes that an operator allocates and frees internally, e.g.
-            :func:`onednn_scratch`.
+            :func:`cpu_scratch`.
     """
 
     def __init__(self, granularity: int = 1, scratch: Scratch | None = None) -> None:
@@ -81,6 +76,7 @@ class LiveMeter(TorchDispatchMode):
             return func(*args, **kwargs)  # no storage is born
         target = traits.target(args, kwargs)
         if target is not None and target.numel() and is_hollow(target):
+            self._pass_by(func, args, target)
             return target  # neither here, and there is nothing to compute
         result, own = self._operators.run(func, args, kwargs)
         for tensor in tensors_of((result,)):
@@ -88,8 +84,7 @@ class LiveMeter(TorchDispatchMode):
                 self._bear(tensor.untyped_storage())
             else:
                 self._see(tensor, args, kwargs)
-        if self._scratch is not None:
-            self._pass_by(self._scratch(func, args, result))
+        self._pass_by(func, args, result)
         return result
 
     def _engine_would_add_in_place(self, old: Tensor, new: object) -> bool:
@@ -127,7 +122,8 @@ class LiveMeter(TorchDispatchMode):
     def _rounded(self, storage: torch.UntypedStorage) -> int:
         return -(-storage.nbytes() // self._granularity) * self._granularity
 
-    def _pass_by(self, size: int) -> None:
+    def _pass_by(self, func: OpOverload, args: Arguments, result: Result) -> None:
+        size = self._scratch(func, args, result) if self._scratch else 0
         if size:
             number, self._born = self._born, self._born + 1
             try:
@@ -148,39 +144,6 @@ class _Record:
 
     def __init__(self, number: int, size: int, watch: weakref.ref[torch.UntypedStorage]) -> None:
         self.number, self.size, self.watch = number, size, watch
-
-
-def onednn_scratch(func: OpOverload, args: Arguments, result: Result) -> int:
-    """About the most that oneDNN allocates and frees inside an operator, in bytes.
-
-    A convolution of contiguous maps copies weight, input and output to and from blocks of channels,
-    the last one padded; the weight twice unless it is 1x1. One of channels-last maps makes copies
-    of the weight only: 2 for 1x1, 3 for others. With a single thread PyTorch itself computes 1x1
-    convolutions of less than 16 samples, and copies nothing. For other operators it is 0.
-
-    Source: measured with torch 2.14 on AVX-512; the last rule is ``ConvParams::use_mkldnn`` in
-    PyTorch's ``aten/src/ATen/native/Convolution.cpp``.
-    """
-    if func is _CONVOLUTION:
-        x, y, weight, stride = args[0], result, args[1], args[3]
-    elif func is _CONVOLUTION_BACKWARD:
-        y, x, weight, _, stride = args[:5]
-    else:
-        return 0
-    pointwise = all(size == 1 for size in weight.shape[2:])
-    if pointwise and len(x) < 16 and set(stride) == {1} and torch.get_num_threads() == 1:
-        return 0
-    if x.stride(1) == 1:
-        values = (2 if pointwise else 3) * weight.numel()
-    else:
-        values = (1 if pointwise else 2) * weight.numel() + _blocked(x) + _blocked(y)
-    return values * x.itemsize
-
-
-def _blocked(maps: Tensor) -> int:
-    """Values of ``maps`` with whole blocks of channels."""
-    channels = maps.shape[1]
-    return maps.numel() // channels * -(-channels // _ONEDNN_BLOCK) * _ONEDNN_BLOCK
 
 
 def _key(tensor: Tensor) -> int:

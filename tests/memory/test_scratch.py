@@ -1,0 +1,67 @@
+"""What operators allocate inside themselves is what the allocator sees there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efficient_densenet.memory.events import live_bytes
+from efficient_densenet.memory.profiler import AllocatorRecord
+from efficient_densenet.memory.scratch import cast_scratch, cpu_scratch
+
+aten = torch.ops.aten
+
+
+def inside(call) -> tuple[int, object]:
+    """Bytes that ``call`` allocates and frees, and what it returns."""
+    results = [call()]  # the first call compiles
+    record = AllocatorRecord(lambda: results.append(call()), torch.device("cpu"))
+    live = live_bytes(record.events) or [0]
+    return max(live) - live[-1], results[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("samples", [8, 16])
+def test_scratch_of_convolution(samples, kernel, layout, dtype) -> None:
+    x = torch.randn(samples, 256, 16, 16, dtype=dtype).contiguous(memory_format=layout)
+    weight = torch.randn(256, 256, kernel, kernel, dtype=dtype)
+    geometry = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1)
+    y = aten.convolution(x, weight, None, *geometry)
+    calls = (
+        (aten.convolution.default, (x, weight, None, *geometry)),
+        (aten.convolution_backward.default, (y, x, weight, None, *geometry, [True, True, False])),
+    )
+    for func, args in calls:
+        seen, result = inside(lambda func=func, args=args: func(*args))
+        told = cpu_scratch(func, args, result)
+        # Several threads may have a sum of the weight's gradient each.
+        sums = (torch.get_num_threads() - 1) * 4 * weight.numel()
+        assert 0.95 * seen - 1024 - sums <= told <= 2.2 * seen
+
+
+MAPS = torch.randn(4, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+SHORT, OTHER = MAPS.bfloat16(), torch.empty_like(MAPS, dtype=torch.bfloat16)
+VECTOR = torch.randn(1, 16, 1, 1)
+CALLS = {
+    "promoted": (aten.mul.Tensor, (SHORT, VECTOR), {}),
+    "into short": (aten.addcmul.out, (VECTOR, SHORT, VECTOR), {"out": OTHER}),
+    "into long": (aten.addcmul.out, (VECTOR, SHORT, VECTOR), {"out": MAPS.clone()}),
+    "in place": (aten.addcmul_.default, (OTHER, SHORT, VECTOR), {}),
+    "in place, long": (aten.add_.Tensor, (MAPS.clone(), SHORT), {}),
+    "by mask": (aten.mul.Tensor, (SHORT, SHORT > 0), {}),
+    "by number": (aten.mul.Tensor, (SHORT, 2.5), {}),
+    "by tensor without dimensions": (aten.mul.Tensor, (SHORT, torch.tensor(2.5)), {}),
+    "of one type": (aten.addcmul.out, (VECTOR, MAPS, VECTOR), {"out": MAPS.clone()}),
+    "compared": (aten.gt.Tensor, (SHORT, MAPS), {}),
+    "copied": (aten.copy_.default, (MAPS.clone(), SHORT), {}),
+    "cast": (aten._to_copy.default, (SHORT,), {"dtype": torch.float32}),
+    "no element-wise operator": (aten.cat.default, ([SHORT, SHORT], 1), {}),
+}
+
+
+@pytest.mark.parametrize(("func", "args", "kwargs"), CALLS.values(), ids=CALLS)
+def test_scratch_of_operator_on_several_types(func, args, kwargs) -> None:
+    seen, result = inside(lambda: func(*args, **kwargs))
+    assert cast_scratch(func, args, result) == pytest.approx(seen, abs=16)  # a number
