@@ -224,13 +224,16 @@ class BlockBackward:
         assert layer.opaque is not None and random is not None and surroundings is not None
         channels, below = layer.channels, self.needs_x or i > self.lowest
         grad = self.total.finish(channels, channels + layer.growth)
-        prefix = self.total.maps[:, :channels]
-        dx, *grads = run_again(
-            layer.opaque, surroundings, [prefix], tensors, random, grad, (below, *needs)
+        maps, totals = (
+            tensor[:, :channels].split(layer.opaque.channels, 1)
+            for tensor in (self.total.maps, self.total.grad)
         )
-        if dx is not None:
-            self.total.grad[:, :channels].add_(dx)
-        return grads
+        wanted = [*[below] * len(maps), *needs]
+        found = run_again(layer.opaque, surroundings, maps, tensors, random, grad, wanted)
+        for total, dx in zip(totals, found, strict=False):
+            if dx is not None:
+                total.add_(dx)
+        return found[len(maps) :]
 
     def _bottleneck(self, i: int, ready: Unit) -> Tensor:
         kept = self.saved.bottlenecks[i]

@@ -38,7 +38,7 @@ def connect_opaque(maps: Sequence[Tensor], opaque: Opaque, tensors: Sequence[Ten
     Raises:
         Unfit: if it cannot be recomputed.
     """
-    surroundings = Surroundings.of(maps[0])
+    surroundings = Surroundings.of(maps[0], None)
     out: Tensor
     out, _ = _Opaque.apply(opaque, surroundings, len(maps), *maps, *tensors)
     return out

@@ -119,7 +119,8 @@ class FeatureBuffer:
         prefix = self.maps[:, : self._filled]
         shape = torch.Size([len(prefix), layer.growth, *prefix.shape[2:]])
         expected = Expected(shape, prefix.dtype)
-        return run_once(layer.opaque, self._surroundings, [prefix], tensors, learns, expected)
+        maps = prefix.split(layer.opaque.channels, 1)
+        return run_once(layer.opaque, self._surroundings, maps, tensors, learns, expected)
 
 
 def forward_block(

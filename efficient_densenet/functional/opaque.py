@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
 from efficient_densenet.functional.precision import Autocast, as_autocast, autocast_now
-from efficient_densenet.kernels.layout import is_hollow, outer_format
+from efficient_densenet.kernels.layout import is_hollow
+
+Format = torch.memory_format
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +28,18 @@ class Opaque:
     """A layer that makes new maps of those before it, in a way that only running it tells.
 
     Attributes:
-        run: ``run(x, None)`` is the layer on ``x``, ``(N, channels, *spatial)``; the result is its
-            new maps. ``run(x, tensors)`` is the same with ``tensors`` in the place of its own, and
-            in the modes that it had.
+        channels: of each part of the features that it reads apart from the others.
+        arrange: makes of these parts, the oldest first, the tensors that the layer takes, in a
+            memory format, or in that of ``torch.cat``.
+        run: ``run(taken, None)`` is the layer; the result is its new maps. ``run(taken, tensors)``
+            is the same with ``tensors`` in the place of its own, and in the modes that it had.
         tensors: how many tensors it has: parameters, and copies of buffers as they were.
         name: what it is called in a reason.
     """
 
-    run: Callable[[Tensor, Sequence[Tensor] | None], Tensor]
+    channels: tuple[int, ...]
+    arrange: Callable[[Sequence[Tensor], Format | None], list[Tensor]]
+    run: Callable[[list[Tensor], Sequence[Tensor] | None], Any]
     tensors: int
     name: str
 
@@ -43,12 +49,12 @@ class Surroundings(NamedTuple):
 
     grad: bool
     autocast: Autocast
-    format: torch.memory_format
+    format: Format | None
 
     @classmethod
-    def of(cls, x: Tensor) -> Surroundings:
+    def of(cls, x: Tensor, format: Format | None) -> Surroundings:
         """Those of a call on ``x`` at this moment."""
-        return cls(torch.is_grad_enabled(), autocast_now(x.device), outer_format(x))
+        return cls(torch.is_grad_enabled(), autocast_now(x.device), format)
 
 
 class Unfit(RuntimeError):
@@ -65,6 +71,9 @@ class Expected(NamedTuple):
     dtype: torch.dtype
 
 
+OVERWRITES = "overwrites maps that others read"
+
+
 def run_once(
     opaque: Opaque,
     surroundings: Surroundings,
@@ -73,9 +82,9 @@ def run_once(
     learns: bool,
     expected: Expected | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What a layer makes of ``torch.cat(maps, 1)``, and the random state that it drew from.
+    """What a layer makes of ``maps``, and the random state that it drew from, empty if it did not.
 
-    That is empty if it did not draw. What is ``expected`` is expected of a dense layer.
+    What is ``expected`` is expected of a dense layer, which must not overwrite what it reads.
 
     Raises:
         Unfit: if its result cannot be recomputed, or is not as expected.
@@ -89,18 +98,18 @@ def run_once(
         as_autocast(surroundings.autocast),
         saved_tensors_hooks(_drop, _refuse),
     ):
-        x = _with_version(leaves, surroundings)
-        version = x._version
-        y = opaque.run(x, None)
+        taken = _with_versions(opaque.arrange(leaves, surroundings.format))
+        versions = [x._version for x in taken]
+        y = _run_noticing_overwritten_leaves(opaque, taken)
     if not isinstance(y, Tensor):
         raise Unfit(opaque.name, f"returns a {type(y).__name__}")
     if expected is not None:
         _check_dense(opaque, y, expected)
-        if x._version != version:
-            raise Unfit(opaque.name, "overwrites maps that others read")
+        if [x._version for x in taken] != versions:
+            raise Unfit(opaque.name, OVERWRITES)
     _check_leaves(opaque, y, [*leaves, *tensors])
     y, kept = y.detach(), [weakref.ref(leaf) for leaf in leaves]
-    del leaves, x
+    del leaves, taken
     if learns and _is_alive(kept):
         raise Unfit(opaque.name, "leaves a tensor from inside with somebody, perhaps a hook")
     if before is None or torch.equal(before, random_state(device)):
@@ -128,9 +137,9 @@ def run_again(
         as_autocast(surroundings.autocast),
         drawing_from(random, maps[0].device),
     ):
-        x = _joined(leaves[: len(maps)], surroundings)
-        y = opaque.run(x, leaves[len(maps) :])
-    del x
+        taken = opaque.arrange(leaves[: len(maps)], surroundings.format)
+        y = opaque.run(taken, leaves[len(maps) :])
+    del taken
     _check_leaves(opaque, y, leaves)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if not wanted or not y.requires_grad:
@@ -147,19 +156,21 @@ def _unconnected(maps: Sequence[Tensor], learns: bool) -> list[Tensor]:
     return leaves
 
 
-def _joined(maps: Sequence[Tensor], surroundings: Surroundings) -> Tensor:
-    """The concatenation, in new storage and in the memory format that it has in a naive block."""
-    if len(maps) == 1:
-        return maps[0].clone(memory_format=surroundings.format)
-    return torch.cat(list(maps), 1)
-
-
-def _with_version(maps: Sequence[Tensor], surroundings: Surroundings) -> Tensor:
-    """The same, so that it shows whether the layer overwrites it: inference tensors do not."""
+def _with_versions(tensors: list[Tensor]) -> list[Tensor]:
+    """The same tensors so that it shows whether they are overwritten: of inference it does not."""
     if not torch.is_inference_mode_enabled():
-        return _joined(maps, surroundings)
+        return tensors
     with torch.inference_mode(False):
-        return _joined(maps, surroundings)
+        return [x.clone() for x in tensors]
+
+
+def _run_noticing_overwritten_leaves(opaque: Opaque, taken: list[Tensor]) -> Any:
+    try:
+        return opaque.run(taken, None)
+    except RuntimeError as error:
+        if "leaf Variable that requires grad" in str(error):
+            raise Unfit(opaque.name, OVERWRITES) from error
+        raise
 
 
 def _is_alive(tensors: Sequence[weakref.ref[Tensor]]) -> bool:

@@ -25,7 +25,7 @@ from efficient_densenet.functional.precision import Types, is_autocast, pools_to
 from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.functional.synchronise import joined_count
 from efficient_densenet.kernels.interface import Statistics
-from efficient_densenet.kernels.layout import is_hollow
+from efficient_densenet.kernels.layout import is_hollow, outer_format
 from efficient_densenet.modules.reading import (
     Declined,
     Layer,
@@ -202,7 +202,7 @@ class BlockCall:
             types=types_of(self.x),
             kernels=self.kernels,
             process_group=self.group,
-            surroundings=Surroundings.of(self.x) if self.has_opaque else None,
+            surroundings=Surroundings.of(self.x, outer_format(self.x)) if self.has_opaque else None,
         )
 
     @property

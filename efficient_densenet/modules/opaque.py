@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from efficient_densenet.functional.opaque import Opaque
 from efficient_densenet.functional.spec import LayerSpec
+from efficient_densenet.kernels.layout import outer_format
 from efficient_densenet.modules.hooks import Hooks
 from efficient_densenet.modules.reading import Layer, Unsupported, group_of
 
@@ -36,21 +37,43 @@ class Form:
     returns: Literal["new", "all"] = "new"
     older: tuple[int, ...] = ()
 
-    def call(self, layer: Callable[..., Any], x: Tensor, growth: int) -> Any:
-        """The new maps of ``layer``, which reads ``x``, the maps before with the oldest first."""
-        if self.older:
-            x = torch.cat(x.split(self.older, 1)[::-1], 1)
+    def parts(self, channels: int) -> tuple[int, ...]:
+        """Channels of the parts of the features, the oldest first, that are read apart."""
+        return self.older or self.channels or (channels,)
+
+    def arrange(self, maps: Sequence[Tensor], format: torch.memory_format | None) -> list[Tensor]:
+        """What the layer takes, of these parts."""
         if self.takes == "tensor":
-            y = layer(x)
-        else:
-            ends = [sum(self.channels[: i + 1]) for i in range(len(self.channels))]
-            maps = [x[:, end - size : end] for size, end in zip(self.channels, ends, strict=True)]
-            y = layer(maps) if self.takes == "list" else layer(*maps)
-        if self.returns == "new" or not isinstance(y, Tensor):
+            return [_joined(maps[::-1] if self.older else maps, format)]
+        if not self.older:
+            return [_in_format(x, format) for x in maps]
+        rest, taken = iter(maps[::-1]), []
+        for channels in self.channels:
+            pieces = [next(rest)]
+            while sum(x.shape[1] for x in pieces) < channels:
+                pieces.append(next(rest))
+            joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+            taken.append(_in_format(joined, format))
+        return taken
+
+    def call(self, layer: Callable[..., Any], taken: list[Tensor], growth: int) -> Any:
+        """The new maps that ``layer`` makes of what it takes."""
+        y = layer(taken) if self.takes == "list" else layer(*taken)
+        channels = growth + sum(x.shape[1] for x in taken)
+        if self.returns == "new" or not isinstance(y, Tensor) or y.shape[1:2] != (channels,):
             return y
-        if y.dim() != x.dim() or y.shape[1] != x.shape[1] + growth:
-            return y  # for the check of its shape
         return y[:, :growth] if self.older else y[:, -growth:]
+
+
+def _joined(maps: Sequence[Tensor], format: torch.memory_format | None) -> Tensor:
+    """The concatenation, always in storage of its own."""
+    if len(maps) == 1 and format is not None:
+        return maps[0].clone(memory_format=format)
+    return _in_format(torch.cat(list(maps), 1), format)
+
+
+def _in_format(x: Tensor, format: torch.memory_format | None) -> Tensor:
+    return x if format in (None, outer_format(x)) else x.contiguous(memory_format=format)
 
 
 TENSOR = Form()
@@ -83,18 +106,18 @@ def read_opaque(
     modes = [(part, part.training) for part in module.modules()]
     hooks = Hooks(module)
 
-    def run(x: Tensor, tensors: Sequence[Tensor] | None) -> Any:
+    def run(taken: list[Tensor], tensors: Sequence[Tensor] | None) -> Any:
         if module is not layer:
-            return form.call(layer, x, growth)
+            return form.call(layer, taken, growth)
         if tensors is None:
             with hooks.watched() if torch.is_grad_enabled() else nullcontext():
-                return form.call(layer, x, growth)
+                return form.call(layer, taken, growth)
         own = dict(zip(names, tensors, strict=True))
         with _in_modes(modes), hooks.acting_only():
-            return form.call(lambda *args: functional_call(module, own, args), x, growth)
+            return form.call(lambda *args: functional_call(module, own, args), taken, growth)
 
     copies = [buffer.detach().clone() for buffer in buffers.values()]
-    opaque = Opaque(run, len(names), path)
+    opaque = Opaque(form.parts(channels), form.arrange, run, len(names), path)
     spec = LayerSpec((), channels, growth, growth, 0.0, opaque=opaque)
     changed = tuple(zip(buffers.values(), copies, strict=True))
     return Layer(spec, (), (*parameters.values(), *copies), changed)
@@ -104,7 +127,7 @@ def _check_part(part: nn.Module, path: str) -> None:
     """Raise :class:`Unsupported` if a module cannot run again on other tensors than its own."""
     if isinstance(part, torch.jit.ScriptModule):
         raise Unsupported(path, "is a ScriptModule")
-    if part._compiled_call_impl is not None or isinstance(part, torch._dynamo.OptimizedModule):
+    if part._compiled_call_impl is not None or "_orig_mod" in part._modules:
         raise Unsupported(path, "is compiled")
     if getattr(part, "_is_replica", False):
         raise Unsupported(path, "is a replica of DataParallel")
