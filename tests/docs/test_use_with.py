@@ -19,15 +19,17 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_snippet_runs(page, tmp_path):
+def test_snippets_run(page, tmp_path):
     if page.stem in NEEDS:
         pytest.importorskip(NEEDS[page.stem])
     if page.stem == "torchreid":
         torchreid_densenet()
-    [snippet] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    script = tmp_path / "snippet.py"
-    script.write_text(snippet, encoding="utf-8")
-    runpy.run_path(str(script))
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        script = tmp_path / "snippet.py"
+        script.write_text(snippet, encoding="utf-8")
+        runpy.run_path(str(script))
 
 
 def test_every_library_has_page():
