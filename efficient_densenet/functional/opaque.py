@@ -111,7 +111,7 @@ def run_once(
     y, kept = y.detach(), [weakref.ref(leaf) for leaf in leaves]
     del leaves, taken
     if learns and _is_alive(kept):
-        raise Unfit(opaque.name, "leaves a tensor from inside with somebody, perhaps a hook")
+        raise Unfit(opaque.name, "lets a tensor from inside escape, perhaps through a hook")
     if before is None or torch.equal(before, random_state(device)):
         return y, torch.empty(0, dtype=torch.uint8)
     return y, before

@@ -279,7 +279,7 @@ def test_map_that_hook_keeps_with_its_graph_takes_naive_path():
         block["denselayer2"].conv1.register_forward_hook(lambda m, args, out: kept.append(out))
 
     efficient, naive = block_pair(change=change)
-    with pytest.warns(UserWarning, match="denselayer2 leaves a tensor from inside with somebody"):
+    with pytest.warns(UserWarning, match="denselayer2 lets a tensor from inside escape"):
         out = efficient(image())
     (out.sum() + kept[-1].square().sum()).backward()
     kept.clear()
