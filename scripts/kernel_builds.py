@@ -26,7 +26,6 @@ from efficient_densenet.kernels.interface import (
     RELU,
     Conv,
     Geometry,
-    Norm,
     Statistics,
     Tail,
     Unit,
@@ -120,37 +119,37 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         geometry = Geometry((1, 1), (size // 2,) * 2, (1, 1), 1)
         return Tail(None, Conv(weight, None, geometry), dtype)
 
-    def norm(channels: int) -> Norm:
+    def unit(channels: int, leaves: int, size: int) -> Unit:
         mean, var, weight, bias = vectors(channels)
-        return operations.make_norm(mean, var, weight.flatten(), bias.flatten(), 1e-5)
+        affine = (weight.flatten(), bias.flatten())
+        norm = operations.make_norm(Statistics(mean, var), channels, *affine, 1e-5)
+        return Unit(norm, RELU, operations.make_tail(tail(leaves, channels, size)), channels)
 
-    features, gradients = a_map(reads + growth), a_map(reads + growth, torch.float32)
-    x, new, z, total = features[:, :reads], a_map(growth), a_map(width), gradients[:, :reads]
-    scratch = workspace.Workspace(x, reads, dtype, memory_format)
-    operations.append(new, features[:, reads:], Statistics(*vectors(growth)[:2]))
-    for map, leaves, size, target in (
-        (x, width, 1, total),
-        (z, growth, 3, a_map(width, torch.float32)),
+    features, total = a_map(reads + growth), a_map(reads + growth, torch.float32)
+    new, z, dz = a_map(growth), a_map(width), a_map(width, torch.float32)
+    scratch = workspace.Workspace(features, reads, dtype, memory_format)
+    operations.append(new, features, reads, Statistics(*vectors(reads + growth)[:2]))
+    for map, reader, target in (
+        (features, unit(reads, width, 1), total),
+        (z, unit(width, growth, 3), dz),
     ):
-        channels = map.shape[1]
-        unit = Unit(norm(channels), RELU, tail(leaves, channels, size))
-        operations.forward_unit(map, unit, scratch, need_statistics=size == 1)
+        is_first = map is features
+        operations.forward_unit(map, reader, scratch, need_statistics=is_first)
         gradient = operations.backward_unit(
-            a_map(leaves),
+            a_map(width if is_first else growth),
             map,
-            unit,
+            reader,
             scratch,
             need_weight=True,
             need_bias=False,
             need_sums=True,
             target=target,
-            accumulate=size == 1,
+            accumulate=is_first,
         )
-        mean_d, mean_dx, *_ = vectors(channels)
-        assert gradient.sums is not None
-        operations.collect(gradient.sums, unit.norm, 1.0, (mean_d, mean_dx))
-    a, b, mean, _ = vectors(width)
-    operations.correct(a_map(width, torch.float32), z, mean, a, b, a_map(width))
+        totals = vectors(map.shape[1])[:2]
+        operations.collect(gradient.sums, reader, 1.0, (totals[0], totals[1]), is_first)
+    mean, a, b, _ = vectors(width)
+    operations.correct(dz, z, slice(0, width), mean, a, b, a_map(width))
 
 
 class AbsentGPU:

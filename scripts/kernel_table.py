@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
+from efficient_densenet.kernels.triton.launch import Matrix
 from efficient_densenet.memory.shapes import tensors_of
 from scripts import marked
 from scripts.kernel_builds import LAYER, TARGETS, Build, Launch, build, launches
@@ -25,7 +26,6 @@ MIB, KIB = 2**20, 2**10
 WRITES = {
     "append": ("into", "pair"),
     "fold_moments": ("statistics",),
-    "make_norm": ("vectors",),
     "product": ("y", "pair"),
     "rectify": ("out",),
     "rectify_backward": ("target", "pair"),
@@ -37,20 +37,29 @@ WRITES = {
 
 
 def moved(launch: Launch) -> tuple[int, int]:
-    """Bytes of the tensors that a launch reads, and of those that it writes."""
-    read, written = [], []
+    """Bytes of what a launch is given to read, and to write."""
+    read: dict[int, int] = {}
+    written: dict[int, int] = {}
     for name, value in launch.arguments.items():
-        adds = name == "totals" or (name == "target" and launch.arguments["ACCUMULATE"])
+        adds = name == "totals" and launch.arguments["ACCUMULATE"]
+        adds |= name == "target" and launch.arguments["ACCUMULATE"]
         if name in WRITES[launch.name]:
-            written += tensors_of([value])
+            written |= _bytes(launch, name, value)
         if name not in WRITES[launch.name] or adds:
-            read += tensors_of([value])
-    return _bytes(read), _bytes(written)
+            read |= _bytes(launch, name, value)
+    return sum(read.values()), sum(written.values())
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(launch: Launch, name: str, value: Any) -> dict[int, int]:
     """Each tensor once: where one is not wanted, another stands in its place."""
-    return sum({id(t): t.nbytes for t in tensors}.values())
+    if isinstance(value, Matrix):
+        return {id(value): value.rows * value.channels * value.data.itemsize}
+    if name == "pair":  # as much of it as there are tiles
+        sizes = launch.arguments
+        width = sizes["K"] if launch.name == "input_gradient" else sizes["N"]
+        tiles = sizes["tiles"] if "tiles" in sizes else -(-sizes["M"] // sizes["BLOCK_M"])
+        return {id(value): 8 * tiles * width}
+    return {id(tensor): tensor.nbytes for tensor in tensors_of([value])}
 
 
 def markdown() -> str:

@@ -111,32 +111,32 @@ def operations(
 def calls(site: Site) -> list[Call]:
     """The operations of one layer, forward and backward, on maps of the same random values."""
     features, gradients = (_map(site, site.features) for _ in range(2))
-    read, added = slice(site.channels), slice(site.channels, site.channels + site.growth)
-    x, slot = features[:, read], features[:, added]
+    added = slice(site.channels, site.channels + site.growth)
+    slot = features[:, added]
     z, dz = (_map(site, site.width) for _ in range(2))
     new, dnew = (_map(site, site.growth) for _ in range(2))
     first = Conv(_weight(site.width, site.channels, 1), None, POINTWISE)
     second = Conv(_weight(site.growth, site.width, 3), None, THREE)
-    vectors = torch.randn(3, site.growth, device=DEVICE)
+    vectors = torch.randn(3, site.features, device=DEVICE)
     c, b, k, positions = site.channels, site.width, site.growth, site.batch * site.size**2
     value = positions * site.dtype.itemsize
 
     def append(ops: Operations) -> Run:
-        statistics = Statistics(*torch.empty(2, k, 1, 1, device=DEVICE))
+        statistics = Statistics(*torch.zeros(2, site.features, 1, 1, device=DEVICE))
 
         def run() -> Sequence[Tensor]:
-            ops.append(new, slot, statistics)
+            ops.append(new, features, c, statistics)
             return [slot, *statistics]
 
         return run
 
     def correct(ops: Operations) -> Run:
         mean, a, b = (per_channel(vector, 4) for vector in vectors)
-        return lambda: [ops.correct(gradients[:, added], slot, mean, a, b, dnew)]
+        return lambda: [ops.correct(gradients, features, added, mean, a, b, dnew)]
 
     return [
         Call("append", site, 2 * k * value, 0, append),
-        Call("1×1", site, (c + b) * value, 2 * c * b * positions, _forward(x, first, True)),
+        Call("1×1", site, (c + b) * value, 2 * c * b * positions, _forward(features, first, True)),
         Call("3×3", site, (b + k) * value, 18 * b * k * positions, _forward(z, second, False)),
         Call(
             "3×3 backward",
@@ -150,7 +150,7 @@ def calls(site: Site) -> list[Call]:
             site,
             (b + 3 * c) * value,
             4 * c * b * positions,
-            _backward(dz, x, first, gradients[:, read], True),
+            _backward(dz, features, first, gradients, True),
         ),
         Call("correct", site, 3 * k * value, 0, correct),
     ]
@@ -189,7 +189,7 @@ def _backward(
                 accumulate=accumulate,
             )
             assert weight is not None and sums is not None
-            return [weight.flatten(), target, *ops.collect(sums, unit.norm, 1.0, None)]
+            return [weight.flatten(), target, *_flat(ops.collect(sums, unit, 1.0, None, False))]
 
         return run
 
@@ -197,12 +197,19 @@ def _backward(
 
 
 def _unit(ops: Operations, x: Tensor, conv: Conv) -> tuple[Unit, Workspace]:
-    var, mean = torch.var_mean(x.float(), [0, 2, 3], correction=0)
+    channels = conv.weight.shape[1]
+    var, mean = torch.var_mean(x[:, :channels].float(), [0, 2, 3], correction=0)
     gamma, beta = torch.ones_like(mean), torch.full_like(mean, 0.1)
-    norm = ops.make_norm(per_channel(mean, 4), per_channel(var, 4), gamma, beta, EPS)
+    statistics = Statistics(per_channel(mean, 4), per_channel(var, 4))
+    norm = ops.make_norm(statistics, channels, gamma, beta, EPS)
     scratch = ops.scratch_dtype(x.dtype, torch.float32)
-    workspace = Workspace(x, x.shape[1], scratch, torch.channels_last)
-    return Unit(norm, RELU, Tail(None, conv, x.dtype)), workspace
+    workspace = Workspace(x, channels, scratch, torch.channels_last)
+    tail = ops.make_tail(Tail(None, conv, x.dtype))
+    return Unit(norm, RELU, tail, channels), workspace
+
+
+def _flat(vectors: Sequence[Tensor]) -> list[Tensor]:
+    return [vector.flatten() for vector in vectors]
 
 
 def _map(site: Site, channels: int) -> Tensor:

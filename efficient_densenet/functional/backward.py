@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,22 @@ from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
 from efficient_densenet.functional.units import UnitRunner
 from efficient_densenet.kernels.interface import Statistics, Unit
-from efficient_densenet.kernels.layout import empty_map
+from efficient_densenet.kernels.layout import empty_map, in_dtype
+
+
+class GradientStorage(NamedTuple):
+    """Where a map's gradient, and the means of it and of its product with the map, are summed."""
+
+    grad: Tensor
+    mean_d: Tensor
+    mean_dx: Tensor
 
 
 class MapGradient:
     """Gradient of a map, summed over the units that read it: ``G``, ``S1 / M`` and ``S2 / M``.
 
     Batch norm's correction is the same for every reader, so it waits until the map is finished.
-    ``G`` is written into ``storage`` if it has the map's shape.
+    They are written into ``storage`` if it has the map's shape.
     """
 
     def __init__(
@@ -31,26 +39,28 @@ class MapGradient:
         maps: Tensor,
         statistics: Statistics | None,
         process_group: Any,
-        storage: Tensor | None = None,
+        storage: GradientStorage | None = None,
     ) -> None:
         self.units, self.maps, self.statistics = units, maps, statistics
         self.process_group = process_group
         dtype = units.types.statistics
         # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
         # before the correction would cost the precision that the naive block has.
-        if storage is None or storage.shape != maps.shape:
-            storage = empty_map(maps, maps.shape[1], units.memory_format, dtype)
-        self.grad = storage
-        shape = (2, maps.shape[1], *(1,) * (maps.dim() - 2))
-        self.mean_d, self.mean_dx = maps.new_zeros(shape, dtype=dtype)
+        if storage is None or storage.grad.shape != maps.shape:
+            shape = (maps.shape[1], *(1,) * (maps.dim() - 2))
+            means = maps.new_empty(shape, dtype=dtype), maps.new_empty(shape, dtype=dtype)
+            storage = GradientStorage(
+                empty_map(maps, maps.shape[1], units.memory_format, dtype), *means
+            )
+        self.storage = storage
+        self.grad, self.mean_d, self.mean_dx = storage
         self.count = maps.numel() // maps.shape[1]
         self.written = False
         self.corrected = 0
 
     def ready(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> Unit:
         """A unit that reads the first ``channels``."""
-        statistics = self.statistics and self.statistics.first(channels)
-        return self.units.ready(unit, tensors, statistics, self.maps.dim())
+        return self.units.ready(unit, tensors, self.statistics, channels, self.maps.dim())
 
     def start(self, grad: Tensor) -> None:
         """Begin with the gradient that arrives from outside the block."""
@@ -70,23 +80,24 @@ class MapGradient:
 
         Returns the gradients of the unit's own tensors.
         """
-        channels = len(ready.norm.mean)
         corrects = needs_maps and unit.batch_statistics
         weight, bias, sums = self.units.backward(
             grad,
-            self.maps[:, :channels],
+            self.maps,
             ready,
             needs,
             need_sums=needs.weight or needs.bias or corrects,
-            target=self.grad[:, :channels] if needs_maps else None,
+            target=self.grad if needs_maps else None,
             accumulate=self.written,
         )
         self.written = self.written or needs_maps
         dbeta = dgamma = None
         if sums is not None:
-            totals = (self.mean_d[:channels], self.mean_dx[:channels]) if corrects else None
-            dbeta, dgamma = self.units.ops.collect(sums, ready.norm, 1.0 / self.count, totals)
-            self.corrected = max(self.corrected, channels if corrects else 0)
+            totals = (self.mean_d, self.mean_dx) if corrects else None
+            # The first reader has the most channels: it writes all that the others add to.
+            adds = self.corrected > 0
+            dbeta, dgamma = self.units.ops.collect(sums, ready, 1.0 / self.count, totals, adds)
+            self.corrected = max(self.corrected, ready.channels if corrects else 0)
         return UnitTensors(
             weight=gradient_like(dgamma, tensors.weight, needs.weight),
             bias=gradient_like(dbeta, tensors.bias, needs.bias),
@@ -99,21 +110,26 @@ class MapGradient:
 
         In ``dtype``, by default in the type of corrected gradients.
         """
-        grad, x = self.grad[:, start:stop], self.maps[:, start:stop]
-        dtype = dtype or self.units.corrected_dtype
+        dtype, channels = dtype or self.units.corrected_dtype, slice(start, stop)
         whole = stop - start == self.maps.shape[1]
         corrects = self.statistics is not None and start < self.corrected
         if whole and (dtype == self.grad.dtype or not corrects):
             out = self.grad
         else:
-            out = empty_map(grad, stop - start, self.units.memory_format, dtype)
+            out = empty_map(self.grad, stop - start, self.units.memory_format, dtype)
         if self.statistics is None or not corrects:
-            return out if whole else out.copy_(grad)
-        mean, *local = (
-            vector[start:stop] for vector in (self.statistics.mean, self.mean_d, self.mean_dx)
-        )
-        mean_d, mean_dx = joined_means(local, self.count, self.process_group)
-        return self.units.ops.correct(grad, x, mean, mean_d, mean_dx, out)
+            return out if whole else out.copy_(self.grad[:, channels])
+        if self.process_group is not None:
+            self._join(channels)
+        vectors = (self.statistics.mean, self.mean_d, self.mean_dx)
+        return self.units.ops.correct(self.grad, self.maps, channels, *vectors, out)
+
+    def _join(self, channels: slice) -> None:
+        """Take the means over all processes, of channels that are finished."""
+        means = [self.mean_d[channels], self.mean_dx[channels]]
+        joined = joined_means(means, self.count, self.process_group)
+        for mean, of_all in zip(means, joined, strict=True):
+            mean.copy_(of_all)
 
 
 def backward_block(
@@ -158,7 +174,7 @@ class BlockBackward:
         self.units = UnitRunner(spec, features, spec.widest, memory_format)
         self.total = MapGradient(self.units, features, saved.statistics, spec.process_group)
         # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
-        self.bottleneck_grad: Tensor | None = None
+        self.bottleneck_storage: GradientStorage | None = None
 
     def run(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradients of the block's input and of ``flat``, as far as they are needed."""
@@ -205,9 +221,9 @@ class BlockBackward:
                 self._bottleneck(i, ready),
                 self.saved.bottleneck_statistics[i],
                 self.spec.process_group,
-                self.bottleneck_grad,
+                self.bottleneck_storage,
             )
-            self.bottleneck_grad = z.grad
+            self.bottleneck_storage = z.storage
             reader = z.ready(*second[0], layer.width)
             yield z.back_through(grad, reader, *second[0], needs[1], needs_first)
             grad = z.finish(0, layer.width) if needs_first else grad
@@ -239,8 +255,7 @@ class BlockBackward:
         kept = self.saved.bottlenecks[i]
         if kept is not None:
             return kept
-        x = self.total.maps[:, : self.spec.layers[i].channels]
-        bottleneck, _ = self.units.forward(x, ready)
+        bottleneck, _ = self.units.forward(self.total.maps, ready)
         return bottleneck
 
 
@@ -248,7 +263,9 @@ def gradient_like(gradient: Tensor | None, tensor: Tensor | None, needed: bool) 
     """The gradient as autograd takes it for ``tensor``, ``None`` where none is needed."""
     if gradient is None or tensor is None or not needed:
         return None
-    gradient = gradient.view_as(tensor).to(tensor.dtype)
+    if gradient.shape != tensor.shape:
+        gradient = gradient.view_as(tensor)
+    gradient = in_dtype(gradient, tensor.dtype)
     # As the tensor lies in memory: autograd would make a copy, and both would live for a while.
     lies = zip(gradient.shape, gradient.stride(), tensor.stride(), strict=True)
     if all(here == there for size, here, there in lies if size > 1):

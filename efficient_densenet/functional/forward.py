@@ -94,10 +94,10 @@ class FeatureBuffer:
     def append(self, y: Tensor) -> None:
         """Write the next map, and its statistics if a norm reads them."""
         channels = slice(self._filled, self._filled + y.shape[1])
-        statistics = self.statistics.of(channels) if self._read > 0 else None
-        into = None if y is self.maps else self.maps[:, channels]
-        self.units.ops.append(y, into, statistics)
-        if statistics is not None and self._process_group is not None:
+        into, is_read = None if y is self.maps else self.maps, self._read > 0
+        self.units.ops.append(y, into, channels.start, self.statistics if is_read else None)
+        if is_read and self._process_group is not None:
+            statistics = self.statistics.of(channels)
             joined = joined_statistics(statistics, y, self._process_group)
             statistics.mean.copy_(joined.mean)
             statistics.var.copy_(joined.var)
@@ -107,9 +107,9 @@ class FeatureBuffer:
         self, unit: UnitSpec, tensors: UnitTensors, need_statistics: bool = False
     ) -> tuple[Tensor, Statistics | None]:
         """The result of a unit that reads all maps so far, and its batch statistics."""
-        x, statistics = self.maps[:, : self._filled], self.statistics.first(self._filled)
-        ready = self.units.ready(unit, tensors, statistics, x.dim())
-        return self.units.forward(x, ready, need_statistics)
+        dim = self.maps.dim()
+        ready = self.units.ready(unit, tensors, self.statistics, self._filled, dim)
+        return self.units.forward(self.maps, ready, need_statistics)
 
     def run(
         self, layer: LayerSpec, tensors: Sequence[Tensor], learns: bool
@@ -184,5 +184,5 @@ def _run_units(
         return y, None, None
     if statistics is not None:
         statistics = joined_statistics(statistics, y, spec.process_group)
-    ready = buffer.units.ready(second[0], tensors[1], statistics, y.dim())
+    ready = buffer.units.ready(second[0], tensors[1], statistics, y.shape[1], y.dim())
     return buffer.units.forward(y, ready)[0], y, statistics

@@ -68,7 +68,8 @@ def _stem_channels(
     if spec.unit.batch_statistics:
         statistics = units.ops.batch_statistics(y, spec.types.statistics)
         statistics = joined_statistics(statistics, y, spec.process_group)
-    out, _ = units.forward(y, units.ready(spec.unit, tensors, statistics, y.dim()))
+    ready = units.ready(spec.unit, tensors, statistics, y.shape[1], y.dim())
+    out, _ = units.forward(y, ready)
     return out, statistics
 
 
@@ -117,7 +118,8 @@ class StemBackward:
         self.image = x.to(spec.types.compute, memory_format=memory_format)
         self.y = y = convolve(self.image, conv)
         self.units = UnitRunner(spec, y, y.shape[1], memory_format)
-        self.ready = self.units.ready(spec.unit, tensors, statistics, y.dim())
+        self.statistics = statistics
+        self.ready = self.units.ready(spec.unit, tensors, statistics, y.shape[1], y.dim())
 
     def run(self, needs_x: bool, needs: UnitTensors) -> tuple[Tensor | None, UnitTensors]:
         """The gradients of the image and of all tensors, the convolution's in those of the unit."""
@@ -127,9 +129,9 @@ class StemBackward:
         if needs.weight or needs.bias or corrects:
             sums = self._back_through(slice(None), None).sums
             assert sums is not None
-            count, mean = self.y.numel() // self.y.shape[1], self.ready.norm.mean
-            totals = torch.zeros_like(mean), torch.zeros_like(mean)
-            dbeta, dgamma = self.units.ops.collect(sums, self.ready.norm, 1.0 / count, totals)
+            count = self.y.numel() // self.y.shape[1]
+            totals = self._vector(), self._vector()
+            dbeta, dgamma = self.units.ops.collect(sums, self.ready, 1.0 / count, totals, False)
             if corrects:
                 corrections = joined_means([*totals], count, self.spec.process_group)
         if any(needs_conv):
@@ -144,6 +146,10 @@ class StemBackward:
             conv_weight=gradient_like(weight, self.tensors.conv_weight, needs.conv_weight),
             conv_bias=gradient_like(bias, self.tensors.conv_bias, needs.conv_bias),
         )
+
+    def _vector(self) -> Tensor:
+        shape = (self.y.shape[1], *(1,) * (self.y.dim() - 2))
+        return self.y.new_empty(shape, dtype=self.spec.types.statistics)
 
     def _back_through(self, rows: slice, target: Tensor | None) -> UnitGradients:
         """Through pool, activation and norm: the sums if there is no ``target`` to write into."""
@@ -166,9 +172,9 @@ class StemBackward:
         y = self.y[rows]
         dy = empty_map(y, y.shape[1], self.units.memory_format, self.spec.types.statistics)
         self._back_through(rows, dy)
-        if corrections:
-            mean_d, mean_dx = corrections
-            self.units.ops.correct(dy, y, self.ready.norm.mean, mean_d, mean_dx, dy)
+        if corrections and self.statistics:
+            (mean, _), (mean_d, mean_dx) = self.statistics, corrections
+            self.units.ops.correct(dy, y, slice(0, y.shape[1]), mean, mean_d, mean_dx, dy)
         return convolve_backward(dy.to(y.dtype), self.image[rows], self.conv, needs)
 
 

@@ -21,7 +21,7 @@ from efficient_densenet.kernels.interface import (
     UnitGradients,
     per_channel,
 )
-from efficient_densenet.kernels.layout import device_of, in_dtype
+from efficient_densenet.kernels.layout import device_of
 from efficient_densenet.kernels.workspace import Workspace
 
 
@@ -46,22 +46,30 @@ class UnitRunner:
         self.workspace = Workspace(like, widest, scratch, memory_format)
 
     def ready(
-        self, unit: UnitSpec, tensors: UnitTensors, statistics: Statistics | None, dim: int
+        self,
+        unit: UnitSpec,
+        tensors: UnitTensors,
+        statistics: Statistics | None,
+        channels: int,
+        dim: int,
     ) -> Unit:
-        """The unit for maps of ``dim`` dimensions with these batch statistics."""
-        if statistics is not None and unit.batch_statistics:
-            mean, var = statistics
-        else:
+        """The unit for the first ``channels`` of maps of ``dim`` dimensions with these statistics.
+
+        ``statistics`` are a batch's, of as many channels or more.
+        """
+        if statistics is None or not unit.batch_statistics:
             running = (tensors.running_mean, tensors.running_var)
-            mean, var = (per_channel(v.to(self.types.statistics), dim) for v in running)
-        norm = self.ops.make_norm(mean, var, tensors.weight, tensors.bias, unit.eps)
-        return Unit(norm, unit.activation, self._tail(unit, tensors))
+            statistics = Statistics(
+                *(per_channel(v.to(self.types.statistics), dim) for v in running)
+            )
+        norm = self.ops.make_norm(statistics, channels, tensors.weight, tensors.bias, unit.eps)
+        return Unit(norm, unit.activation, self._tail(unit, tensors), channels)
 
     def _tail(self, unit: UnitSpec, tensors: UnitTensors) -> Tail:
         if unit.conv is None:
             return Tail(unit.pool, None, self.types.features)
-        weight = in_dtype(tensors.conv_weight, self.types.compute)
-        return Tail(unit.pool, Conv(weight, tensors.conv_bias, unit.conv), self.types.compute)
+        conv = Conv(tensors.conv_weight, tensors.conv_bias, unit.conv)
+        return self.ops.make_tail(Tail(unit.pool, conv, self.types.compute))
 
     def forward(
         self, x: Tensor, ready: Unit, need_statistics: bool = False

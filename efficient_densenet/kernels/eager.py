@@ -6,6 +6,7 @@ Equations and shapes are in ``interface.py``. A slab is as many samples as the w
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +19,19 @@ from efficient_densenet.kernels.activations import (
 from efficient_densenet.kernels.dropout import drop as drop
 from efficient_densenet.kernels.interface import (
     Activation,
-    Norm,
     Statistics,
-    Sums,
+    Tail,
     Unit,
     UnitGradients,
     per_channel,
 )
-from efficient_densenet.kernels.layout import in_dtype, is_channels_last, outer_format
+from efficient_densenet.kernels.layout import (
+    first_channels,
+    in_dtype,
+    is_channels_last,
+    outer_format,
+    rows_of,
+)
 from efficient_densenet.kernels.slabs import Activate, backward_of_slabs, tail_of_slabs
 from efficient_densenet.kernels.workspace import Workspace
 
@@ -38,13 +44,40 @@ AT_ONCE = 16
 aten = torch.ops.aten
 
 
+class Norm(NamedTuple):
+    """``y = (x - mean) * scale + bias`` with ``scale = γ * invstd``; four vectors."""
+
+    mean: Tensor
+    invstd: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+class Sums(NamedTuple):
+    """``Σ d`` and ``Σ d * (x - mean)``, two vectors."""
+
+    d: Tensor
+    dx: Tensor
+
+
 def make_norm(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    statistics: Statistics,
+    channels: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Norm:
+    mean, var = statistics if len(statistics.mean) == channels else statistics.first(channels)
     invstd = (var + eps).rsqrt_()
     scale = invstd if weight is None else in_dtype(weight, mean.dtype).view(mean.shape) * invstd
     bias = torch.zeros_like(mean) if bias is None else in_dtype(bias, mean.dtype).view(mean.shape)
     return Norm(mean, invstd, scale, bias)
+
+
+def make_tail(tail: Tail) -> Tail:
+    if tail.conv is None:
+        return tail
+    return tail._replace(conv=tail.conv._replace(weight=in_dtype(tail.conv.weight, tail.dtype)))
 
 
 def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
@@ -60,7 +93,9 @@ def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
     return Statistics(per_channel(mean, x.dim()), per_channel(var, x.dim()))
 
 
-def append(y: Tensor, into: Tensor | None, statistics: Statistics | None) -> None:
+def append(y: Tensor, into: Tensor | None, start: int, statistics: Statistics | None) -> None:
+    channels = slice(start, start + y.shape[1])
+    into = None if into is None else into[:, channels]
     if into is not None and statistics is None:
         into.copy_(y)
         return
@@ -69,13 +104,14 @@ def append(y: Tensor, into: Tensor | None, statistics: Statistics | None) -> Non
         into.copy_(y)
     if statistics is not None:
         mean, var = batch_statistics(y, statistics.mean.dtype)
-        statistics.mean.copy_(mean)
-        statistics.var.copy_(var)
+        statistics.mean[channels].copy_(mean)
+        statistics.var[channels].copy_(var)
 
 
 def forward_unit(
     x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
+    x = first_channels(x, unit.channels)
     activated = _activated(_normalised(unit.norm), unit.activation)
     y = tail_of_slabs(x, unit.tail, workspace, activated)
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
@@ -93,7 +129,11 @@ def backward_unit(
     target: Tensor | None,
     accumulate: bool,
 ) -> UnitGradients:
-    norm, activation, tail = unit
+    norm, activation, tail, channels = unit
+    x, target = (
+        first_channels(x, channels),
+        None if target is None else first_channels(target, channels),
+    )
     normalised = _normalised(norm)
     activated = _activated(normalised, activation)
     sums: Sums | None = None
@@ -101,15 +141,15 @@ def backward_unit(
     def receive(rows: slice, y: Tensor, d: Tensor) -> None:
         nonlocal sums
         if derivative_reads_input(activation):
-            normalised(x[rows], y)
+            normalised(rows_of(x, rows), y)
         activate_backward_(d, y, activation)
         if need_sums:
-            part = channel_sums(d, x[rows], norm.mean, workspace)
+            part = channel_sums(d, rows_of(x, rows), norm.mean, workspace)
             sums = part if sums is None else Sums(sums.d + part.d, sums.dx + part.dx)
         if target is not None and accumulate:
-            target[rows].addcmul_(d, norm.scale)
+            rows_of(target, rows).addcmul_(d, norm.scale)
         elif target is not None:
-            torch.mul(d, norm.scale, out=target[rows])
+            torch.mul(d, norm.scale, out=rows_of(target, rows))
 
     needs = (need_sums or target is not None, need_weight, need_bias)
     weight, bias = backward_of_slabs(grad, x, tail, workspace, activated, needs, receive)
@@ -117,16 +157,35 @@ def backward_unit(
 
 
 def collect(
-    sums: Sums, norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
+    sums: Sums,
+    unit: Unit,
+    share: float,
+    totals: tuple[Tensor, Tensor] | None,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
+    norm: Norm = unit.norm
     dbeta, dgamma = sums.d, norm.invstd * sums.dx
     if totals is not None:
-        totals[0].addcmul_(norm.scale, dbeta, value=share)
-        totals[1].addcmul_(norm.scale * norm.invstd, dgamma, value=share)
+        a, b = (total[: unit.channels] for total in totals)
+        if not accumulate:
+            a.zero_()
+            b.zero_()
+        a.addcmul_(norm.scale, dbeta, value=share)
+        b.addcmul_(norm.scale * norm.invstd, dgamma, value=share)
     return dbeta, dgamma
 
 
-def correct(grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def correct(
+    grad: Tensor,
+    x: Tensor,
+    channels: slice,
+    mean: Tensor,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+) -> Tensor:
+    grad, x = grad[:, channels], x[:, channels]
+    mean, a, b = mean[channels], a[channels], b[channels]
     torch.sub(grad, torch.addcmul(a, mean, b, value=-1), out=out)
     return out.addcmul_(x, b, value=-1)
 

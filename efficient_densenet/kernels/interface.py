@@ -9,7 +9,7 @@ maps are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,16 +46,14 @@ class Statistics(NamedTuple):
         return Statistics(self.mean[channels], self.var[channels])
 
 
-class Norm(NamedTuple):
-    """A batch norm ready to apply: ``y = (x - mean) * scale + bias``, ``scale = γ * invstd``.
+Norm = Any
+"""A batch norm ready to apply, as :meth:`Operations.make_norm` made it."""
 
-    Four vectors.
-    """
+Sums = Any
+"""``Σ d`` and ``Σ d * (x - mean)`` of each channel, as :meth:`Operations.collect` reads them.
 
-    mean: Tensor
-    invstd: Tensor
-    scale: Tensor
-    bias: Tensor
+``d`` is the gradient of ``norm(x)``.
+"""
 
 
 class Geometry(NamedTuple):
@@ -115,21 +113,12 @@ class Tail(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What a map goes through: ``tail(activation(norm(x)))``."""
+    """What the first ``channels`` of a map go through: ``tail(activation(norm(x)))``."""
 
     norm: Norm
     activation: Activation
     tail: Tail
-
-
-class Sums(NamedTuple):
-    """``Σ d`` and ``Σ d * (x - mean)`` per channel, where ``d`` is the gradient of ``norm(x)``.
-
-    Two vectors, or ``(parts, channels)``: sums over parts of the map, in the statistics' type.
-    """
-
-    d: Tensor
-    dx: Tensor
+    channels: int
 
 
 class UnitGradients(NamedTuple):
@@ -140,30 +129,43 @@ class UnitGradients(NamedTuple):
 
     conv_weight: Tensor | None
     conv_bias: Tensor | None
-    sums: Sums | None
+    sums: Sums
 
 
 class Operations(Protocol):
     """An implementation of the operations: a module of this package.
 
-    ``kernels/eager.py`` runs everywhere and is the truth of every other one.
+    ``kernels/eager.py`` runs everywhere and is the truth of every other one. Maps and vectors are
+    given whole: an operation says which of their channels it reads and writes.
     """
 
     def make_norm(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        self,
+        statistics: Statistics,
+        channels: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
     ) -> Norm:
-        """A norm from statistics, two vectors, and from γ and β, ``(channels,)``.
+        """The norm of the first ``channels``, by γ and β, ``(channels,)``.
 
-        ``invstd = (var + eps)^(-1/2)``, ``scale = γ * invstd``; absent, γ is one and β zero.
+        ``y = (x - mean) * scale + β`` with ``scale = γ * invstd``, ``invstd = (var + eps)^(-1/2)``;
+        absent, γ is one and β zero.
         """
+
+    def make_tail(self, tail: Tail) -> Tail:
+        """The tail as both passes want it: the weight in the type that they read it in."""
 
     def batch_statistics(self, x: Tensor, dtype: torch.dtype) -> Statistics:
         """Mean and biased variance of each channel of a map, summed in ``dtype``."""
 
-    def append(self, y: Tensor, into: Tensor | None, statistics: Statistics | None) -> None:
-        """Write ``y`` into the place ``into``, and into ``statistics`` those of what lies there.
+    def append(
+        self, y: Tensor, into: Tensor | None, start: int, statistics: Statistics | None
+    ) -> None:
+        """Write ``y`` into the channels of ``into`` from ``start`` on.
 
-        ``None``: not wanted. Without a place they are the statistics of ``y`` where it is.
+        And into the same channels of ``statistics`` those of what lies there. ``None``: not wanted.
+        Without a place they are the statistics of ``y`` where it is.
         """
 
     def forward_unit(
@@ -192,25 +194,39 @@ class Operations(Protocol):
         ``grad`` is the gradient of ``y``. With ``a = (x - mean) * scale + bias`` and
         ``d = ∂L/∂activation(a) * activation'(a)``, writes ``scale * d`` into ``target``, a map as
         ``x`` (adds it if ``accumulate``; ``None``: not wanted), and returns the convolution's
-        gradients and the sums that :meth:`collect` reads.
+        gradients and the sums that :meth:`collect` reads, good until the next operation.
         """
 
     def collect(
-        self, sums: Sums, norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
+        self,
+        sums: Sums,
+        unit: Unit,
+        share: float,
+        totals: tuple[Tensor, Tensor] | None,
+        accumulate: bool,
     ) -> tuple[Tensor, Tensor]:
-        """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``, two vectors.
+        """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``: as vectors, or ``(channels,)``.
 
-        Adds ``share * scale * dβ`` and ``share * scale * invstd * dγ`` to ``totals``: with a share
-        of one by the number of values, what :meth:`correct` takes for ``a`` and ``b``.
+        Writes ``share * scale * dβ`` and ``share * scale * invstd * dγ`` into the first channels of
+        ``totals``, two vectors, or adds them: with a share of one by the number of values, what
+        :meth:`correct` takes for ``a`` and ``b``.
         """
 
     def correct(
-        self, grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor
+        self,
+        grad: Tensor,
+        x: Tensor,
+        channels: slice,
+        mean: Tensor,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
     ) -> Tensor:
         """``out = grad - a - (x - mean) * b``: batch norm's two batch terms, for a finished map.
 
-        ``grad`` and ``x`` are maps, ``mean``, ``a`` and ``b`` vectors. ``out`` may be ``grad``, and
-        is of its type or of :meth:`corrected_dtype`.
+        Of these ``channels`` of the maps ``grad`` and ``x`` and the vectors ``mean``, ``a`` and
+        ``b``; ``out`` has no others. It may be ``grad``, and is of its type or of
+        :meth:`corrected_dtype`.
         """
 
     def drop(

@@ -41,6 +41,16 @@ def inner_format(x: Tensor) -> torch.memory_format:
     return CHANNELS_LAST[x.dim()]
 
 
+def first_channels(x: Tensor, channels: int) -> Tensor:
+    """So many channels of a map, without a call into PyTorch where they are all."""
+    return x if x.shape[1] == channels else x[:, :channels]
+
+
+def rows_of(x: Tensor, rows: slice) -> Tensor:
+    """Some samples of a map, without a call into PyTorch where they are all."""
+    return x if rows.start == 0 and rows.stop == len(x) else x[rows]
+
+
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, without a call into PyTorch where nothing changes: there are many."""
     return x if x.dtype == dtype else x.to(dtype)

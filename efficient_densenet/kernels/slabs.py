@@ -12,6 +12,7 @@ from torch import Tensor
 
 from efficient_densenet.kernels.aten import convolve, convolve_backward, pooled, pooled_backward
 from efficient_densenet.kernels.interface import Conv, Tail
+from efficient_densenet.kernels.layout import in_dtype, rows_of
 from efficient_densenet.kernels.workspace import Workspace
 
 # Normalises and activates a slab, into its place in the workspace.
@@ -22,7 +23,7 @@ def tail_of_slabs(x: Tensor, tail: Tail, workspace: Workspace, activate: Activat
     """``tail(activate(x))``."""
     out: Tensor | None = None
     for rows in workspace.distinct_slabs(x):
-        slab = x[rows]
+        slab = rows_of(x, rows)
         y = _tail(activate(slab, workspace.scratch(slab, tail.dtype)), tail)
         if len(y) == len(x):
             return y
@@ -53,9 +54,11 @@ def backward_of_slabs(
     """
     weight = bias = None
     for rows in workspace.distinct_slabs(x):
-        slab = x[rows]
+        slab = rows_of(x, rows)
         y = activate(slab, workspace.scratch(slab, tail.dtype))
-        d, slab_weight, slab_bias = tail_backward(grad[rows].to(tail.dtype), y, tail, needs)
+        d, slab_weight, slab_bias = tail_backward(
+            in_dtype(rows_of(grad, rows), tail.dtype), y, tail, needs
+        )
         weight, bias = add(weight, slab_weight), add(bias, slab_bias)
         if d is not None:
             receive(rows, y, d)

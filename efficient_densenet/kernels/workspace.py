@@ -42,6 +42,7 @@ class Workspace:
         self._capacity = most // dtype.itemsize
         self._samples = samples
         self._storage = torch.empty(self._size(widest), dtype=dtype, device=like.device)
+        self._vectors = self._storage.new_empty(0, dtype=torch.float32)
 
     def _size(self, widest: int) -> int:
         sample = widest * self._positions
@@ -53,6 +54,12 @@ class Workspace:
         if size < len(self._storage):
             self._storage = self._storage.new_empty(0)  # the old one dies before the new one lives
             self._storage = torch.empty(size, dtype=self.dtype, device=device)
+
+    def vectors(self, values: int) -> Tensor:
+        """Room for so many numbers of float32, or more: whatever it held is lost."""
+        if len(self._vectors) < values:
+            self._vectors = self._vectors.new_empty(values)
+        return self._vectors
 
     def slabs(self, x: Tensor) -> Iterator[slice]:
         """The rows of ``x`` that make up each slab: as few slabs as fit, of equal size.

@@ -11,10 +11,10 @@ from efficient_densenet.kernels.activations import (
     activate_backward_,
     derivative_reads_input,
 )
-from efficient_densenet.kernels.interface import Activation, Unit
+from efficient_densenet.kernels.interface import Activation
 from efficient_densenet.kernels.workspace import Workspace
 from support.activations import ACTIVATIONS
-from support.operations import LAYOUTS, SHAPES, a_map, layout, naive_unit, tails, vectors
+from support.operations import LAYOUTS, SHAPES, a_map, a_unit, layout, naive_unit, tails, vectors
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 SHAPE = SHAPES["odd"]
@@ -63,16 +63,16 @@ def test_unit_and_its_gradients_are_those_of_autograd(activation, samples, tail,
     tail = tails(SHAPE, torch.float64)[tail]
     x = a_map(SHAPE, channels, torch.float64, last=True)
     mean, var, gamma, beta = (v.double() for v in vectors(4, channels, len(spatial)))
-    norm = eager.make_norm(mean, var.abs(), gamma.flatten(), beta.flatten(), 1e-3)
+    unit = a_unit(eager, (mean, var, gamma, beta), tail, activation)
     scratch = Workspace(x, channels, torch.float64, torch.channels_last)
     assert len(list(scratch.slabs(x))) == -(-batch // samples)
     convs = [t.requires_grad_() for t in tail.conv[:2] if t is not None] if tail.conv else []
-    leaves = [t.clone().requires_grad_() for t in (x, norm.scale, norm.bias)]
+    leaves = [t.clone().requires_grad_() for t in (x, unit.norm.scale, unit.norm.bias)]
     expected = naive_unit(leaves[0], mean, *leaves[1:], function, tail)
     grad = torch.randn_like(expected)
     dx, dscale, dbias, *dconv = torch.autograd.grad(expected, leaves + convs, grad)
 
-    unit, target = Unit(norm, activation, tail), torch.full_like(x, 2.0)
+    target = torch.full_like(x, 2.0)
     with torch.no_grad():
         y, _ = eager.forward_unit(x, unit, scratch, need_statistics=False)
         found = eager.backward_unit(

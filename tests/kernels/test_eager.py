@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from efficient_densenet.kernels import eager
-from efficient_densenet.kernels.interface import RELU, Norm, Tail, Unit, per_channel
+from efficient_densenet.kernels.interface import RELU, Tail, Unit, per_channel
 from efficient_densenet.kernels.workspace import Workspace
 
 BATCH, MORE = 4, 20
@@ -36,12 +36,13 @@ def test_gradients_of_norm_are_those_in_double_precision(channels, size):
     for x in maps(channels, size):
         grad = torch.randn_like(x)
         mean, scale, bias = (per_channel(v, x.dim()) for v in torch.rand(3, channels))
-        norm = Norm(mean, torch.full_like(mean, 2.0), scale, bias)
+        norm = eager.Norm(mean, torch.full_like(mean, 2.0), scale, bias)
+        unit = Unit(norm, RELU, Tail(None, None, x.dtype), channels)
         workspace = Workspace(x, channels, x.dtype, torch.channels_last)
         found = eager.backward_unit(
             grad,
             x,
-            Unit(norm, RELU, Tail(None, None, x.dtype)),
+            unit,
             workspace,
             need_weight=False,
             need_bias=False,
@@ -49,7 +50,7 @@ def test_gradients_of_norm_are_those_in_double_precision(channels, size):
             target=None,
             accumulate=False,
         )
-        dbeta, dgamma = eager.collect(found.sums, norm, 1.0, None)
+        dbeta, dgamma = eager.collect(found.sums, unit, 1.0, None, False)
         centred = x.double() - mean.double()
         d = grad.double() * (centred * scale + bias > 0)
         for found_sum, terms in ((dbeta, d), (dgamma, 2.0 * d * centred)):

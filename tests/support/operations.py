@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Conv, Geometry, Pool, Tail
+from efficient_densenet.kernels.interface import (
+    RELU,
+    Activation,
+    Conv,
+    Geometry,
+    Operations,
+    Pool,
+    Statistics,
+    Tail,
+    Unit,
+)
 from support.compare import FORMATS
 
 # Samples, channels read, channels left, spatial size: odd, single, several tiles.
@@ -69,6 +79,21 @@ def tails(shape: Shape, dtype: torch.dtype) -> dict[str, Tail]:
 
 def _geometry(dims: int, padding: int) -> Geometry:
     return Geometry((1,) * dims, (padding,) * dims, (1,) * dims, 1)
+
+
+def a_unit(
+    ops: Operations,
+    vectors: Sequence[Tensor | None],
+    tail: Tail,
+    activation: Activation = RELU,
+    eps: float = 1e-3,
+) -> Unit:
+    """A unit by mean, variance (its absolute value), γ and β."""
+    mean, var, gamma, beta = vectors
+    assert mean is not None and var is not None
+    affine = (None if v is None else v.flatten() for v in (gamma, beta))
+    norm = ops.make_norm(Statistics(mean, var.abs()), len(mean), *affine, eps)
+    return Unit(norm, activation, ops.make_tail(tail), len(mean))
 
 
 def naive_unit(

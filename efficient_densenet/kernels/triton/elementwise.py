@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Norm, Statistics
+from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.kernels.triton import launch
-from efficient_densenet.kernels.triton.launch import elementwise, matrix, pair_of, shared
+from efficient_densenet.kernels.triton.launch import elementwise, matrix, quotient, shared
 from efficient_densenet.kernels.triton.tile import (
     load_tile,
     norm_vectors,
@@ -18,7 +18,7 @@ from efficient_densenet.kernels.triton.tile import (
     store_through_rectifier,
     store_tile,
 )
-from efficient_densenet.kernels.triton.vectors import launch_fold
+from efficient_densenet.kernels.triton.vectors import Norm, launch_fold
 
 
 @triton.jit
@@ -85,6 +85,7 @@ def rectify_backward(
     target,
     norm,
     pair,
+    first,
     M,
     N,
     positions,
@@ -97,7 +98,8 @@ def rectify_backward(
 ):
     """``target += scale * d`` where ``x`` was rectified to more than zero.
 
-    ``d`` is the gradient of the rectified map. Leaves sums as ``store_through_rectifier`` does.
+    ``d`` is the gradient of the rectified map. Leaves sums as ``store_through_rectifier`` does, in
+    the rows of ``pair`` from ``first`` on.
     """
     row, m, n = _place(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
@@ -107,9 +109,8 @@ def rectify_backward(
         x,
         target,
         norm,
-        norm.scale,
         pair,
-        row,
+        first + row,
         m,
         n,
         M,
@@ -160,6 +161,7 @@ def correct(
     mean,
     a,
     b,
+    first,
     M,
     N,
     positions,
@@ -168,23 +170,28 @@ def correct(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``out = grad - a - (x - mean) * b``."""
+    """``out = grad - a - (x - mean) * b``; the vectors' channels begin at ``first``."""
     _, m, n = _place(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
-    center = tl.load(mean + n, mask=n < N, other=0.0)[None, :]
-    first = tl.load(a + n, mask=n < N, other=0.0)[None, :]
-    second = tl.load(b + n, mask=n < N, other=0.0)[None, :]
-    g = load_tile(grad, m, n, inside, positions, FLAT, INDEX).to(tl.float32) - first
-    g -= (load_tile(x, m, n, inside, positions, FLAT, INDEX).to(tl.float32) - center) * second
+    center = tl.load(mean + first + n, mask=n < N, other=0.0)[None, :]
+    constant = tl.load(a + first + n, mask=n < N, other=0.0)[None, :]
+    slope = tl.load(b + first + n, mask=n < N, other=0.0)[None, :]
+    g = load_tile(grad, m, n, inside, positions, FLAT, INDEX).to(tl.float32) - constant
+    g -= (load_tile(x, m, n, inside, positions, FLAT, INDEX).to(tl.float32) - center) * slope
     store_tile(out, g, m, n, inside, positions, FLAT, INDEX)
 
 
-def launch_append(y: Tensor, into: Tensor | None, statistics: Statistics | None) -> None:
+def launch_append(
+    y: Tensor, into: Tensor | None, start: int, statistics: Statistics | None
+) -> None:
     """The operation ``append``."""
     source = matrix(y)
-    place = source if into is None else matrix(into)
+    place = source if into is None else matrix(into, slice(start, start + source.channels))
     grid, tile = elementwise(source)
-    pair = pair_of(source, tile["BLOCK_M"]) if statistics else y
+    pair = y
+    if statistics is not None:
+        tiles = quotient(source.rows, tile["BLOCK_M"])
+        pair = torch.empty(tiles * 2 * source.channels, dtype=torch.float32, device=y.device)
     launch.run(
         append,
         grid,
@@ -200,7 +207,7 @@ def launch_append(y: Tensor, into: Tensor | None, statistics: Statistics | None)
         **tile,
     )
     if statistics is not None:
-        launch_fold(pair, source.rows, tile["BLOCK_M"], statistics)
+        launch_fold(pair, start, source, tile["BLOCK_M"], statistics)
 
 
 def launch_drop(
@@ -234,14 +241,25 @@ def launch_rectify(norm: Norm, x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def tile_rows(x: Tensor) -> int:
+    """Into how many rows of tiles an element-wise kernel divides a map."""
+    source = matrix(x)
+    return quotient(source.rows, elementwise(source)[1]["BLOCK_M"])
+
+
 def launch_rectify_backward(
-    d: Tensor, x: Tensor, norm: Norm, target: Tensor | None, accumulate: bool
-) -> Tensor:
-    """Writes or adds the gradient through them, if there is a target; the sums by tile."""
+    d: Tensor,
+    x: Tensor,
+    norm: Norm,
+    target: Tensor | None,
+    accumulate: bool,
+    pair: Tensor,
+    first: int,
+) -> None:
+    """Writes or adds the gradient through them, if there is a target; the sums into ``pair``."""
     arriving, source = matrix(d), matrix(x)
     place = source if target is None else matrix(target)
     grid, tile = elementwise(source)
-    pair = pair_of(source, tile["BLOCK_M"])
     launch.run(
         rectify_backward,
         grid,
@@ -250,6 +268,7 @@ def launch_rectify_backward(
         place,
         norm,
         pair,
+        first,
         source.rows,
         source.channels,
         source.positions,
@@ -258,16 +277,21 @@ def launch_rectify_backward(
         **shared(arriving, source, place),
         **tile,
     )
-    return pair
 
 
 def launch_correct(
-    grad: Tensor, x: Tensor, mean: Tensor, a: Tensor, b: Tensor, out: Tensor
+    grad: Tensor,
+    x: Tensor,
+    channels: slice,
+    mean: Tensor,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
 ) -> Tensor:
     """The operation ``correct``."""
-    g, source, place = matrix(grad), matrix(x), matrix(out)
+    g, source, place = matrix(grad, channels), matrix(x, channels), matrix(out)
     grid, tile = elementwise(source)
-    sizes = (source.rows, source.channels, source.positions)
+    sizes = (channels.start, source.rows, source.channels, source.positions)
     constants = shared(g, source, place)
     launch.run(correct, grid, g, source, place, mean, a, b, *sizes, **constants, **tile)
     return out

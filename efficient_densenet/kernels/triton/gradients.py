@@ -7,13 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Norm, Sums, Tail
+from efficient_densenet.kernels.interface import Unit
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton.launch import (
     Tile,
     factors,
     matrix,
-    pair_of,
     product_constants,
     quotient,
     shared,
@@ -27,6 +26,8 @@ from efficient_densenet.kernels.triton.tile import (
     store_through_rectifier,
     tile_of,
 )
+from efficient_densenet.kernels.triton.vectors import Norm, TileSums
+from efficient_densenet.kernels.workspace import Workspace
 
 # To choose from; the first runs where none may be measured.
 WEIGHT_TILES = (
@@ -77,7 +78,8 @@ def weight_gradient(
     for start in range(part * share, tl.minimum((part + 1) * share, M), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         grad_rows = row_offsets(grad, m, positions, FLAT, INDEX)
-        place = grad.data + grad_rows[None, :] + n.to(INDEX)[:, None] * grad.channel
+        columns = n.to(INDEX)[:, None] * grad.channel
+        place = (grad.data + grad.offset) + grad_rows[None, :] + columns
         g = tl.load(place, mask=(n < N)[:, None] & (m < M)[None, :], other=0.0).to(DTYPE)
         inside = (m < M)[:, None] & (k < K)[None, :]
         x_tile = load_tile(x, m, k, inside, positions, FLAT, INDEX)
@@ -94,7 +96,6 @@ def input_gradient(
     x,
     target,
     norm,
-    gain,
     pair,
     M,
     N,
@@ -112,7 +113,7 @@ def input_gradient(
 ):
     """``d[m, k] = Σ_n grad[m, n] * weight[n, k]`` where ``x`` was rectified to more than zero.
 
-    Then ``target += gain * d``, and the sums, as in ``store_through_rectifier``.
+    Then ``target += scale * d``, and the sums, as in ``store_through_rectifier``.
     """
     across = tl.cdiv(K, BLOCK_K)
     row = tl.program_id(0) // across
@@ -125,14 +126,13 @@ def input_gradient(
         inside = (m < M)[:, None] & (n < N)[None, :]
         g = tl.load(tile_of(grad, grad_rows, n, INDEX), mask=inside, other=0.0).to(DTYPE)
         inside = (n < N)[:, None] & (k < K)[None, :]
-        w = tl.load(weight + n[:, None] * K + k[None, :], mask=inside, other=0.0)
+        w = tl.load(weight + n[:, None] * K + k[None, :], mask=inside, other=0.0).to(DTYPE)
         d = tl.dot(g, w, d, input_precision=PRECISION)
     store_through_rectifier(
         d,
         x,
         target,
         norm,
-        gain,
         pair,
         row,
         m,
@@ -149,19 +149,21 @@ def input_gradient(
     )
 
 
-def launch_weight_gradient(grad: Tensor, x: Tensor, norm: Norm, tail: Tail) -> Tensor:
+def launch_weight_gradient(grad: Tensor, x: Tensor, unit: Unit) -> Tensor:
     """The weight's gradient, in its shape and in the type of the norm."""
-    source, arriving = matrix(x), matrix(grad)
-    reads, leaves = x.shape[1], grad.shape[1]
+    norm, _, tail, reads = unit
+    source, arriving = matrix(x, slice(0, reads)), matrix(grad)
+    leaves = arriving.channels
     constants = product_constants(tail.dtype) | shared(source, arriving)
     together = RESIDENT * launch.multiprocessors(x.device)
+    ones = (1,) * (x.dim() - 2)
 
     def attempt(tile: Tile) -> Tensor:
         # The sum is divided among as many programs as run at a time: one more would run alone.
         tiles = quotient(leaves, tile.n) * quotient(reads, tile.k)
         steps = quotient(source.rows, tile.m)
         share = quotient(steps, min(steps, max(1, together // tiles))) * tile.m
-        parts = norm.mean.new_empty((quotient(source.rows, share), leaves, reads))
+        parts = norm.mean.new_empty((quotient(source.rows, share), leaves, reads, *ones))
         launch.run(
             weight_gradient,
             (tiles, len(parts)),
@@ -181,31 +183,36 @@ def launch_weight_gradient(grad: Tensor, x: Tensor, norm: Norm, tail: Tail) -> T
 
     tiles = tiles_for(tail.dtype, WEIGHT_TILES, EXACT_WEIGHT)
     parts = attempt(launch.fastest(tiles, source, ("weight", leaves, tail.dtype), attempt))
-    total = parts[0] if len(parts) == 1 else parts.sum(0)
-    return total.view(leaves, reads, *norm.mean.shape[1:])
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def launch_input_gradient(
-    grad: Tensor, x: Tensor, norm: Norm, tail: Tail, target: Tensor | None, accumulate: bool
-) -> Sums:
+    grad: Tensor,
+    x: Tensor,
+    unit: Unit,
+    workspace: Workspace,
+    target: Tensor | None,
+    accumulate: bool,
+) -> TileSums:
     """Writes or adds the input's gradient, if there is a target; the sums by tile."""
+    norm, _, tail, reads = unit
     weight, _ = factors(tail)
-    leaves, reads = weight.shape
-    source, arriving = matrix(x), matrix(grad)
-    place = source if target is None else matrix(target)
+    leaves = len(weight)
+    source, arriving = matrix(x, slice(0, reads)), matrix(grad)
+    place = source if target is None else matrix(target, slice(0, reads))
     constants = product_constants(tail.dtype) | shared(source, arriving, place)
 
-    def attempt(tile: Tile, gain: Tensor) -> Tensor:
-        pair = pair_of(source, tile.m)
+    def attempt(tile: Tile, norm: Norm = norm) -> TileSums:
+        tiles = quotient(source.rows, tile.m)
+        pair = workspace.vectors(tiles * 2 * reads)
         launch.run(
             input_gradient,
-            (quotient(source.rows, tile.m) * quotient(reads, tile.k),),
+            (tiles * quotient(reads, tile.k),),
             arriving,
             weight,
             source,
             place,
             norm,
-            gain,
             pair,
             source.rows,
             leaves,
@@ -216,11 +223,11 @@ def launch_input_gradient(
             **constants,
             **tile.options,
         )
-        return pair
+        return TileSums(pair, tiles)
 
     def rehearse(tile: Tile) -> None:
-        attempt(tile, torch.zeros_like(norm.scale))  # adds zeros to the target
+        attempt(tile, norm._replace(weight=torch.zeros_like(norm.mean)))  # adds zeros
 
     key = ("input", leaves, tail.dtype, target is None, accumulate)
     tiles = tiles_for(tail.dtype, INPUT_TILES, EXACT_INPUT)
-    return Sums(*attempt(launch.fastest(tiles, source, key, rehearse), norm.scale))
+    return attempt(launch.fastest(tiles, source, key, rehearse))

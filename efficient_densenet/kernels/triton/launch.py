@@ -52,46 +52,68 @@ FAR = 2**31
 
 
 class Matrix(NamedTuple):
-    """A map ``(samples, channels, positions)`` as kernels take it: its memory and its strides.
+    """Channels of a map as kernels take them: its memory, where it begins there, its strides.
 
     They see a matrix with a row for each position of each sample and a column for each channel.
     """
 
     data: Tensor
+    offset: int
     sample: int
     channel: int
     position: int
+    samples: int
+    channels: int
+    positions: int
 
     @property
     def rows(self) -> int:
         """Values per channel."""
-        return self.data.shape[0] * self.data.shape[2]
-
-    @property
-    def channels(self) -> int:
-        return self.data.shape[1]
-
-    @property
-    def positions(self) -> int:
-        return self.data.shape[2]
+        return self.samples * self.positions
 
 
-def matrix(x: Tensor) -> Matrix:
-    """A map as a matrix; its memory itself, unless no strides fit its positions."""
-    flat = x.flatten(2)
-    return Matrix(flat, *flat.stride())
+def matrix(x: Tensor, channels: slice | None = None) -> Matrix:
+    """Channels of a map as a matrix; its memory itself, unless no strides fit its positions.
+
+    No call into PyTorch makes a view: there would be many.
+    """
+    samples, width, *spatial = x.shape
+    sample, channel, *strides = x.stride()
+    step = position_stride(spatial, strides)
+    if step is None:
+        x = x.flatten(2)
+        sample, channel, step = x.stride()
+    first, last = (0, width) if channels is None else (channels.start, channels.stop)
+    sizes = (samples, last - first, math.prod(spatial))
+    return Matrix(x, first * channel, sample, channel, step, *sizes)
+
+
+def position_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The step from each position of a map to the next one, if it is always the same."""
+    steps = [(n, stride) for n, stride in zip(sizes, strides, strict=True) if n > 1]
+    if not steps:
+        return 1
+    _, step = steps[-1]
+    covered = 1
+    for size, stride in reversed(steps):
+        if stride != step * covered:
+            return None
+        covered *= size
+    return step
 
 
 def shared(*matrices: Matrix) -> dict[str, Any]:
     """What a kernel must know of where all its maps lie: constants of its build."""
-    samples, _, positions = matrices[0].data.shape
+    samples, positions = matrices[0].samples, matrices[0].positions
     flat = samples == 1 or all(m.sample == positions * m.position for m in matrices)
-    far = any(_extent(m.data) >= FAR for m in matrices)
+    far = any(_extent(m) >= FAR for m in matrices)
     return {"FLAT": flat, "INDEX": tl.int64 if far else tl.int32}
 
 
-def _extent(x: Tensor) -> int:
-    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+def _extent(m: Matrix) -> int:
+    return (
+        (m.samples - 1) * m.sample + (m.channels - 1) * m.channel + (m.positions - 1) * m.position
+    )
 
 
 def product_constants(dtype: torch.dtype) -> dict[str, Any]:
@@ -100,9 +122,12 @@ def product_constants(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def factors(tail: Tail) -> tuple[Tensor, Tensor | None]:
-    """The weight of a product, dense and in its type, and its bias."""
+    """The weight of a product, dense, and its bias; kernels read them in the product's type."""
     assert tail.conv is not None
-    return tail.conv.weight.to(tail.dtype).flatten(1).contiguous(), tail.conv.bias
+    weight = tail.conv.weight
+    (leaves, reads), (across, along) = weight.shape[:2], weight.stride()[:2]
+    dense = leaves == 1 or across == reads, reads == 1 or along == 1
+    return (weight if all(dense) else weight.contiguous()), tail.conv.bias
 
 
 def tiles_for(dtype: torch.dtype, tiles: Sequence[Tile], exact: Tile) -> Sequence[Tile]:
@@ -207,9 +232,3 @@ def elementwise(x: Matrix) -> tuple[tuple[int], dict[str, int]]:
     rows = TILE_VALUES // columns
     grid = (quotient(x.rows, rows) * quotient(x.channels, columns),)
     return grid, {"BLOCK_M": rows, "BLOCK_N": columns, "warps": TILE_WARPS}
-
-
-def pair_of(x: Matrix, rows: int) -> Tensor:
-    """Room for two vectors of float32 for each row of tiles of a map."""
-    shape = (2, quotient(x.rows, rows), x.channels)
-    return torch.empty(shape, dtype=torch.float32, device=x.data.device)

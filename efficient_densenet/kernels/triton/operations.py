@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Statistics, Sums, Tail, Unit, UnitGradients
+from efficient_densenet.kernels.interface import Statistics, Tail, Unit, UnitGradients
+from efficient_densenet.kernels.layout import first_channels, in_dtype, rows_of
 from efficient_densenet.kernels.slabs import backward_of_slabs, tail_of_slabs
 from efficient_densenet.kernels.triton import vectors
 from efficient_densenet.kernels.triton.elementwise import (
@@ -22,22 +23,29 @@ from efficient_densenet.kernels.triton.elementwise import (
     launch_drop,
     launch_rectify,
     launch_rectify_backward,
+    tile_rows,
 )
 from efficient_densenet.kernels.triton.gradients import (
     launch_input_gradient,
     launch_weight_gradient,
 )
 from efficient_densenet.kernels.triton.product import launch_product
-from efficient_densenet.kernels.triton.vectors import launch_collect, launch_make_norm
+from efficient_densenet.kernels.triton.vectors import (
+    TileSums,
+    launch_collect,
+)
+from efficient_densenet.kernels.triton.vectors import (
+    make_norm as make_norm,
+)
 from efficient_densenet.kernels.workspace import Workspace
 
-if not isinstance(vectors.make_norm, triton.JITFunction):
+if not isinstance(vectors.collect, triton.JITFunction):
     from efficient_densenet.kernels.triton import interpreted
 
     interpreted.repair()
 
-make_norm, append = launch_make_norm, launch_append
-collect, correct, drop = launch_collect, launch_correct, launch_drop
+append, drop = launch_append, launch_drop
+collect, correct = launch_collect, launch_correct
 
 
 def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
@@ -48,21 +56,28 @@ def corrected_dtype(compute: torch.dtype, statistics: torch.dtype) -> torch.dtyp
     return compute
 
 
+def make_tail(tail: Tail) -> Tail:
+    """Products convert their weight where they read it."""
+    if tail.conv is None or is_product(tail):
+        return tail
+    return tail._replace(conv=tail.conv._replace(weight=in_dtype(tail.conv.weight, tail.dtype)))
+
+
 def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
     shape = (x.shape[1], *(1,) * (x.dim() - 2))
     statistics = Statistics(*(x.new_empty(shape, dtype=dtype) for _ in range(2)))
-    append(x, None, statistics)
+    append(x, None, 0, statistics)
     return statistics
 
 
 def forward_unit(
     x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
-    norm, _, tail = unit
-    if is_product(tail):
-        return launch_product(x, norm, tail, workspace.memory_format, need_statistics)
-    y = tail_of_slabs(x, tail, workspace, partial(launch_rectify, norm))
-    return y, batch_statistics(y, norm.mean.dtype) if need_statistics else None
+    if is_product(unit.tail):
+        return launch_product(x, unit, workspace, need_statistics)
+    x = first_channels(x, unit.channels)
+    y = tail_of_slabs(x, unit.tail, workspace, partial(launch_rectify, unit.norm))
+    return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
 
 
 def backward_unit(
@@ -77,20 +92,25 @@ def backward_unit(
     target: Tensor | None,
     accumulate: bool,
 ) -> UnitGradients:
-    norm, _, tail = unit
+    norm, _, tail, channels = unit
     needs_input = need_sums or target is not None
     if is_product(tail):
-        weight = launch_weight_gradient(grad, x, norm, tail) if need_weight else None
+        weight = launch_weight_gradient(grad, x, unit) if need_weight else None
         bias = grad.sum((0, *range(2, grad.dim())), dtype=norm.mean.dtype) if need_bias else None
         sums = None
         if needs_input:
-            sums = launch_input_gradient(grad, x, norm, tail, target, accumulate)
+            sums = launch_input_gradient(grad, x, unit, workspace, target, accumulate)
         return UnitGradients(weight, bias, sums if need_sums else None)
-    pairs: list[Tensor] = []
+    x = first_channels(x, channels)
+    target = None if target is None else first_channels(target, channels)
+    tiles = [tile_rows(rows_of(x, rows)) for rows in workspace.slabs(x)]
+    pair, written = workspace.vectors(sum(tiles) * 2 * channels), 0
 
     def receive(rows: slice, a: Tensor, d: Tensor) -> None:
-        into = None if target is None else target[rows]
-        pairs.append(launch_rectify_backward(d, x[rows], norm, into, accumulate))
+        nonlocal written
+        into = None if target is None else rows_of(target, rows)
+        launch_rectify_backward(d, rows_of(x, rows), norm, into, accumulate, pair, written)
+        written += tile_rows(d)
 
     weight, bias = backward_of_slabs(
         grad,
@@ -101,8 +121,7 @@ def backward_unit(
         (needs_input, need_weight, need_bias),
         receive,
     )
-    sums = Sums(*(pairs[0] if len(pairs) == 1 else torch.cat(pairs, 1))) if need_sums else None
-    return UnitGradients(weight, bias, sums)
+    return UnitGradients(weight, bias, TileSums(pair, sum(tiles)) if need_sums else None)
 
 
 def is_product(tail: Tail) -> bool:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Norm, Statistics, Tail
+from efficient_densenet.kernels.interface import Statistics, Unit
 from efficient_densenet.kernels.layout import empty_map
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton.launch import (
     Tile,
     factors,
     matrix,
-    pair_of,
     product_constants,
     quotient,
     shared,
@@ -29,6 +27,7 @@ from efficient_densenet.kernels.triton.tile import (
     tile_of,
 )
 from efficient_densenet.kernels.triton.vectors import launch_fold
+from efficient_densenet.kernels.workspace import Workspace
 
 # To choose from; the first runs where none may be measured.
 TILES = (
@@ -36,7 +35,7 @@ TILES = (
     Tile(m=128, n=128, k=32, warps=8, stages=3),
     Tile(m=64, n=64, k=32, warps=8, stages=3),
 )
-EXACT = Tile(m=64, n=64, k=16, warps=8, stages=2)
+EXACT = Tile(m=64, n=64, k=16, warps=8, stages=3)
 
 
 @triton.jit
@@ -78,7 +77,7 @@ def product(
         x_tile = tl.load(tile_of(x, x_rows, k, INDEX), mask=inside, other=0.0)
         mean, scale, bias = norm_vectors(norm, k, k < K)
         inside = (k < K)[:, None] & (n < N)[None, :]
-        w = tl.load(weight + k[:, None] + n[None, :] * K, mask=inside, other=0.0)
+        w = tl.load(weight + k[:, None] + n[None, :] * K, mask=inside, other=0.0).to(DTYPE)
         a = rectified(x_tile, mean, scale, bias, DTYPE)
         total = tl.dot(a, w, total, input_precision=PRECISION)
     if BIAS:
@@ -90,21 +89,20 @@ def product(
 
 
 def launch_product(
-    x: Tensor,
-    norm: Norm,
-    tail: Tail,
-    memory_format: torch.memory_format,
-    need_statistics: bool,
+    x: Tensor, unit: Unit, workspace: Workspace, need_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
     """The product, and if needed its statistics."""
+    norm, _, tail, reads = unit
     weight, conv_bias = factors(tail)
-    leaves, reads = weight.shape
-    y = empty_map(x, leaves, memory_format, tail.dtype)
-    source, place = matrix(x), matrix(y)
+    leaves = len(weight)
+    y = empty_map(x, leaves, workspace.memory_format, tail.dtype)
+    source, place = matrix(x, slice(0, reads)), matrix(y)
     constants = product_constants(tail.dtype) | shared(source, place)
 
     def attempt(tile: Tile) -> Tensor:
-        pair = pair_of(place, tile.m) if need_statistics else y
+        pair = y
+        if need_statistics:
+            pair = workspace.vectors(quotient(source.rows, tile.m) * 2 * leaves)
         launch.run(
             product,
             (quotient(source.rows, tile.m) * quotient(leaves, tile.n),),
@@ -130,6 +128,7 @@ def launch_product(
     pair = attempt(tile)
     if not need_statistics:
         return y, None
-    statistics = Statistics(*(norm.mean.new_empty(leaves, *norm.mean.shape[1:]) for _ in range(2)))
-    launch_fold(pair, source.rows, tile.m, statistics)
+    shape = (leaves, *(1,) * (x.dim() - 2))
+    statistics = Statistics(*(norm.mean.new_empty(shape) for _ in range(2)))
+    launch_fold(pair, 0, place, tile.m, statistics)
     return y, statistics

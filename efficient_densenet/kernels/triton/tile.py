@@ -23,7 +23,7 @@ def row_offsets(x, m, positions, FLAT: tl.constexpr, INDEX: tl.constexpr):
 @triton.jit
 def tile_of(x, rows, columns, INDEX: tl.constexpr):
     """Pointers to a tile of a matrix, by the offsets of its rows and the numbers of its columns."""
-    return x.data + rows[:, None] + columns.to(INDEX)[None, :] * x.channel
+    return (x.data + x.offset) + rows[:, None] + columns.to(INDEX)[None, :] * x.channel
 
 
 @triton.jit
@@ -41,11 +41,21 @@ def store_tile(x, values, m, columns, inside, positions, FLAT: tl.constexpr, IND
 
 
 @triton.jit
+def inverse_deviation(norm, columns, inside):
+    """``(var + eps)^(-1/2)`` of columns."""
+    return tl.rsqrt(tl.load(norm.var + columns, mask=inside, other=1.0) + norm.eps)
+
+
+@triton.jit
 def norm_vectors(norm, columns, inside):
-    """Mean, scale and bias of a tile's columns."""
+    """Mean, ``scale = γ * (var + eps)^(-1/2)`` and β of a tile's columns."""
     mean = tl.load(norm.mean + columns, mask=inside, other=0.0)
-    scale = tl.load(norm.scale + columns, mask=inside, other=0.0)
-    bias = tl.load(norm.bias + columns, mask=inside, other=0.0)
+    scale = inverse_deviation(norm, columns, inside)
+    bias = tl.zeros_like(scale)
+    if norm.weight is not None:
+        scale *= tl.load(norm.weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if norm.bias is not None:
+        bias = tl.load(norm.bias + columns, mask=inside, other=0.0).to(tl.float32)
     return mean, scale, bias
 
 
@@ -60,11 +70,11 @@ def rectified(x, mean, scale, bias, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_pair(pair, row, tiles, columns, width, inside, first, second):
-    """Writes two vectors into row ``row`` of ``pair``, which is ``(2, tiles, width)``."""
-    place = pair + row * width + columns
+def store_pair(pair, row, columns, width, inside, first, second):
+    """Writes two vectors into row ``row`` of ``pair``, which is ``(tiles, 2, width)``."""
+    place = pair + row * 2 * width + columns
     tl.store(place, first, mask=inside)
-    tl.store(place + tiles * width, second, mask=inside)
+    tl.store(place + width, second, mask=inside)
 
 
 @triton.jit
@@ -73,8 +83,8 @@ def store_moments(pair, row, values, m, M, columns, width, BLOCK_M: tl.constexpr
     inside = (m < M)[:, None]
     mean = tl.sum(tl.where(inside, values, 0.0), 0) / tl.minimum(M - row * BLOCK_M, BLOCK_M)
     distance = tl.where(inside, values - mean[None, :], 0.0)
-    squares, tiles = tl.sum(distance * distance, 0), tl.cdiv(M, BLOCK_M)
-    store_pair(pair, row, tiles, columns, width, columns < width, mean, squares)
+    squares = tl.sum(distance * distance, 0)
+    store_pair(pair, row, columns, width, columns < width, mean, squares)
 
 
 @triton.jit
@@ -83,7 +93,6 @@ def store_through_rectifier(
     x,
     target,
     norm,
-    gain,
     pair,
     row,
     m,
@@ -98,9 +107,9 @@ def store_through_rectifier(
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Masks the gradient ``d`` of a rectified tile; adds ``gain * d`` to the target; leaves sums.
+    """Masks the gradient ``d`` of a rectified tile; adds ``scale * d`` to the target; leaves sums.
 
-    ``gain`` is the norm's scale. The sums are ``Σ d`` and ``Σ d * (x - mean)`` of each column.
+    ``scale`` is the norm's. The sums are ``Σ d`` and ``Σ d * (x - mean)`` of each column.
     """
     inside = (m < M)[:, None] & (k < K)[None, :]
     x_tile = load_tile(x, m, k, inside, positions, FLAT, INDEX).to(tl.float32)
@@ -108,9 +117,9 @@ def store_through_rectifier(
     stops = rectified(x_tile, mean, scale, bias, DTYPE) <= 0  # not so NaN: it passes, as in PyTorch
     d = tl.where(inside & ~stops, d, 0.0)
     sum_d, sum_dx = tl.sum(d, 0), tl.sum(d * (x_tile - mean[None, :]), 0)
-    store_pair(pair, row, tl.cdiv(M, BLOCK_M), k, K, k < K, sum_d, sum_dx)
+    store_pair(pair, row, k, K, k < K, sum_d, sum_dx)
     if TARGET:
-        g = d * tl.load(gain + k, mask=k < K, other=0.0)[None, :]
+        g = d * scale[None, :]
         if ACCUMULATE:
             g += load_tile(target, m, k, inside, positions, FLAT, INDEX)
         store_tile(target, g, m, k, inside, positions, FLAT, INDEX)

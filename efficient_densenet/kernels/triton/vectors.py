@@ -1,53 +1,27 @@
-"""Work on vectors of one value per channel: a norm made ready, and sums of tiles folded."""
+"""Vectors of one value per channel: a norm as kernels take it, and sums of tiles folded."""
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.kernels.interface import Norm, Statistics, Sums
+from efficient_densenet.kernels.interface import Statistics, Unit
 from efficient_densenet.kernels.triton import launch
-from efficient_densenet.kernels.triton.launch import quotient
+from efficient_densenet.kernels.triton.launch import Matrix, quotient
+from efficient_densenet.kernels.triton.tile import inverse_deviation, norm_vectors
 
 # Tiles and channels that a program folds at once: few channels, so that there are many programs.
 FOLD = {"BLOCK_M": 256, "BLOCK_N": 8}
-# Channels of a norm that a program makes ready.
-VECTOR = 256
-
-
-@triton.jit
-def make_norm(
-    mean,
-    var,
-    weight,
-    bias,
-    vectors,
-    N,
-    eps,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """``vectors = (invstd, weight * invstd, bias)`` with ``invstd = (var + eps)^(-1/2)``."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    deviation = tl.sqrt_rn(tl.load(var + n, mask=n < N, other=1.0) + eps)
-    invstd = tl.div_rn(1.0, deviation)
-    scale, shift = invstd, tl.zeros_like(invstd)
-    if WEIGHT:
-        scale *= tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)
-    if BIAS:
-        shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(vectors + n, invstd, mask=n < N)
-    tl.store(vectors + N + n, scale, mask=n < N)
-    tl.store(vectors + 2 * N + n, shift, mask=n < N)
 
 
 @triton.jit
 def fold_moments(
     pair,
     statistics,
+    first,
     M,
     N,
     tiles,
@@ -57,8 +31,10 @@ def fold_moments(
 ):
     """Mean and biased variance from those of tiles of ``height`` rows, by Chan's formula.
 
+    Into the statistics from channel ``first`` on.
+
     ``mean = Σ n_t m_t / n``, ``var = Σ (q_t + n_t (m_t - mean)²) / n`` with the tiles' means
-    ``m_t`` and sums of squared distances ``q_t``: the two halves of ``pair``.
+    ``m_t`` and sums of squared distances ``q_t``: ``pair`` is ``(tiles, 2, N)``.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -66,7 +42,7 @@ def fold_moments(
         t = start + tl.arange(0, BLOCK_M)
         count = tl.minimum(M - t * height, height).to(tl.float32)
         inside = (t < tiles)[:, None] & (n < N)[None, :]
-        means = tl.load(pair + t[:, None] * N + n[None, :], mask=inside, other=0.0)
+        means = tl.load(pair + t[:, None] * 2 * N + n[None, :], mask=inside, other=0.0)
         sums += count[:, None] * means
     center = tl.sum(sums, 0) / M
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -74,17 +50,17 @@ def fold_moments(
         t = start + tl.arange(0, BLOCK_M)
         count = tl.minimum(M - t * height, height).to(tl.float32)
         inside = (t < tiles)[:, None] & (n < N)[None, :]
-        place = pair + t[:, None] * N + n[None, :]
+        place = pair + t[:, None] * 2 * N + n[None, :]
         distance = tl.load(place, mask=inside, other=0.0) - center[None, :]
-        squares = tl.load(place + tiles * N, mask=inside, other=0.0)
+        squares = tl.load(place + N, mask=inside, other=0.0)
         sums += tl.where(inside, squares + count[:, None] * distance * distance, 0.0)
-    tl.store(statistics.mean + n, center, mask=n < N)
-    tl.store(statistics.var + n, tl.sum(sums, 0) / M, mask=n < N)
+    tl.store(statistics.mean + first + n, center, mask=n < N)
+    tl.store(statistics.var + first + n, tl.sum(sums, 0) / M, mask=n < N)
 
 
 @triton.jit
 def collect(
-    sums,
+    pair,
     norm,
     beta_gradient,
     gamma_gradient,
@@ -93,12 +69,14 @@ def collect(
     tiles,
     share,
     TOTALS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``, from the ``sums`` of all tiles.
+    """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``, from the sums of all tiles.
 
-    Adds ``share * scale * dβ`` and ``share * scale * invstd * dγ`` to the totals.
+    ``pair`` is ``(tiles, 2, N)``. Writes ``share * scale * dβ`` and ``share * scale * invstd * dγ``
+    into the totals, or adds them.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sum_d = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -106,71 +84,89 @@ def collect(
     for start in range(0, tiles, BLOCK_M):
         t = start + tl.arange(0, BLOCK_M)
         inside = (t < tiles)[:, None] & (n < N)[None, :]
-        place = t[:, None] * N + n[None, :]
-        sum_d += tl.load(sums.d + place, mask=inside, other=0.0)
-        sum_dx += tl.load(sums.dx + place, mask=inside, other=0.0)
-    r = tl.load(norm.invstd + n, mask=n < N, other=0.0)
+        place = pair + t[:, None] * 2 * N + n[None, :]
+        sum_d += tl.load(place, mask=inside, other=0.0)
+        sum_dx += tl.load(place + N, mask=inside, other=0.0)
+    r = inverse_deviation(norm, n, n < N)
     dbeta = tl.sum(sum_d, 0)
     dgamma = r * tl.sum(sum_dx, 0)
     tl.store(beta_gradient + n, dbeta, mask=n < N)
     tl.store(gamma_gradient + n, dgamma, mask=n < N)
     if TOTALS:
-        s = share * tl.load(norm.scale + n, mask=n < N, other=0.0)
-        old = tl.load(totals[0] + n, mask=n < N, other=0.0)
-        tl.store(totals[0] + n, old + s * dbeta, mask=n < N)
-        old = tl.load(totals[1] + n, mask=n < N, other=0.0)
-        tl.store(totals[1] + n, old + s * r * dgamma, mask=n < N)
+        _, scale, _ = norm_vectors(norm, n, n < N)
+        a, b = share * scale * dbeta, share * scale * r * dgamma
+        if ACCUMULATE:
+            a += tl.load(totals[0] + n, mask=n < N, other=0.0)
+            b += tl.load(totals[1] + n, mask=n < N, other=0.0)
+        tl.store(totals[0] + n, a, mask=n < N)
+        tl.store(totals[1] + n, b, mask=n < N)
 
 
-def launch_make_norm(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+class Norm(NamedTuple):
+    """A batch norm as its readers take it: they make its scale themselves.
+
+    ``mean`` and ``var`` may be of more channels than the norm; γ and β are absent or not; ``eps``
+    is a constant of the build. Were it an argument, Triton would not normalise where the tensor
+    cores of sm_80 read.
+    """
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: tl.constexpr
+
+
+class TileSums(NamedTuple):
+    """``Σ d`` and ``Σ d * (x - mean)`` of ``tiles`` tiles, in the first of ``pair``."""
+
+    pair: Tensor
+    tiles: int
+
+
+def make_norm(
+    statistics: Statistics,
+    channels: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Norm:
-    """The operation ``make_norm``."""
-    channels = len(mean)
-    norm = mean.new_empty((3, *mean.shape))
-    launch.run(
-        make_norm,
-        (quotient(channels, VECTOR),),
-        mean,
-        var,
-        var if weight is None else weight,
-        var if bias is None else bias,
-        norm,
-        channels,
-        eps,
-        WEIGHT=weight is not None,
-        BIAS=bias is not None,
-        BLOCK_N=VECTOR,
-    )
-    return Norm(mean, *norm)
+    """The operation ``make_norm``: nothing is launched."""
+    return Norm(*statistics, weight, bias, tl.constexpr(eps))
 
 
-def launch_fold(pair: Tensor, rows: int, height: int, statistics: Statistics) -> None:
-    """Statistics of ``rows`` values per channel from those of tiles of ``height`` rows."""
-    _, tiles, channels = pair.shape
-    grid = (quotient(channels, FOLD["BLOCK_N"]),)
-    launch.run(fold_moments, grid, pair, statistics, rows, channels, tiles, height, **FOLD)
+def launch_fold(pair: Tensor, first: int, source: Matrix, height: int, into: Statistics) -> None:
+    """Statistics of a map from those of tiles of ``height`` rows, from channel ``first`` on."""
+    tiles = quotient(source.rows, height)
+    grid = (quotient(source.channels, FOLD["BLOCK_N"]),)
+    sizes = (source.rows, source.channels, tiles, height)
+    launch.run(fold_moments, grid, pair, into, first, *sizes, **FOLD)
 
 
 def launch_collect(
-    sums: Sums, norm: Norm, share: float, totals: tuple[Tensor, Tensor] | None
+    sums: TileSums,
+    unit: Unit,
+    share: float,
+    totals: tuple[Tensor, Tensor] | None,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operation ``collect``."""
-    tiles, channels = sums.d.shape
+    norm, channels = unit.norm, unit.channels
     # Not two views of one tensor: they leave the block, and operators may not return such.
-    dbeta, dgamma = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+    dbeta, dgamma = (norm.mean.new_empty(channels) for _ in range(2))
     launch.run(
         collect,
         (quotient(channels, FOLD["BLOCK_N"]),),
-        sums,
+        sums.pair,
         norm,
         dbeta,
         dgamma,
-        totals or tuple(sums),
+        totals or (dbeta, dgamma),
         channels,
-        tiles,
+        sums.tiles,
         share,
         TOTALS=totals is not None,
+        ACCUMULATE=accumulate,
         **FOLD,
     )
     return dbeta, dgamma

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efficient_densenet import DenseNet
-from efficient_densenet.functional import backward, forward, stem
+from efficient_densenet.functional import spec, stem
 from efficient_densenet.kernels.layout import outer_format
 from efficient_densenet.kernels.triton import launch
 from support.compare import (
@@ -38,7 +38,7 @@ def with_triton(monkeypatch):
 def layout(request, monkeypatch):
     """The layout inside, which in the interpreter would always be channels_last."""
     if request.param == "planes":
-        for module in (forward, backward, stem):
+        for module in (spec, stem):
             monkeypatch.setattr(module, "inner_format", outer_format)
         return torch.contiguous_format
     return torch.channels_last

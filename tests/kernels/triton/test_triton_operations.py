@@ -4,12 +4,22 @@ import pytest
 import torch
 
 from efficient_densenet.kernels import eager, workspace
-from efficient_densenet.kernels.interface import RELU, Conv, Geometry, Norm, Statistics, Tail, Unit
+from efficient_densenet.kernels.interface import Conv, Geometry, Statistics, Tail
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton import operations as triton
 from efficient_densenet.kernels.triton.gradients import RESIDENT, launch_weight_gradient
 from efficient_densenet.kernels.workspace import Workspace
-from support.operations import LAYOUTS, SHAPES, a_map, doubled, layout, noted, tails, vectors
+from support.operations import (
+    LAYOUTS,
+    SHAPES,
+    a_map,
+    a_unit,
+    doubled,
+    layout,
+    noted,
+    tails,
+    vectors,
+)
 from support.precision import relative_error
 
 POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
@@ -46,31 +56,19 @@ def assert_precise(compute, dtype, *inputs):
         )
 
 
-@every_shape
-@pytest.mark.parametrize("affine", [True, False])
-def test_norm_is_made_ready(shape, affine):
-    _, channels, _, spatial = shape
-    mean, var = vectors(2, channels, len(spatial))
-    gamma, beta = torch.randn(2, channels) if affine else (None, None)
-
-    def compute(ops, mean, var, *affine):
-        return ops.make_norm(mean, var.abs(), *affine, 1e-3)
-
-    assert_precise(compute, torch.float32, mean, var, gamma, beta)
-
-
 @every_case
 def test_appended_map_and_its_statistics(shape, dtype, last):
+    """In the middle of the place and of its statistics."""
     y = a_map(shape, shape[1], torch.float32, not last)
-    target = a_map(shape, shape[1], dtype, last)
+    target = a_map(shape, shape[1] + 3, dtype, last)
 
     def compute(ops, y, target):
         place = target.clone(memory_format=torch.preserve_format)
         exact = torch.promote_types(target.dtype, torch.float32)
-        mean, var = torch.empty(2, shape[1], *(1,) * len(shape[-1]), dtype=exact)
-        ops.append(y, place, None)
+        mean, var = torch.ones(2, shape[1] + 3, *(1,) * len(shape[-1]), dtype=exact)
+        ops.append(y, place, 2, None)
         plain = place.clone()
-        ops.append(y.to(target.dtype), place, Statistics(mean, var))
+        ops.append(y.to(target.dtype), place, 2, Statistics(mean, var))
         return plain, place, mean, var, *ops.batch_statistics(place, exact)
 
     assert_precise(compute, dtype, y.to(dtype), target)
@@ -85,19 +83,28 @@ def test_statistics_of_large_mean_keep_their_digits():
 
 @every_case
 def test_units_forward(shape, dtype, last):
-    dims = len(shape[-1])
-    x = a_map(shape, shape[1], dtype, last)
-    norm_vectors = vectors(4, shape[1], dims)
+    check_forward(shape, dtype, last, vectors(4, shape[1], len(shape[-1])))
 
-    def compute(ops, x, mean, var, gamma, beta, tail):
-        norm = ops.make_norm(mean, var.abs(), gamma.flatten(), beta.flatten(), 1e-3)
-        workspace = Workspace(x, shape[1], mean.dtype, layout(dims, last))
-        y, statistics = ops.forward_unit(x, Unit(norm, RELU, tail), workspace, need_statistics=True)
+
+@pytest.mark.parametrize("absent", [(2,), (3,), (2, 3)], ids=["weight", "bias", "both"])
+def test_units_forward_without_weight_or_bias(absent):
+    given = vectors(4, SHAPES["odd"][1], 2)
+    given = [None if i in absent else vector for i, vector in enumerate(given)]
+    check_forward(SHAPES["odd"], torch.float32, True, given)
+
+
+def check_forward(shape, dtype, last, norm_vectors):
+    x = a_map(shape, shape[1] + 2, dtype, last)  # units read the first channels only
+
+    def compute(ops, x, tail, *norm_vectors):
+        unit = a_unit(ops, norm_vectors, tail)
+        workspace = Workspace(x, shape[1], norm_vectors[0].dtype, layout(x.dim() - 2, last))
+        y, statistics = ops.forward_unit(x, unit, workspace, need_statistics=True)
         return y, *statistics
 
     for name, tail in tails(shape, dtype).items():
         with noted(name):
-            assert_precise(compute, dtype, x, *norm_vectors, tail)
+            assert_precise(compute, dtype, x, tail, *norm_vectors)
 
 
 @every_case
@@ -111,18 +118,18 @@ def test_units_backward_may_overwrite():
 
 def check_backward(shape, dtype, last, accumulate):
     dims = len(shape[-1])
-    x = a_map(shape, shape[1], dtype, last)
+    x = a_map(shape, shape[1] + 2, dtype, last)
     norm_vectors = vectors(6, shape[1], dims)
-    target = a_map(shape, shape[1], torch.float32, last)
+    target = a_map(shape, shape[1] + 1, torch.float32, last)
 
     def compute(ops, x, mean, var, gamma, beta, a, b, target, grad, tail):
         target = target.clone(memory_format=torch.preserve_format)
-        norm = ops.make_norm(mean, var.abs(), gamma.flatten(), beta.flatten(), 1e-3)
+        unit = a_unit(ops, (mean, var, gamma, beta), tail)
         workspace = Workspace(x, shape[1], mean.dtype, layout(dims, last))
         weight, bias, sums = ops.backward_unit(
             grad,
             x,
-            Unit(norm, RELU, tail),
+            unit,
             workspace,
             need_weight=tail.conv is not None,
             need_bias=tail.conv is not None and tail.conv.bias is not None,
@@ -131,15 +138,16 @@ def check_backward(shape, dtype, last, accumulate):
             accumulate=accumulate,
         )
         totals = a.clone(), b.clone()
-        found = [target, *ops.collect(sums, norm, 0.1, totals), *totals]
+        gradients = ops.collect(sums, unit, 0.1, totals, accumulate)
+        found = [target, *(gradient.flatten() for gradient in gradients), *totals]
         if weight is not None:
             found.append(weight.to(mean.dtype))
         return [*found, bias.to(mean.dtype)] if bias is not None else found
 
     for name, tail in tails(shape, dtype).items():
         workspace = Workspace(x, shape[1], torch.float32, layout(dims, last))
-        norm = eager.make_norm(*norm_vectors[:2], None, None, 1e3)
-        y, _ = eager.forward_unit(x, Unit(norm, RELU, tail), workspace, need_statistics=False)
+        unit = a_unit(eager, norm_vectors[:4], tail)
+        y, _ = eager.forward_unit(x, unit, workspace, need_statistics=False)
         with noted(name):
             grad = torch.randn_like(y)
             assert_precise(compute, dtype, x, *norm_vectors, target, grad, tail)
@@ -147,19 +155,22 @@ def check_backward(shape, dtype, last, accumulate):
 
 @every_case
 def test_finished_map_is_corrected(shape, dtype, last):
-    grad, x = (a_map(shape, shape[1], t, last) for t in (torch.float32, dtype))
+    """Some channels of it."""
+    grad, x = (a_map(shape, shape[1] + 3, t, last) for t in (torch.float32, dtype))
+    channels = slice(2, 2 + shape[1])
 
     def compute(ops, grad, x, mean, a, b):
-        return [ops.correct(grad, x, mean, a, b, torch.empty_like(grad))]
+        out = torch.empty_like(grad[:, channels])
+        return [ops.correct(grad, x, channels, mean, a, b, out)]
 
-    assert_precise(compute, dtype, grad, x, *vectors(3, shape[1], len(shape[-1])))
+    assert_precise(compute, dtype, grad, x, *vectors(3, shape[1] + 3, len(shape[-1])))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_corrected_gradient_is_rounded_to_type_of_its_readers(dtype):
     shape = SHAPES["odd"]
     grad, x = (a_map(shape, shape[1], t, True) for t in (torch.float32, dtype))
-    inputs = (grad, x, *vectors(3, shape[1], 2))
+    inputs = (grad, x, slice(0, shape[1]), *vectors(3, shape[1], 2))
     out = torch.empty_like(x, dtype=triton.corrected_dtype(dtype, torch.float32))
     expected = eager.correct(*inputs, torch.empty_like(grad)).to(dtype)
     assert out.dtype == dtype
@@ -242,9 +253,9 @@ def test_weight_gradient_fills_device_once(sizes, multiprocessors, monkeypatch):
     reads, leaves = sizes
     weight = torch.empty(leaves, reads, 1, 1, device="meta")
     tail = Tail(None, Conv(weight, None, POINTWISE), torch.bfloat16)
-    norm = Norm(*torch.empty(4, reads, 1, 1, device="meta"))
+    unit = a_unit(triton, torch.empty(4, reads, 1, 1, device="meta"), tail)
     x, grad = (torch.empty(32, c, 28, 28, device="meta", dtype=torch.bfloat16) for c in sizes)
-    launch_weight_gradient(grad, x, norm, tail)
+    launch_weight_gradient(grad, x, unit)
     assert len(grids) == 3
     for tiles, parts in grids:
         together = RESIDENT * multiprocessors

@@ -8,10 +8,20 @@ import torch
 from torch.testing import assert_close
 
 from efficient_densenet.kernels import eager
-from efficient_densenet.kernels.interface import RELU, Norm, Statistics, Unit
+from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.kernels.triton import operations as triton
 from efficient_densenet.kernels.workspace import Workspace
-from support.operations import LAYOUTS, SHAPES, a_map, doubled, layout, noted, tails, vectors
+from support.operations import (
+    LAYOUTS,
+    SHAPES,
+    a_map,
+    a_unit,
+    doubled,
+    layout,
+    noted,
+    tails,
+    vectors,
+)
 
 SHAPE = SHAPES["odd"]
 CHANNELS = SHAPE[1]
@@ -37,10 +47,11 @@ def special_map(values, dtype, last):
     return x
 
 
-def a_norm():
-    mean, invstd, scale, bias = vectors(4, CHANNELS, 2)
-    mean[0], scale[0], bias[0] = 0.0, 1.0, 0.0
-    return Norm(mean, invstd.abs() + 1.0, scale, bias)
+def norm_vectors():
+    """Mean, variance, γ and β."""
+    mean, var, gamma, beta = vectors(4, CHANNELS, 2)
+    mean[0], var[0], gamma[0], beta[0] = 0.0, 1.0, 1.0, 0.0
+    return [mean, var.abs() + 0.1, gamma, beta]
 
 
 def assert_alike(compute, dtype, exact, *inputs):
@@ -64,16 +75,17 @@ def assert_alike(compute, dtype, exact, *inputs):
 @every_type
 @either_layout
 def test_unit_forward(values, dtype, last):
-    x, n = special_map(values, dtype, last), a_norm()
+    x, n = special_map(values, dtype, last), norm_vectors()
 
-    def compute(ops, x, norm, tail):
-        workspace = Workspace(x, CHANNELS, norm.mean.dtype, layout(2, last))
-        y, statistics = ops.forward_unit(x, Unit(norm, RELU, tail), workspace, need_statistics=True)
+    def compute(ops, x, tail, *norm):
+        workspace = Workspace(x, CHANNELS, norm[0].dtype, layout(2, last))
+        unit = a_unit(ops, norm, tail, eps=0.0)
+        y, statistics = ops.forward_unit(x, unit, workspace, need_statistics=True)
         return [y, *statistics]
 
     for name, tail in tails(SHAPE, dtype).items():
         with noted(name):
-            assert_alike(compute, dtype, name.startswith("1x1"), x, n, tail)
+            assert_alike(compute, dtype, name.startswith("1x1"), x, tail, *n)
 
 
 @every_value
@@ -82,15 +94,15 @@ def test_unit_forward(values, dtype, last):
 @pytest.mark.parametrize("where", ["map", "gradient"])
 def test_unit_backward(where, values, dtype, last):
     ordinary = a_map(SHAPE, CHANNELS, dtype, last)
-    x, n = special_map(values, dtype, last) if where == "map" else ordinary, a_norm()
+    x, n = special_map(values, dtype, last) if where == "map" else ordinary, norm_vectors()
 
-    def compute(ops, grad, x, norm, tail):
-        workspace = Workspace(x, CHANNELS, norm.mean.dtype, layout(2, last))
-        target = torch.ones_like(x, dtype=norm.mean.dtype)
+    def compute(ops, grad, x, tail, *norm):
+        workspace = Workspace(x, CHANNELS, norm[0].dtype, layout(2, last))
+        unit, target = a_unit(ops, norm, tail, eps=0.0), torch.ones_like(x, dtype=norm[0].dtype)
         weight, bias, sums = ops.backward_unit(
             grad,
             x,
-            Unit(norm, RELU, tail),
+            unit,
             workspace,
             need_weight=tail.conv is not None,
             need_bias=tail.conv is not None and tail.conv.bias is not None,
@@ -98,18 +110,20 @@ def test_unit_backward(where, values, dtype, last):
             target=target,
             accumulate=True,
         )
-        found = [target, *ops.collect(sums, norm, 1.0, None)]
+        gradients = ops.collect(sums, unit, 1.0, None, False)
+        found = [target, *(gradient.flatten() for gradient in gradients)]
         return found + [t for t in (weight, bias) if t is not None]
 
     for name, tail in tails(SHAPE, dtype).items():
         workspace = Workspace(x, CHANNELS, torch.float32, layout(2, last))
-        y, _ = eager.forward_unit(ordinary, Unit(n, RELU, tail), workspace, need_statistics=False)
+        unit = a_unit(eager, n, tail, eps=0.0)
+        y, _ = eager.forward_unit(ordinary, unit, workspace, need_statistics=False)
         grad = torch.randn_like(y)
         if where == "gradient":
             for sample, value in enumerate(values):
                 grad[sample, 0, 0, 0] = value
         with noted(name):
-            assert_alike(compute, dtype, name.startswith("1x1"), grad, x, n, tail)
+            assert_alike(compute, dtype, name.startswith("1x1"), grad, x, tail, *n)
 
 
 @every_value
@@ -123,8 +137,9 @@ def test_appended_map_and_corrected_gradient(values, dtype, last):
     def compute(ops, grad, x, mean, a, b):
         place = torch.empty_like(x)
         statistics = Statistics(torch.empty_like(mean), torch.empty_like(mean))
-        ops.append(x, place, statistics)
-        return [place, *statistics, ops.correct(grad, x, mean, a, b, torch.empty_like(grad))]
+        ops.append(x, place, 0, statistics)
+        channels, out = slice(0, CHANNELS), torch.empty_like(grad)
+        return [place, *statistics, ops.correct(grad, x, channels, mean, a, b, out)]
 
     assert_alike(compute, dtype, True, grad, x, mean, a, b)
 
@@ -135,7 +150,8 @@ def test_only_what_is_at_most_zero_is_stopped(tail):
     values = torch.tensor([torch.nan, 1e-40, 0.0, -0.0, -1e-40, torch.inf])
     x = values.view(1, 1, 1, -1).expand(1, CHANNELS, 1, -1).contiguous()
     one = torch.ones(CHANNELS, 1, 1)
-    unit = Unit(Norm(0 * one, one, one, 0 * one), RELU, tails(SHAPE, torch.float32)[tail])
+    plain = (0 * one, one, None, None)
+    unit = a_unit(triton, plain, tails(SHAPE, torch.float32)[tail], eps=0.0)
     workspace = Workspace(x, CHANNELS, torch.float32, torch.contiguous_format)
     target = torch.empty_like(x)
     triton.backward_unit(

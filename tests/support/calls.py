@@ -1,0 +1,76 @@
+"""What a block's passes ask of a GPU that is not there: launches, and calls into PyTorch.
+
+On shapes alone, where passes go as they would on a GPU: nothing is launched or computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efficient_densenet import EfficientDenseBlock
+from efficient_densenet.kernels.layout import imagined_on
+from efficient_densenet.kernels.triton import launch
+
+
+class Calls(NamedTuple):
+    """By name: Triton's kernels, and PyTorch's operators, views included."""
+
+    kernels: Counter[str]
+    operators: Counter[str]
+
+    def beyond(self, other: Calls) -> Calls:
+        """Those that the other has not."""
+        return Calls(self.kernels - other.kernels, self.operators - other.operators)
+
+
+class Pass(TorchDispatchMode):
+    """Context manager that counts the calls of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Calls(Counter(), Counter())
+
+    def __enter__(self) -> Pass:
+        def count(kernel: Any, *_: Any, **__: Any) -> None:
+            self.calls.kernels[kernel.__name__] += 1
+
+        self._patched = patch.object(launch, "run", count)
+        self._patched.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patched.stop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "aten":
+            self.calls.operators[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_block(layers: int, recompute: str, autocast: bool) -> tuple[Calls, Calls]:
+    """Those of a block of bottleneck layers, forward and backward; its maps are one slab."""
+    with FakeTensorMode(), imagined_on(torch.device("cuda")):
+        block = EfficientDenseBlock(layers, 64, 4, 32, recompute=recompute)  # type: ignore[arg-type]
+        x = torch.empty(8, 64, 14, 14).to(memory_format=torch.channels_last).requires_grad_()
+        with Pass() as forward, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = block(x)
+        gradient = torch.empty_like(out)
+        with Pass() as backward:
+            out.backward(gradient)
+    return forward.calls, backward.calls
+
+
+def calls_of_layer(recompute: str, autocast: bool) -> tuple[Calls, Calls]:
+    """Those of one layer, forward and backward: what a block has more of than a shorter one."""
+    deep, shallow = (calls_of_block(layers, recompute, autocast) for layers in (3, 2))
+    forward, backward = (a.beyond(b) for a, b in zip(deep, shallow, strict=True))
+    return forward, backward
