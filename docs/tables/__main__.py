@@ -31,7 +31,11 @@ from docs.tables.stale import stale
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"results": steps.readme, "use-with": outcomes.libraries},
     "docs/architecture.md": {"files": files.files},
-    "docs/benchmarks.md": {"traffic": benchmarks.traffic, "choices": benchmarks.choices},
+    "docs/benchmarks.md": {
+        "traffic": benchmarks.traffic,
+        "any-layer": benchmarks.any_layer,
+        "choices": benchmarks.choices,
+    },
     "docs/derivation.md": {"ledger": derivation.ledger},
     "docs/interop.md": {"matrix": outcomes.matrix, "compile": interop.compile_time},
     "docs/memory.md": {

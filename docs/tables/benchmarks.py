@@ -1,4 +1,4 @@
-"""Tables of docs/benchmarks.md beside those of the suite: traffic, and choices on a CPU."""
+"""Tables of docs/benchmarks.md: memory traffic, layers of any kind, and choices on a CPU."""
 
 from __future__ import annotations
 
@@ -39,6 +39,30 @@ def _bytes(row: Found) -> list[str]:
     for model, count in zip(row["modelled"], row["counted"], strict=True):
         cells += [f"{model / MIB:.1f}", f"{count / MIB:.1f}", f"{model / count:.3f}"]
     return cells
+
+
+def any_layer() -> str:
+    """Blocks whose layers run twice, beside naive ones."""
+    found = results("any_layer")
+    layers, channels, _, growth = found["layers"]
+    batch, _, size, _ = found["shape"]
+    header = ("layers with", "naive ms", "ms", "ratio (range)", "kept / naive", "peak / naive")
+    rows = (
+        (
+            *(of["change"], f"{of['naive_seconds'] * 1e3:.0f}", f"{of['seconds'] * 1e3:.0f}"),
+            f"{of['ratio']:.2f} ({of['lowest']:.2f}–{of['highest']:.2f})",
+            *(f"{of[name] / of[f'naive_{name}']:.2f}" for name in ("kept", "peak")),
+        )
+        for of in found["rows"]
+    )
+    return "\n\n".join(
+        [
+            f"{layers} layers, c0={channels}, k={growth}, batch {batch}, {size}², float32; steps "
+            "of both blocks alternate.",
+            table(header, rows),
+            origin("any_layer", found),
+        ]
+    )
 
 
 def choices() -> str:
