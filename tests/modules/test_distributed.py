@@ -80,6 +80,14 @@ def test_two_processes_train_as_one(results, scenario, mode, took):
     assert_trains_as_one(results, scenario, mode)
 
 
+@recomputing
+@pytest.mark.parametrize(
+    "scenario", ["any layers", "any layers, two forwards", "any layers, FSDP2"]
+)
+def test_layers_of_any_kind_train_in_two_processes_as_in_one(results, scenario, mode):
+    assert_trains_as_one(results, scenario, mode)
+
+
 @pytest.mark.clause("3 · FSDP2 at block level and above")
 @every_mode
 def test_sharded_network_trains_as_one_process(results, mode, took):

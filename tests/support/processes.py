@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from efficient_densenet import DenseNet
 from support.compare import randomise_
+from support.layers import group_norm, squeeze, weight_norm
 
 MODES = ("none", "norm", "bottleneck")
 ROWS = (slice(0, 3), slice(3, 7))  # of seven images: the processes have batches of unlike size
@@ -37,6 +38,17 @@ def network(mode: str) -> DenseNet:
     model = DenseNet(3, (3, 2), 6, 2, num_classes=3, recompute=mode).double()
     randomise_(model)
     return model
+
+
+def network_of_any_layers(mode: str) -> DenseNet:
+    """The same with layers that are not made of known units, in both blocks."""
+    model = network(mode)
+    for block in (model.features.denseblock1, model.features.denseblock2):
+        torch.manual_seed(1)
+        group_norm(block["denselayer1"])
+        weight_norm(block["denselayer2"])
+        squeeze(block["denselayer2"])
+    return model.double()
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
@@ -96,9 +108,15 @@ def ddp_step(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
         loss(model, *share(pair)).backward()
 
 
-def ddp(mode: str, train: Callable = ddp_step, batches: int = 1, **options: bool) -> dict:
+def ddp(
+    mode: str,
+    train: Callable = ddp_step,
+    batches: int = 1,
+    make: Callable[[str], DenseNet] = network,
+    **options: bool,
+) -> dict:
     """Two steps under DDP, norms with each process's own statistics."""
-    model, naive = DDP(network(mode), **options), network("none")
+    model, naive = DDP(make(mode), **options), make("none")
     optimizers = optimizer(model), optimizer(naive)
     differences = []
     for step in range(2):
@@ -147,9 +165,14 @@ def find_unused_parameters(mode: str) -> dict:
     return {"difference": worst(grads(model.module.used), grads(naive))}
 
 
-def joined(prepare: Callable[[DenseNet], nn.Module], mode: str, steps: int = 2) -> dict:
+def joined(
+    prepare: Callable[[DenseNet], nn.Module],
+    mode: str,
+    steps: int = 2,
+    make: Callable[[str], DenseNet] = network,
+) -> dict:
     """Steps over two processes, and of one process on both their images."""
-    plain, naive = network(mode), network("none")
+    plain, naive = make(mode), make("none")
     model = prepare(plain)
     naive.train(plain.training)
     optimizers = optimizer(model), optimizer(naive)
@@ -259,6 +282,11 @@ SCENARIOS: dict[str, Callable[[str], dict]] = {
     "no_sync": lambda mode: ddp(mode, no_sync, batches=2),
     "two forwards": lambda mode: ddp(mode, two_forwards, batches=2, broadcast_buffers=False),
     "two forwards, buffers broadcast": lambda mode: ddp(mode, two_forwards, batches=2),
+    "any layers": lambda mode: ddp(mode, make=network_of_any_layers),
+    "any layers, two forwards": lambda mode: ddp(
+        mode, two_forwards, batches=2, make=network_of_any_layers
+    ),
+    "any layers, FSDP2": lambda mode: joined(sharded_frozen, mode, make=network_of_any_layers),
     "frozen norms": lambda mode: joined(frozen, mode),
     "SyncBatchNorm": lambda mode: joined(synchronised, mode),
     "traffic": traffic,
