@@ -26,6 +26,7 @@ from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.functional.synchronise import joined_count
 from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.kernels.layout import is_hollow, outer_format
+from efficient_densenet.modules.opaque import check_not_refused, refuse
 from efficient_densenet.modules.reading import (
     Declined,
     Layer,
@@ -96,6 +97,9 @@ def check_opaque(x: Tensor, layer: Layer) -> None:
         return
     if torch._C._are_functorch_transforms_active():
         raise Unsupported(opaque.name, "is not of known parts, and is transformed by torch.func")
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise Unsupported(opaque.name, "is not of known parts, and is captured in a CUDA graph")
+    check_not_refused(layer, x)
     for tensor in layer.tensors:
         if tensor.device != x.device and tensor.dim():
             raise Unsupported(opaque.name, f"has tensors on {tensor.device}")
@@ -115,6 +119,8 @@ def undone_if_unfit(x: Tensor, layers: Iterable[Layer]) -> Iterator[None]:
     except Unfit as reason:
         for layer in layers:
             layer.undo()
+            if layer.spec.opaque and layer.spec.opaque.name == reason.args[0]:
+                refuse(layer, x, reason)
         if state is not None:
             set_random_state(state, x.device)
         raise Unsupported(*reason.args) from reason

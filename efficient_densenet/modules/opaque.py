@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from efficient_densenet.functional.opaque import Opaque
+from efficient_densenet.functional.opaque import Opaque, Unfit
+from efficient_densenet.functional.precision import autocast_now
 from efficient_densenet.functional.spec import LayerSpec
-from efficient_densenet.kernels.layout import outer_format
+from efficient_densenet.kernels.layout import is_hollow, outer_format
 from efficient_densenet.modules.hooks import Hooks
 from efficient_densenet.modules.reading import Layer, Unsupported, group_of
 
@@ -99,7 +101,7 @@ def read_opaque(
         _check_part(part, f"{path}.{name}" if name else path)
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
-        if type(parameter) not in (nn.Parameter, Tensor):
+        if type(parameter) not in (nn.Parameter, Tensor) and not is_hollow(parameter):
             raise Unsupported(f"{path}.{name}", f"is a {type(parameter).__name__}")
     buffers = dict(module.named_buffers())
     names = (*parameters, *buffers)
@@ -120,7 +122,36 @@ def read_opaque(
     opaque = Opaque(form.parts(channels), form.arrange, run, len(names), path)
     spec = LayerSpec((), channels, growth, growth, 0.0, opaque=opaque)
     changed = tuple(zip(buffers.values(), copies, strict=True))
-    return Layer(spec, (), (*parameters.values(), *copies), changed)
+    return Layer(spec, (), (*parameters.values(), *copies), changed, module)
+
+
+_refused: WeakKeyDictionary[nn.Module, tuple[object, tuple[str, ...]]] = WeakKeyDictionary()
+"""Layers that turned out not to fit: how they were then, and why."""
+
+
+def refuse(layer: Layer, x: Tensor, reason: Unfit) -> None:
+    """Remember that a layer did not fit in a call on ``x``, so that it does not run twice again."""
+    if layer.module is not None:
+        _refused[layer.module] = _state(layer.module, x), reason.args
+
+
+def check_not_refused(layer: Layer, x: Tensor) -> None:
+    """Raise :class:`Unsupported` if a layer did not fit before, and nothing has changed since."""
+    module = layer.module
+    if module is None or module not in _refused:
+        return
+    state, reason = _refused[module]
+    if state == _state(module, x):
+        raise Unsupported(*reason)
+
+
+def _state(module: nn.Module, x: Tensor) -> object:
+    """What a layer's fitting may depend on, apart from values."""
+    parts = [
+        (part.training, type(part), *part._forward_hooks, *part._forward_pre_hooks)
+        for part in module.modules()
+    ]
+    return x.dtype, x.shape[2:], torch.is_grad_enabled(), autocast_now(x.device), parts
 
 
 def _check_part(part: nn.Module, path: str) -> None:

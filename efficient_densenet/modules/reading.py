@@ -215,13 +215,15 @@ class Unit(NamedTuple):
 class Layer(NamedTuple):
     """A dense layer as it is now: what it computes, and the units that it is made of.
 
-    An opaque layer has no units but ``tensors``, and ``buffers`` beside copies of them.
+    An opaque layer has no units but ``tensors``, ``buffers`` beside copies of them, and the
+    ``module`` that it is.
     """
 
     spec: LayerSpec
     units: tuple[Unit, ...]
     tensors: tuple[Tensor, ...] = ()
     buffers: tuple[tuple[Tensor, Tensor], ...] = ()
+    module: nn.Module | None = None
 
     @property
     def inputs(self) -> list[tuple[Tensor | None, ...]]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from efficient_densenet import EfficientDenseBlock, recompute_dense_block
+from efficient_densenet import EfficientDenseBlock, estimate, meter, recompute_dense_block
 from efficient_densenet.modules.block import RecomputingBlock
 from efficient_densenet.modules.calls import BlockCall
 from efficient_densenet.modules.naive import DenseBlock, Transition
@@ -291,6 +291,23 @@ def image_again():
     return image()
 
 
+def test_layer_that_did_not_fit_is_not_tried_again_until_it_changes():
+    block, _ = block_pair()
+    kept = []
+    handle = block["denselayer2"].conv1.register_forward_hook(lambda m, a, out: kept.append(out))
+    assert_efficient(block, image())
+    with pytest.warns(UserWarning, match="perhaps a hook"):
+        block(image())
+    assert len(kept) == 2
+    assert "perhaps a hook" in block.why_naive(image())
+    block(image())
+    assert len(kept) == 3
+    handle.remove()
+    assert_efficient(block, image())
+    block["denselayer2"].conv1.register_forward_hook(lambda m, a, out: None)
+    assert_efficient(block, image())
+
+
 def test_kept_map_gets_naive_gradients():
     kept = {}
 
@@ -465,6 +482,27 @@ def test_deep_copies_and_pickles_are_their_own():
     assert twin.growth_rate == 3
     assert_same_training(twin, naive, image(), rtol=1e-9)
     assert isinstance(twin, RecomputingBlock)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_estimate_is_what_the_meter_finds(dtype):
+    block = EfficientDenseBlock(6, 8, 2, 8)
+    every_second(group_norm)(block)
+    each(squeeze)(block)
+    options = {"autocast_dtype": dtype}
+    found, expected = (count(block, (3, 8, 16, 16), **options) for count in (estimate, meter))
+    assert found.kept == pytest.approx(expected.kept, rel=0.01)
+    assert found.peak.total == pytest.approx(expected.peak.total, rel=0.1)
+
+
+def test_tensors_with_metadata_come_out_as_from_naive_block():
+    data = pytest.importorskip("monai.data")
+    efficient, naive = changed_pair(group_norm, second=True)
+    x = data.MetaTensor(image(), meta={"a": 1})
+    found, expected = efficient(x), naive(x)
+    assert type(found) is type(expected)
+    assert found.meta == expected.meta
+    assert_close("output", found.as_tensor().detach(), expected.as_tensor().detach(), 1e-9)
 
 
 def test_empty_and_meta_inputs():
