@@ -17,6 +17,7 @@ from docs.tables import (
     benchmarks,
     derivation,
     files,
+    fit,
     growth,
     inference,
     interop,
@@ -43,6 +44,9 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "planned": memory.planned,
         "edge": memory.edge,
         "fits": memory.batches,
+        "fit": fit.tables,
+        "estimated": memory.estimated,
+        "estimated-edge": memory.estimated_edge,
     },
     "docs/training.md": {"steps": training.fashion_steps},
 }
@@ -57,6 +61,7 @@ PAGES: dict[str, Callable[[], str]] = {
 
 PICTURES: dict[str, Callable[[Path], None]] = {
     "docs/results/growth.png": growth.picture,
+    "docs/results/fit.png": fit.picture,
     "docs/results/memory-against-depth.png": steps.depth_picture,
     "docs/results/memory-plan.png": memory.plan_picture,
     "docs/results/memory-fits.png": memory.fits_picture,

@@ -126,3 +126,52 @@ def report_of(found: Found) -> StepReport:
     sizes = ((phase, size) for phase, inside in found["events"].items() for size in inside)
     events = [Event(phase, "", number, size) for number, (phase, size) in enumerate(sizes)]
     return StepReport(**{**found, "peak": Peak(**peak), "events": events})
+
+
+def estimated() -> str:
+    """Estimated peaks of steps of any model beside measured ones."""
+    return estimated_table(results("estimates"))
+
+
+def estimated_table(found: Found) -> str:
+    ratios = [step["estimated"] / step["measured"] for step in found["steps"]]
+    rows = [
+        (*_step(step), f"{step['measured'] / MIB:,.1f}", f"{ratio:.4f}")
+        for step, ratio in zip(found["steps"], ratios, strict=True)
+    ]
+    header = ("model", "mode", "images", "type", "optimizer", "peak", "estimated / measured")
+    return "\n\n".join(
+        [
+            table(header, rows, left=5),
+            f"Measured peak in MiB; the ratio is between {min(ratios):.4f} and {max(ratios):.4f}.",
+            origin("estimates", found),
+        ]
+    )
+
+
+def estimated_edge() -> str:
+    """The largest batches within a budget, and their real steps held to it."""
+    found = results("estimates")
+    header = ("model", "mode", "images", "type", "optimizer", "budget", "largest batch")
+    rows = [
+        (
+            *_step(of),
+            *(format_size(of["budget"]), of["largest"], format_size(of["estimated"])),
+            *(_peak(of["peak"]), of["next"], format_size(of["next_estimated"])),
+            _peak(of["next_peak"]),
+        )
+        for of in found["edges"]
+    ]
+    columns = (*header, "estimated", "in the step", "one more", "estimated", "in the step")
+    return f"{table(columns, rows, left=5)}\n\n{origin('estimates', found)}"
+
+
+def _step(found: Found) -> tuple[str, str, str, str, str]:
+    last = ", channels last" if found["last"] else ""
+    return (
+        found["name"],
+        "as it is" if found["mode"] == "library" else found["mode"],
+        f"{'×'.join(map(str, found['shape']))}{last}",
+        "bfloat16" if found["autocast"] else "float32",
+        found["optimizer"],
+    )
