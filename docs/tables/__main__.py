@@ -21,6 +21,7 @@ from docs.tables import (
     growth,
     inference,
     interop,
+    kernels,
     memory,
     outcomes,
     steps,
@@ -39,6 +40,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/derivation.md": {"ledger": derivation.ledger},
     "docs/interop.md": {"matrix": outcomes.matrix, "compile": interop.compile_time},
+    "docs/kernels.md": {"kernels": kernels.kernels},
     "docs/memory.md": {
         "plan": memory.deepest,
         "planned": memory.planned,

@@ -26,6 +26,7 @@ DEPENDS = {
     "fit": (*PLANS, "convert", "fit"),
     "growth": STEP,
     "inference": (*STEP, "convert"),
+    "kernels": ("kernels",),
     "ledger": (*STEP, "memory"),
     "outcomes": (*STEP, "convert"),
     "planned_peaks": PLANS,

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from benchmarks import kernel_builds
+from benchmarks.kernel_builds import TARGETS, TENSOR_CORES
 from efficient_densenet import EfficientDenseBlock
 from efficient_densenet.kernels.triton import launch
-from scripts import kernel_builds
-from scripts.kernel_builds import TARGETS, TENSOR_CORES
 
 INTERPRETED = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
 PRODUCTS = ("product", "weight_gradient", "input_gradient")

@@ -1,7 +1,6 @@
-"""The table of docs/kernels.md: each Triton kernel, what it moves, and what its builds need.
+"""What each Triton kernel moves, and what its builds need.
 
-    python -m scripts.kernel_table            # print it
-    python -m scripts.kernel_table --write    # put it into docs/kernels.md
+    python -m benchmarks.kernels    # into docs/results/kernels.json
 
 Nothing is run: a GPU is not needed. Bytes are those of the tensors that a launch is given.
 """
@@ -9,20 +8,16 @@ Nothing is run: a GPU is not needed. Bytes are those of the tensors that a launc
 from __future__ import annotations
 
 import re
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
+from benchmarks.kernel_builds import LAYER, TARGETS, Launch, build, launches
+from benchmarks.provenance import Json, publish
 from efficient_densenet.kernels.triton.launch import Matrix
 from efficient_densenet.memory.shapes import tensors_of
-from scripts import marked
-from scripts.kernel_builds import LAYER, TARGETS, Build, Launch, build, launches
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
-MIB, KIB = 2**20, 2**10
 WRITES = {
     "append": ("into", "pair"),
     "fold_moments": ("statistics",),
@@ -62,37 +57,29 @@ def _bytes(launch: Launch, name: str, value: Any) -> dict[int, int]:
     return {id(tensor): tensor.nbytes for tensor in tensors_of([value])}
 
 
-def markdown() -> str:
-    samples, side, reads, width, growth = LAYER
-    lines = [
-        f"The last layer of DenseNet-121's first block: batch {samples}, {side}×{side}, "
-        f"{reads} channels to {width} to {growth}, bfloat16, channels last.",
-        "",
-        "| kernel | computes | tile | MiB read | MiB written | "
-        + " | ".join(f"sm_{capability}" for capability in TARGETS)
-        + " |",
-        "|---|---|---|---:|---:|" + "---:|" * len(TARGETS),
-        *(_row(launch) for launch in launches(torch.bfloat16)),
-        "",
-        "Under each target: registers per thread, KiB of shared memory. Made by "
-        f"`python -m scripts.kernel_table --write` with torch {torch.__version__.split('+')[0]}, "
-        f"Triton {triton.__version__}, {date.today().isoformat()}, without a GPU. "
-        "Times: not measured.",
-    ]
-    return "\n".join(lines)
-
-
-def _row(launch: Launch) -> str:
+def row(launch: Launch) -> Json:
+    """A kernel, what it moves in bytes, and its builds by compute capability."""
     equation = re.split(r"\n\s*\n", launch.kernel.fn.__doc__)[0].replace("``", "`")
-    sizes = [f"{size / MIB:.2f}" for size in moved(launch)]
-    builds = [_build(build(launch, capability)) for capability in TARGETS]
-    equation = " ".join(equation.split()).rstrip(".")
-    return f"| {' | '.join([f'`{launch.name}`', equation, launch.tile, *sizes, *builds])} |"
+    read, written = moved(launch)
+    builds = {}
+    for capability in TARGETS:
+        built = build(launch, capability)
+        needs = {"registers": built.registers, "shared": built.shared, "spilled": built.spilled}
+        builds[f"sm_{capability}"] = needs
+    return {
+        "name": launch.name,
+        "equation": " ".join(equation.split()).rstrip("."),
+        "tile": launch.tile,
+        "read": read,
+        "written": written,
+        "builds": builds,
+    }
 
 
-def _build(built: Build) -> str:
-    return f"{built.registers}, {built.shared / KIB:.0f}" + (" (spills)" if built.spilled else "")
+def main() -> None:
+    rows = [row(launch) for launch in launches(torch.bfloat16)]
+    publish("kernels", {"triton": triton.__version__, "layer": LAYER, "kernels": rows})
 
 
 if __name__ == "__main__":
-    marked.command(__doc__, DOCUMENT, "kernels", markdown)
+    main()
