@@ -107,7 +107,7 @@ def _layer(
             region.check_plain(node.call)
         if run is not None:
             for note in region.recording.notes_in(run):
-                raise Unsupported(region.relative(note.call.path) or FORWARD, note.text)
+                raise region.refusal(note)
     except Unsupported as why:
         if call is None:
             raise

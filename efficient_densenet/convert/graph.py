@@ -101,12 +101,13 @@ class Call:
 class Note:
     """Something that Python code did beside operations, and in which call.
 
-    ``lasting`` says that it would still be seen after the call.
+    ``changed`` is the path of an attribute if that is what it did: it would still be seen after the
+    call.
     """
 
     text: str
     call: Call = field(repr=False)
-    lasting: bool = False
+    changed: str | None = None
 
 
 @dataclass(repr=False)

@@ -73,8 +73,8 @@ def record(
         for name in dict.fromkeys((*was, *now)):
             if name not in was or name not in now or was[name] != now[name]:
                 call = recording.last_call(path)
-                text = f"changes {f'{path}.{name}' if path else name} when it runs"
-                recording.notes.append(Note(text, call, lasting=True))
+                changed = f"{path}.{name}" if path else name
+                recording.notes.append(Note("changes {} when it runs", call, changed))
     return recording
 
 

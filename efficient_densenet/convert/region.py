@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import nn
 
-from efficient_densenet.convert.graph import Call, Node, Recording, Value, values_in
+from efficient_densenet.convert.graph import Call, Node, Note, Recording, Value, values_in
 from efficient_densenet.modules.reading import Unsupported
 
 FORWARD = "the forward function"
@@ -103,5 +103,10 @@ class Region:
                 raise Unsupported(self.place(node), f"computes {node.name} beside what is known")
             self.check_expected(node)
         for note in self.recording.notes_in(self.call):
-            if note.lasting or not any(note.call.within(call) for call in opaque):
-                raise Unsupported(self.relative(note.call.path) or FORWARD, note.text)
+            if note.changed is not None or not any(note.call.within(call) for call in opaque):
+                raise self.refusal(note)
+
+    def refusal(self, note: Note) -> Unsupported:
+        """A note as a reason."""
+        predicate = note.text.format(self.relative(note.changed or ""))
+        return Unsupported(self.relative(note.call.path) or FORWARD, predicate)

@@ -103,6 +103,8 @@ class Survey:
     def _record_rest(self, module: nn.Module, path: str, below: str, reached: set[str]) -> None:
         """What was not ``reached`` in the recording at ``path``; ``module`` is ``below`` that."""
         for name, child in module.named_children():
+            if isinstance(child, torch.jit.ScriptModule):
+                continue
             inner = _joined(below, name)
             in_parts = any(other.startswith(f"{inner}.") for other in reached)
             is_callable = type(child).forward is not nn.Module.forward
