@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from efficient_densenet.convert.graph import Call, Node, Recording, Value, values_in
 from efficient_densenet.convert.match import (
     DenseMatch,
-    Form,
     LayerCall,
     LayerMatch,
     Returns,
@@ -17,6 +17,7 @@ from efficient_densenet.convert.match import (
 from efficient_densenet.convert.region import FORWARD, Region
 from efficient_densenet.convert.steps import chain
 from efficient_densenet.convert.twin import OWN_FORWARD
+from efficient_densenet.modules.opaque import Form
 from efficient_densenet.modules.reading import Unsupported
 
 
@@ -133,11 +134,13 @@ def _call_of(
         if _is_closed(region, call, {*taken}, {value, result}):
             channels = tuple([part.shape[1] for part in taken])
             returns: Returns = "new" if result is value else "all"
-            return call, LayerCall(region.relative(call.path), form, channels, returns)
+            new_first = joined[0] is value
+            made = LayerCall(region.relative(call.path), Form(form, channels, returns, new_first))
+            return call, made
     return None
 
 
-def _form(call: Call) -> Form | None:
+def _form(call: Call) -> Literal["tensor", "list", "arguments"] | None:
     """How a call takes maps, ``None`` if it takes anything else."""
     if call.kwargs or not call.args:
         return None

@@ -148,12 +148,10 @@ class DenseFront(Recognised[DenseMatch], RecomputingBlock):
         match = self.recognised(args, kwargs)
         x = list(tensors_in((args, kwargs)))[match.argument]
         layers = tuple(read_layers(self, match))
-        if match.new_first:
-            raise Unsupported("the block", "puts new maps before older ones")
         if match.entry is not None:
             return _AfterEntry(self, x, match, layers)
         call = self.call_on(x, match, layers)
-        return _NewMaps(call) if match.returns == "new" else call
+        return _NewMaps(call, match) if match.returns == "new" else call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
@@ -163,9 +161,10 @@ class DenseFront(Recognised[DenseMatch], RecomputingBlock):
         if x.shape[1] != match.input_channels:
             expected = f"expects {match.input_channels} channels and gets {x.shape[1]}"
             raise Unsupported("the block", expected)
-        if x.dim() != layers[0].units[0].tensors.conv_weight.dim():
-            raise Unsupported("the input", f"has {x.dim()} dimensions")
-        return BlockCall.of(x, layers, None, self.recompute, self.kernels)
+        for unit in layers[0].units:
+            if x.dim() != unit.tensors.conv_weight.dim():
+                raise Unsupported("the input", f"has {x.dim()} dimensions")
+        return BlockCall.of(x, layers, None, self.recompute, self.kernels, match.new_first)
 
 
 @dataclass(frozen=True)
@@ -173,13 +172,14 @@ class _NewMaps:
     """A call whose result is only the maps that it adds: a view of all."""
 
     call: BlockCall
+    match: DenseMatch
 
     @property
     def spec(self) -> BlockSpec:
         return self.call.spec
 
     def run(self) -> Tensor:
-        return self.call.run()[:, self.call.x.shape[1] :]
+        return self.match.new_maps(self.call.run())
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,8 @@ class _AfterEntry:
             self.block.warn(reason)
             features = x
             for layer in self.match.layers:
-                assert layer.call is not None
-                features = run_layer(self.block, layer.call, features)
-        return features if self.match.returns == "all" else features[:, x.shape[1] :]
+                features = run_layer(self.block, layer, features)
+        return features if self.match.returns == "all" else self.match.new_maps(features)
 
 
 class TransitionFront(Recognised[TransitionMatch], RecomputingTransition):

@@ -11,15 +11,16 @@ from torch.nn.modules.conv import _ConvNd
 
 from efficient_densenet.convert.match import (
     DenseMatch,
-    LayerCall,
     LayerMatch,
     StemMatch,
     TransitionMatch,
     UnitMatch,
 )
 from efficient_densenet.functional.spec import LayerSpec
+from efficient_densenet.modules.opaque import read_opaque
 from efficient_densenet.modules.reading import (
     Layer,
+    Misfit,
     Unit,
     Unsupported,
     is_plain_average,
@@ -40,20 +41,29 @@ def read_layers(block: nn.Module, match: DenseMatch) -> Iterator[Layer]:
     """The layers of a recognised block.
 
     Raises:
-        Unsupported: if one of them is no known unit, or units that are not supported together.
+        Unsupported: if one of them is neither made of units that are supported together nor the
+            call of a module.
     """
     channels = match.input_channels
     for number, layer in enumerate(match.layers):
         name = layer.call.path if layer.call else f"layer {number + 1}"
-        yield _read_layer(block, layer, name, channels)
+        try:
+            yield _read_units(block, layer, name, channels)
+        except Misfit:
+            raise
+        except Unsupported:
+            if layer.call is None:
+                raise
+            module = part(block, layer.call.path)
+            yield read_opaque(module, name, channels, layer.growth, layer.call.form)
         channels += layer.growth
 
 
-def _read_layer(block: nn.Module, layer: LayerMatch, name: str, channels: int) -> Layer:
+def _read_units(block: nn.Module, layer: LayerMatch, name: str, channels: int) -> Layer:
     if layer.why_opaque is not None:
         raise Unsupported(*layer.why_opaque)
     if len(layer.units) > 2:
-        raise Unsupported(name, f"has {len(layer.units)} convolutions: one or two are supported")
+        raise Unsupported(name, f"has {len(layer.units)} convolutions: one or two are known")
     *inner, last = [unit.dropout for unit in layer.units]
     if any(dropout.rate for dropout in inner):
         raise Unsupported(name, "drops values between its convolutions")
@@ -61,13 +71,13 @@ def _read_layer(block: nn.Module, layer: LayerMatch, name: str, channels: int) -
     convs, reads = [part(block, unit.conv) for unit in layer.units], channels
     for unit, conv in zip(layer.units, convs, strict=True):
         if not keeps_size(conv):
-            raise Unsupported(unit.conv, "changes the size of the map")
+            raise Misfit(unit.conv, "changes the size of the map")
         expected = conv.weight.shape[1] * conv.groups
         if expected != reads:
-            raise Unsupported(unit.conv, f"expects {expected} channels and gets {reads}")
+            raise Misfit(unit.conv, f"expects {expected} channels and gets {reads}")
         reads = conv.weight.shape[0]
     if reads != layer.growth:
-        raise Unsupported(name, f"adds {reads} channels, and not {layer.growth} as it did")
+        raise Misfit(name, f"adds {reads} channels, and not {layer.growth} as it did")
     specs, width = tuple([unit.spec for unit in units]), convs[0].weight.shape[0]
     return Layer(LayerSpec(specs, channels, width, reads, last.rate, last.drops_maps), units)
 
@@ -76,12 +86,12 @@ def _read_unit(block: nn.Module, unit: UnitMatch) -> Unit:
     return unit_of(part(block, unit.norm), unit.activation, part(block, unit.conv))
 
 
-def run_layer(block: nn.Module, call: LayerCall, x: Tensor) -> Tensor:
+def run_layer(block: nn.Module, layer: LayerMatch, x: Tensor) -> Tensor:
     """The maps ``x`` with the new ones of a layer, which is called as its block calls it."""
-    maps = list(x.split(call.channels, 1))
-    module = part(block, call.path)
-    result: Tensor = module(maps) if call.form == "list" else module(*maps)
-    return result if call.returns == "all" else torch.cat([x, result], 1)
+    assert layer.call is not None
+    form = layer.call.form
+    new = form.call(part(block, layer.call.path), x, layer.growth)
+    return torch.cat([new, x] if form.new_first else [x, new], 1)
 
 
 def read_transition(transition: nn.Module, match: TransitionMatch) -> Unit:

@@ -9,16 +9,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from torch import Tensor
+
 from efficient_densenet.convert.graph import Call, Recording
 from efficient_densenet.convert.region import Region
 from efficient_densenet.convert.steps import Conv, Norm, Step, What, chain
 from efficient_densenet.convert.twin import OWN_FORWARD
 from efficient_densenet.kernels.interface import Activation, Pool
+from efficient_densenet.modules.opaque import Form
 from efficient_densenet.modules.reading import Dropout, Unsupported
 
 IDENTITY = Activation("identity")
 NO_DROPOUT = Dropout()
-Form = Literal["tensor", "list", "arguments"]
 Returns = Literal["new", "all"]
 
 
@@ -34,20 +36,10 @@ class UnitMatch:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The call of a module that is exactly a layer, to be made again on the maps before it.
-
-    Attributes:
-        path: of the module.
-        form: how it takes these maps: ``"tensor"``, their concatenation; ``"list"``, one list;
-            ``"arguments"``, one argument each.
-        channels: of each tensor that it takes.
-        returns: ``"new"``, its own maps; ``"all"``, the concatenation with those before.
-    """
+    """The call of the module at ``path``, which is exactly a layer, to be made again."""
 
     path: str
     form: Form
-    channels: tuple[int, ...]
-    returns: Returns
 
 
 @dataclass(frozen=True)
@@ -87,6 +79,11 @@ class DenseMatch:
     returns: Returns
     argument: int = 0
     entry: str | None = None
+
+    def new_maps(self, features: Tensor) -> Tensor:
+        """Of all maps those that the layers add: a view."""
+        new = sum(layer.growth for layer in self.layers)
+        return features[:, :new] if self.new_first else features[:, -new:]
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ def stand_in(module: nn.Module) -> Tensor | None:
         dims = weight.dim() - 2
     else:
         dims = next((i for i, norm in enumerate(NORMS, 1) if isinstance(module, norm)), 2)
-    dtype = next((t.dtype for t in module.parameters() if t.is_floating_point()), None)
-    return without_values((BATCH, channels, *(SIZE,) * dims), dtype)
+    return map_for(module, (BATCH, channels, *(SIZE,) * dims))
 
 
-def without_values(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """A map of this shape on the device ``meta``."""
+def map_for(module: nn.Module, shape: Sequence[int]) -> Tensor:
+    """A map of the type and on the device of a module's parameters: one value, expanded."""
+    like = next((t for t in module.parameters() if t.is_floating_point()), torch.empty(()))
     with _disable_current_modes():  # whoever counts allocations is not to count this one
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.zeros((), dtype=like.dtype, device=like.device).expand(*shape)
 
 
 def _channels(part: nn.Module) -> int | None:

@@ -25,7 +25,7 @@ from efficient_densenet.convert.fronts import (
 from efficient_densenet.convert.graph import Call, Nest, Recording, Value
 from efficient_densenet.convert.near import nearly_dense
 from efficient_densenet.convert.record import record
-from efficient_densenet.convert.stand_ins import stand_in, without_values
+from efficient_densenet.convert.stand_ins import map_for, stand_in
 from efficient_densenet.convert.twin import Unrecordable
 from efficient_densenet.modules.reading import Unsupported
 from efficient_densenet.modules.recomputing import Recomputing, Settings
@@ -95,7 +95,7 @@ class Survey:
         except Unrecordable:
             pass
         else:
-            for name, found in _found_in(recording, _dtype_of(module)):
+            for name, found in _found_in(recording, module):
                 self.found.setdefault(_joined(path, name), found)
             reached = {call.path for call in recording.calls() if call.stop is not None}
         self._record_rest(module, path, "", reached)
@@ -117,7 +117,7 @@ class Survey:
                 self._record_rest(child, path, inner, reached)
 
 
-def _found_in(recording: Recording, dtype: torch.dtype) -> Iterator[tuple[str, Found]]:
+def _found_in(recording: Recording, module: nn.Module) -> Iterator[tuple[str, Found]]:
     """What is recognised in a recording, outer modules first, by the path of each."""
     known: dict[str, Call] = {}
     entries: list[str] = []
@@ -130,7 +130,7 @@ def _found_in(recording: Recording, dtype: torch.dtype) -> Iterator[tuple[str, F
             known[inner.path] = inner
             if front is DenseFront and match.entry is not None:
                 entries.append(_joined(inner.path, match.entry))
-            args, kwargs = _stand_ins(inner.args, dtype), _stand_ins(inner.kwargs, dtype)
+            args, kwargs = _stand_ins(inner.args, module), _stand_ins(inner.kwargs, module)
             yield inner.path, Found(front, match, args, kwargs)
     for call in nearly_dense(recording, known.values()):
         try:
@@ -163,19 +163,14 @@ def _is_as_much(match: Any, inner: Any) -> bool:
     return len(getattr(match, "layers", ())) == len(getattr(inner, "layers", ()))
 
 
-def _stand_ins(nest: Nest, dtype: torch.dtype) -> Any:
+def _stand_ins(nest: Nest, module: nn.Module) -> Any:
     if isinstance(nest, Value):
-        return without_values(nest.shape, dtype)
+        return map_for(module, nest.shape)
     if isinstance(nest, tuple):
-        return tuple([_stand_ins(item, dtype) for item in nest])
+        return tuple([_stand_ins(item, module) for item in nest])
     if isinstance(nest, dict):
-        return {name: _stand_ins(item, dtype) for name, item in nest.items()}
+        return {name: _stand_ins(item, module) for name, item in nest.items()}
     return nest
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    floats = (t.dtype for t in module.parameters() if t.is_floating_point())
-    return next(floats, torch.get_default_dtype())
 
 
 def _joined(path: str, name: str) -> str:

@@ -30,7 +30,8 @@ class MapGradient:
     """Gradient of a map, summed over the units that read it: ``G``, ``S1 / M`` and ``S2 / M``.
 
     Batch norm's correction is the same for every reader, so it waits until the map is finished.
-    They are written into ``storage`` if it has the map's shape.
+    They are written into ``storage`` if it has the map's shape. Of a block's features channels
+    are counted by age, as ``spec`` says where they lie.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class MapGradient:
         statistics: Statistics | None,
         process_group: Any,
         storage: GradientStorage | None = None,
+        spec: BlockSpec | None = None,
     ) -> None:
         self.units, self.maps, self.statistics = units, maps, statistics
         self.process_group = process_group
+        self.spec = spec if spec and spec.new_first else None
         dtype = units.types.statistics
         # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
         # before the correction would cost the precision that the naive block has.
@@ -60,7 +63,14 @@ class MapGradient:
 
     def ready(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> Unit:
         """A unit that reads the first ``channels``."""
-        return self.units.ready(unit, tensors, self.statistics, channels, self.maps.dim())
+        statistics = self.statistics
+        if self.spec and statistics:
+            statistics = self.spec.oldest_statistics(statistics, channels)
+        return self.units.ready(unit, tensors, statistics, channels, self.maps.dim())
+
+    def first(self, channels: int, vector: Tensor, dim: int = 0) -> Tensor:
+        """A vector (or map, ``dim=1``) seen so that the first ``channels`` are those by age."""
+        return vector if self.spec is None else self.spec.oldest(vector, channels, dim)
 
     def start(self, grad: Tensor) -> None:
         """Begin with the gradient that arrives from outside the block."""
@@ -83,20 +93,23 @@ class MapGradient:
         corrects = needs_maps and unit.batch_statistics
         weight, bias, sums = self.units.backward(
             grad,
-            self.maps,
+            self.first(ready.channels, self.maps, 1),
             ready,
             needs,
             need_sums=needs.weight or needs.bias or corrects,
-            target=self.grad if needs_maps else None,
+            target=self.first(ready.channels, self.grad, 1) if needs_maps else None,
             accumulate=self.written,
         )
         self.written = self.written or needs_maps
         dbeta = dgamma = None
         if sums is not None:
-            totals = (self.mean_d, self.mean_dx) if corrects else None
+            channels = ready.channels
+            totals = self.first(channels, self.mean_d), self.first(channels, self.mean_dx)
             # The first reader has the most channels: it writes all that the others add to.
             adds = self.corrected > 0
-            dbeta, dgamma = self.units.ops.collect(sums, ready, 1.0 / self.count, totals, adds)
+            dbeta, dgamma = self.units.ops.collect(
+                sums, ready, 1.0 / self.count, totals if corrects else None, adds
+            )
             self.corrected = max(self.corrected, ready.channels if corrects else 0)
         return UnitTensors(
             weight=gradient_like(dgamma, tensors.weight, needs.weight),
@@ -111,6 +124,8 @@ class MapGradient:
         In ``dtype``, by default in the type of corrected gradients.
         """
         dtype, channels = dtype or self.units.corrected_dtype, slice(start, stop)
+        if self.spec:
+            channels = self.spec.span(start, stop)
         whole = stop - start == self.maps.shape[1]
         corrects = self.statistics is not None and start < self.corrected
         if whole and (dtype == self.grad.dtype or not corrects):
@@ -172,7 +187,8 @@ class BlockBackward:
         memory_format = spec.format(x)
         features = x.contiguous(memory_format=memory_format)
         self.units = UnitRunner(spec, features, spec.widest, memory_format)
-        self.total = MapGradient(self.units, features, saved.statistics, spec.process_group)
+        group = spec.process_group
+        self.total = MapGradient(self.units, features, saved.statistics, group, spec=spec)
         # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
         self.bottleneck_storage: GradientStorage | None = None
 
@@ -240,8 +256,9 @@ class BlockBackward:
         assert layer.opaque is not None and random is not None and surroundings is not None
         channels, below = layer.channels, self.needs_x or i > self.lowest
         grad = self.total.finish(channels, channels + layer.growth)
+        read = self.spec.span(0, channels)
         maps, totals = (
-            tensor[:, :channels].split(layer.opaque.channels, 1)
+            tensor[:, read].split(layer.opaque.channels, 1)
             for tensor in (self.total.maps, self.total.grad)
         )
         wanted = [*[below] * len(maps), *needs]
@@ -255,7 +272,8 @@ class BlockBackward:
         kept = self.saved.bottlenecks[i]
         if kept is not None:
             return kept
-        bottleneck, _ = self.units.forward(self.total.maps, ready)
+        maps = self.total.first(ready.channels, self.total.maps, 1)
+        bottleneck, _ = self.units.forward(maps, ready)
         return bottleneck
 
 

@@ -82,7 +82,7 @@ class FeatureBuffer:
         mean, var = (x.new_zeros(shape, dtype=spec.types.statistics) for _ in range(2))
         self.statistics = Statistics(mean, var)
         self._filled, self._process_group = 0, spec.process_group
-        self._surroundings = spec.surroundings
+        self._spec = spec
         self._read = spec.maps_with_statistics  # of the maps to come
         if spec.layers:
             self.maps = empty_map(x, spec.channels, memory_format, spec.types.features)
@@ -93,7 +93,8 @@ class FeatureBuffer:
 
     def append(self, y: Tensor) -> None:
         """Write the next map, and its statistics if a norm reads them."""
-        channels = slice(self._filled, self._filled + y.shape[1])
+        filled = self._filled + y.shape[1]
+        channels = self._spec.span(self._filled, filled)
         into, is_read = None if y is self.maps else self.maps, self._read > 0
         self.units.ops.append(y, into, channels.start, self.statistics if is_read else None)
         if is_read and self._process_group is not None:
@@ -101,26 +102,29 @@ class FeatureBuffer:
             joined = joined_statistics(statistics, y, self._process_group)
             statistics.mean.copy_(joined.mean)
             statistics.var.copy_(joined.var)
-        self._filled, self._read = channels.stop, self._read - 1
+        self._filled, self._read = filled, self._read - 1
 
     def read(
         self, unit: UnitSpec, tensors: UnitTensors, need_statistics: bool = False
     ) -> tuple[Tensor, Statistics | None]:
         """The result of a unit that reads all maps so far, and its batch statistics."""
-        dim = self.maps.dim()
-        ready = self.units.ready(unit, tensors, self.statistics, self._filled, dim)
-        return self.units.forward(self.maps, ready, need_statistics)
+        dim, channels = self.maps.dim(), self._filled
+        statistics = self._spec.oldest_statistics(self.statistics, channels)
+        ready = self.units.ready(unit, tensors, statistics, channels, dim)
+        maps = self._spec.oldest(self.maps, channels, 1)
+        return self.units.forward(maps, ready, need_statistics)
 
     def run(
         self, layer: LayerSpec, tensors: Sequence[Tensor], learns: bool
     ) -> tuple[Tensor, Tensor]:
         """The new maps of an opaque layer, and the random state that it drew from."""
-        assert layer.opaque is not None and self._surroundings is not None
-        prefix = self.maps[:, : self._filled]
+        surroundings = self._spec.surroundings
+        assert layer.opaque is not None and surroundings is not None
+        prefix = self.maps[:, self._spec.span(0, self._filled)]
         shape = torch.Size([len(prefix), layer.growth, *prefix.shape[2:]])
         expected = Expected(shape, prefix.dtype)
         maps = prefix.split(layer.opaque.channels, 1)
-        return run_once(layer.opaque, self._surroundings, maps, tensors, learns, expected)
+        return run_once(layer.opaque, surroundings, maps, tensors, learns, expected)
 
 
 def forward_block(

@@ -13,7 +13,7 @@ from torch import Tensor
 from efficient_densenet.functional.modes import MODES, Recompute
 from efficient_densenet.functional.opaque import Opaque, Surroundings
 from efficient_densenet.functional.precision import Types
-from efficient_densenet.kernels.interface import RELU, Activation, Geometry, Pool
+from efficient_densenet.kernels.interface import RELU, Activation, Geometry, Pool, Statistics
 from efficient_densenet.kernels.layout import inner_format, outer_format
 
 
@@ -89,7 +89,8 @@ class BlockSpec:
     ``recompute`` is ``"norm"`` or ``"bottleneck"``: a naive block has no specification.
     ``kernels`` says which implementation of the operations to try first
     (``kernels/implementations.py``). Batch statistics are those of all processes of
-    ``process_group``, if there is one. Opaque layers run in ``surroundings``.
+    ``process_group``, if there is one. Opaque layers run in ``surroundings``. With ``new_first``
+    layers put their maps before those that they read: the input's channels are the last.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -100,6 +101,28 @@ class BlockSpec:
     kernels: str = "auto"
     process_group: Any = None
     surroundings: Surroundings | None = None
+    new_first: bool = False
+
+    def span(self, start: int, stop: int) -> slice:
+        """Where the features lie that are the ``start``-th up to the ``stop``-th, by age."""
+        if self.new_first:
+            return slice(self.channels - stop, self.channels - start)
+        return slice(start, stop)
+
+    def oldest(self, vector: Tensor, channels: int, dim: int = 0) -> Tensor:
+        """A vector (or map, ``dim=1``) of all features, seen so that the oldest come first.
+
+        ``channels`` of them are to be read.
+        """
+        if not self.new_first:
+            return vector
+        return vector.narrow(dim, self.channels - channels, channels)
+
+    def oldest_statistics(self, statistics: Statistics, channels: int) -> Statistics:
+        """Those of the features, seen in the same way."""
+        if not self.new_first:
+            return statistics
+        return Statistics(*(self.oldest(vector, channels) for vector in statistics))
 
     def format(self, like: Tensor) -> torch.memory_format:
         """The memory format of the features inside, by the input or the features.

@@ -157,6 +157,7 @@ class BlockCall:
         exit: what is returned instead of the features: of a transition or a head.
         recompute: as in :class:`BlockSpec`.
         kernels: which implementation of the operations to run on.
+        new_first: whether layers put their maps before those that they read.
     """
 
     x: Tensor
@@ -165,6 +166,7 @@ class BlockCall:
     recompute: Recompute
     kernels: str
     group: ProcessGroup | None
+    new_first: bool = False
 
     @classmethod
     def of(
@@ -174,6 +176,7 @@ class BlockCall:
         exit: Unit | None,
         recompute: Recompute,
         kernels: str,
+        new_first: bool = False,
     ) -> BlockCall:
         """The call, after a look at its norms; raises :class:`Unsupported`."""
         layers = tuple(layers)
@@ -183,7 +186,7 @@ class BlockCall:
         for layer in layers:
             check_opaque(x, layer)
         group = common_group([unit.norm for unit in units], x.numel() // x.shape[1])
-        return cls(x, layers, exit, recompute, kernels, group)
+        return cls(x, layers, exit, recompute, kernels, group, new_first)
 
     @property
     def channels(self) -> int:
@@ -195,7 +198,7 @@ class BlockCall:
         expected = exit.norm.num_features
         if expected != self.channels:
             raise Unsupported("the norm", f"expects {expected} channels and gets {self.channels}")
-        return BlockCall.of(self.x, self.layers, exit, self.recompute, self.kernels)
+        return BlockCall.of(self.x, self.layers, exit, self.recompute, self.kernels, self.new_first)
 
     @property
     def spec(self) -> BlockSpec:
@@ -209,6 +212,7 @@ class BlockCall:
             kernels=self.kernels,
             process_group=self.group,
             surroundings=Surroundings.of(self.x, outer_format(self.x)) if self.has_opaque else None,
+            new_first=self.new_first,
         )
 
     @property
@@ -228,6 +232,12 @@ class BlockCall:
         with undone_if_unfit(self.x, self.layers):
             return on_plain_tensors(self._run, self.x)
 
+    def _read_by(self, layer: Layer, features: Statistics) -> Statistics:
+        """Statistics of which those that a layer reads are the first."""
+        if not self.new_first:
+            return features
+        return features.of(slice(self.channels - layer.spec.channels, None))
+
     def _run(self, x: Tensor) -> Tensor:
         tensors = [tensors for layer in self.layers for tensors in layer.inputs]
         tensors += [self.exit.tensors] if self.exit else []
@@ -236,7 +246,9 @@ class BlockCall:
         seen = [
             Seen(unit.norm, statistics)
             for layer, bottleneck in zip(self.layers, bottlenecks, strict=True)
-            for unit, statistics in zip(layer.units, (features, bottleneck), strict=False)
+            for unit, statistics in zip(
+                layer.units, (self._read_by(layer, features), bottleneck), strict=False
+            )
         ]
         if self.exit:
             seen.append(Seen(self.exit.norm, features))

@@ -30,33 +30,23 @@ class Form:
             argument each.
         channels: of each tensor that it takes, in its order.
         returns: ``"new"``, its own maps; ``"all"``, the concatenation with those before.
-        older: channels of each map before, the oldest first, where a layer reads the newest first
-            and puts its own before them; none otherwise.
+        new_first: whether it puts its own maps before those that it reads.
     """
 
     takes: Literal["tensor", "list", "arguments"] = "tensor"
     channels: tuple[int, ...] = ()
     returns: Literal["new", "all"] = "new"
-    older: tuple[int, ...] = ()
+    new_first: bool = False
 
     def parts(self, channels: int) -> tuple[int, ...]:
-        """Channels of the parts of the features, the oldest first, that are read apart."""
-        return self.older or self.channels or (channels,)
+        """Channels of the parts of the features that are read apart."""
+        return self.channels or (channels,)
 
     def arrange(self, maps: Sequence[Tensor], format: torch.memory_format | None) -> list[Tensor]:
         """What the layer takes, of these parts."""
         if self.takes == "tensor":
-            return [_joined(maps[::-1] if self.older else maps, format)]
-        if not self.older:
-            return [_in_format(x, format) for x in maps]
-        rest, taken = iter(maps[::-1]), []
-        for channels in self.channels:
-            pieces = [next(rest)]
-            while sum(x.shape[1] for x in pieces) < channels:
-                pieces.append(next(rest))
-            joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-            taken.append(_in_format(joined, format))
-        return taken
+            return [_joined(maps, format)]
+        return [_in_format(x, format) for x in maps]
 
     def call(self, layer: Callable[..., Any], taken: list[Tensor], growth: int) -> Any:
         """The new maps that ``layer`` makes of what it takes."""
@@ -64,7 +54,7 @@ class Form:
         channels = growth + sum(x.shape[1] for x in taken)
         if self.returns == "new" or not isinstance(y, Tensor) or y.shape[1:2] != (channels,):
             return y
-        return y[:, :growth] if self.older else y[:, -growth:]
+        return y[:, :growth] if self.new_first else y[:, -growth:]
 
 
 def _joined(maps: Sequence[Tensor], format: torch.memory_format | None) -> Tensor:

@@ -51,7 +51,7 @@ def test_match_names_modules_in_the_order_of_their_use(wild):
             assert unit.activation.name == wild.activation
             channels = modules[unit.conv].out_channels
         if layer.call is not None:
-            assert sum(layer.call.channels) == C0 + i * K
+            assert sum(layer.call.form.channels) == C0 + i * K
             assert layer.call.path in modules
 
 

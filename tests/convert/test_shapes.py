@@ -21,9 +21,8 @@ from support.storages import live_bytes
 from support.wild import BLOCKS, C0, K, Stage
 
 every_shape = pytest.mark.parametrize("wild", BLOCKS.values(), ids=BLOCKS)
-RECOMPUTES = {name: wild for name, wild in BLOCKS.items() if wild.recomputes}
-recomputing = pytest.mark.parametrize("wild", RECOMPUTES.values(), ids=RECOMPUTES)
-DROPPING = {name: wild for name, wild in RECOMPUTES.items() if wild.p}
+NOT_TO_BE_PICKLED = ("weight-norm", "hooks")
+DROPPING = {name: wild for name, wild in BLOCKS.items() if wild.p}
 
 
 class Calling(nn.Module):
@@ -42,7 +41,7 @@ def pair(wild, dtype=torch.float64, **options):
     original = Calling(wild.make(), wild.extra).to(dtype)
     randomise_(original)
     converted = copy.deepcopy(original)
-    convert_(converted, strict=wild.recomputes, **options)
+    convert_(converted, strict=True, **options)
     for module in original.modules():
         if "saving" in vars(module):
             module.saving = None  # its checkpoints would let norms learn twice
@@ -56,9 +55,8 @@ def test_three_steps_train_as_original(wild, recompute):
     x = wild.input(torch.float64)
     if wild.p:  # which draws other masks
         converted.eval(), original.eval()
-    if wild.recomputes:
-        (block,) = blocks(converted)
-        assert block.why_naive(x, *wild.extra) is None
+    (block,) = blocks(converted)
+    assert block.why_naive(x, *wild.extra) is None
     assert_same_training(converted, original, x, rtol=1e-9, steps=3)
 
 
@@ -89,7 +87,7 @@ def test_gradient_is_that_of_masks_that_were_drawn(wild):
     assert torch.autograd.gradcheck(seeded, x.requires_grad_())
 
 
-@recomputing
+@every_shape
 def test_block_keeps_what_ledger_says(wild):
     converted, original = pair(wild, torch.float32)
     size = {1: (4096,), 2: (64, 64), 3: (16, 16, 16)}[wild.dims]
@@ -119,11 +117,16 @@ def test_reverted_block_is_original_bit_for_bit(wild):
         assert torch.equal(found[name], tensor), name
 
 
-@recomputing
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=lambda copied: copied.__name__)
-def test_copy_recomputes_with_its_own_weights(wild, copied):
-    if copied is pickled and "<lambda>" in str(vars(wild.make()).values()):
-        pytest.skip("has a lambda, which cannot be pickled")
+@pytest.mark.parametrize(
+    ("copied", "wild"),
+    [
+        pytest.param(copied, wild, id=f"{copied.__name__}-{name}")
+        for copied in (copy.deepcopy, pickled)
+        for name, wild in BLOCKS.items()
+        if copied is copy.deepcopy or name not in NOT_TO_BE_PICKLED
+    ],
+)
+def test_copy_recomputes_with_its_own_weights(copied, wild):
     block = wild.make().double()
     convert_(block, strict=True)
     x = wild.input(torch.float64)

@@ -321,11 +321,6 @@ class Wild:
     activation: str = "relu"
     extra: tuple[object, ...] = ()
 
-    @property
-    def recomputes(self) -> bool:
-        """Whether it recomputes once it is converted."""
-        return self.units > 0 and not self.new_first
-
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         channels = 2 * C0 if self.make is Stage else C0
         sizes = {1: (16,), 2: (8, 6), 3: (4, 6, 5)}[self.dims]
