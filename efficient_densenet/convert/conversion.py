@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.convert.converted import Converted, class_of, converted_class
-from efficient_densenet.convert.fronts import DenseFront, Front, NormFront, SequenceFront
-from efficient_densenet.convert.match import match_norm
+from efficient_densenet.convert.fronts import DenseFront, NormFront, SequenceFront
+from efficient_densenet.convert.kept import kept_bytes
+from efficient_densenet.convert.layers import run_again
+from efficient_densenet.convert.match import DenseMatch, match_norm
 from efficient_densenet.convert.record import record
 from efficient_densenet.convert.report import Finding, Report
 from efficient_densenet.convert.stand_ins import stand_in
@@ -32,7 +34,6 @@ MODES: dict[str, Literal["bottleneck", "norm"]] = {
 }
 FILTERED = "filter_fn leaves it out"
 IN_PARTS = "its parts are called one by one"
-NATIVE = "is efficient by itself"
 
 
 def convert_(
@@ -98,9 +99,17 @@ def revert_(model: nn.Module) -> None:
                 vars(module).pop(choice, None)
 
 
-def explain(model: nn.Module) -> Report:
-    """What of ``model`` recomputes, what could, and what cannot and why; nothing is changed."""
-    return _report(_candidates(model, None))
+def explain(model: nn.Module, *inputs: Any) -> Report:
+    """What of ``model`` recomputes, what could, and what cannot and why; nothing is changed.
+
+    Args:
+        model: any module, converted or not.
+        inputs: what it is called with. If they are given, the answers are those for maps of the
+            sizes that they lead to, and the report says how many bytes each module keeps for the
+            backward pass. Shapes and types alone are looked at: nothing is computed.
+    """
+    candidates = _candidates(model, None, inputs or None)
+    return _report(candidates, measured=bool(inputs))
 
 
 @dataclass(frozen=True)
@@ -122,24 +131,30 @@ class _Candidate:
         if self.is_native or not self.is_wanted:
             return
         self.module.__class__ = converted_class(class_of(self.module), self.found.front)
-        assert isinstance(self.module, Front)
-        self.module.learn(self.found.match, self.found.args, self.found.kwargs)
+        self.found.teach(self.module)
         if isinstance(self.module, DenseFront):
             self.module.recompute = recompute
 
-    def finding(self) -> Finding:
+    def finding(self, naive: int | None, kept: int | None) -> Finding:
+        is_block = isinstance(self.found.match, DenseMatch)
+        again = run_again(self.module, self.found.match) if is_block else ()
         return Finding(
             path=self.path,
             kind=self.kind,
             class_name=type(self.module).__name__,
-            converted=isinstance(self.module, Converted),
-            reason=NATIVE if self.is_native and self.reason is None else self.reason,
+            converted=self.is_native or isinstance(self.module, Converted),
+            reason=self.reason,
+            run_again=tuple(again),
+            naive_bytes=naive,
+            kept_bytes=naive if self.reason else kept,
         )
 
 
-def _candidates(model: nn.Module, filter_fn: FilterFn | None) -> list[_Candidate]:
+def _candidates(
+    model: nn.Module, filter_fn: FilterFn | None, inputs: tuple[Any, ...] | None = None
+) -> list[_Candidate]:
     """Every recognised module, in the order of ``named_modules``."""
-    survey = Survey(model)
+    survey = Survey(model, inputs)
     modules = dict(model.named_modules())
     found = survey.found | _sequences(modules, survey)
     candidates = []
@@ -189,5 +204,10 @@ def _candidate(
     return _Candidate(module, path, found, reason, is_native, is_wanted)
 
 
-def _report(candidates: list[_Candidate]) -> Report:
-    return Report(tuple(candidate.finding() for candidate in candidates))
+def _report(candidates: list[_Candidate], measured: bool = False) -> Report:
+    found = {candidate.path: candidate.found for candidate in candidates}
+    findings = []
+    for candidate in candidates:
+        sizes = kept_bytes(candidate.module, candidate.path, found) if measured else (None, None)
+        findings.append(candidate.finding(*sizes))
+    return Report(tuple(findings))

@@ -85,8 +85,14 @@ class Front(nn.Module):
 
     kind: ClassVar[str]
 
-    def learn(self, match: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Be told what a call with these arguments computes, as the module is now."""
+    def learn(
+        self,
+        match: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        """Be told what a call with these arguments computes, as the module is now or was then."""
 
 
 class Recognised(Front, Generic[M]):
@@ -99,12 +105,18 @@ class Recognised(Front, Generic[M]):
         """What a recorded call computes; raises :class:`Unsupported`."""
         raise NotImplementedError
 
-    def learn(self, match: M, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def learn(
+        self,
+        match: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        snapshot: Snapshot | None = None,
+    ) -> None:
         if "_known" not in vars(self):
             self._known = Known()
         arguments = arguments_of(args, kwargs)
-        if self._known.find(self, arguments) is None:
-            self._known.add(Snapshot(self), arguments, match)
+        if snapshot is not None or self._known.find(self, arguments) is None:
+            self._known.add(snapshot or Snapshot(self), arguments, match)
 
     def recognised(self, args: Args = None, kwargs: Mapping[str, Any] | None = None) -> M:
         """What a call with these arguments computes, by default with one tensor.

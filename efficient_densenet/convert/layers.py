@@ -59,6 +59,17 @@ def read_layers(block: nn.Module, match: DenseMatch) -> Iterator[Layer]:
         channels += layer.growth
 
 
+def run_again(block: nn.Module, match: DenseMatch) -> Iterator[str]:
+    """Why layers of a recognised block are run again as they are."""
+    channels = match.input_channels
+    for number, layer in enumerate(match.layers):
+        try:
+            _read_units(block, layer, f"layer {number + 1}", channels)
+        except Unsupported as reason:
+            yield str(reason)
+        channels += layer.growth
+
+
 def _read_units(block: nn.Module, layer: LayerMatch, name: str, channels: int) -> Layer:
     if layer.why_opaque is not None:
         raise Unsupported(*layer.why_opaque)

@@ -61,7 +61,7 @@ def record(
         stack.enter_context(saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
         twin = twin_of(module)
         if training is not None:
-            twin.module.train(training)
+            _set_mode(twin.module, training)
         before = plain_attributes(twin.module)
         stack.enter_context(untouched_random_numbers())
         tracer = _Tracer(twin.paths)
@@ -76,6 +76,13 @@ def record(
                 changed = f"{path}.{name}" if path else name
                 recording.notes.append(Note("changes {} when it runs", call, changed))
     return recording
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    try:
+        module.train(training)
+    except Exception as error:
+        raise Unrecordable(f"Its mode cannot be changed ({told(error)}).") from error
 
 
 class _Tracer:
@@ -93,7 +100,7 @@ class _Tracer:
         self.call: Call
 
     def run(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Recording:
-        args, kwargs = _stand_ins(tuple(args)), _stand_ins(kwargs)
+        args, kwargs = stand_ins(tuple(args)), stand_ins(kwargs)
         args_, kwargs_ = self.nest(args, given=True), self.nest(kwargs, given=True)
         root = Call("", module, args_, kwargs_, None, 0, _context())
         self.call, self.recording = root, Recording(root)
@@ -312,15 +319,15 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def _stand_ins(thing: Any) -> Any:
+def stand_ins(thing: Any) -> Any:
     """Arguments with hollow tensors for tensors."""
     if isinstance(thing, Tensor):
         made = hollow(thing)
         return made.requires_grad_().clone() if made.is_floating_point() else made  # no leaf
     if isinstance(thing, (list, tuple)):
-        return type(thing)([_stand_ins(item) for item in thing])
+        return type(thing)([stand_ins(item) for item in thing])
     if isinstance(thing, Mapping):
-        return {key: _stand_ins(item) for key, item in thing.items()}
+        return {key: stand_ins(item) for key, item in thing.items()}
     return thing
 
 

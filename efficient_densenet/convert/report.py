@@ -12,10 +12,15 @@ class Finding:
 
     Attributes:
         path: its name in the model, as ``named_modules`` says it.
-        kind: ``"dense block"``, ``"transition"``, ``"stem"`` or ``"sequence"``.
+        kind: ``"dense block"``, ``"transition"``, ``"stem"``, ``"norm of a stem"`` or
+            ``"sequence"``.
         class_name: the name of its class.
-        converted: whether it recomputes.
-        reason: why not, ``None`` if it does or would.
+        converted: whether it was converted, or is a block of this package.
+        reason: why it does not recompute, or would not; ``None`` if it does or would.
+        run_again: why the backward pass runs layers of it again as they are.
+        naive_bytes: what a call of the naive module keeps for the backward pass, its result
+            included but neither its input nor parameters; ``None`` if no input was given.
+        kept_bytes: the same as it is, or as it would be converted.
     """
 
     path: str
@@ -23,13 +28,29 @@ class Finding:
     class_name: str
     converted: bool
     reason: str | None = None
+    run_again: tuple[str, ...] = ()
+    naive_bytes: int | None = None
+    kept_bytes: int | None = None
 
     @property
     def state(self) -> str:
         """In words: what was done, or what would be."""
         if self.reason:
-            return f"not converted: {self.reason}"
-        return "recomputes" if self.converted else "naive, can be converted"
+            return f"{'naive' if self.converted else 'not converted'}: {self.reason}"
+        if not self.converted:
+            return "naive, can be converted"
+        if self.run_again:
+            return f"recomputes; {len(self.run_again)} layers are run again: {self.run_again[0]}"
+        return "recomputes"
+
+    def row(self) -> tuple[str, ...]:
+        """Its cells in the table."""
+        sizes = [_mebibytes(size) for size in (self.naive_bytes, self.kept_bytes)]
+        return (self.path or "(the model)", self.kind, self.class_name, *sizes, self.state)
+
+
+def _mebibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.1f}"
 
 
 @dataclass(frozen=True)
@@ -65,9 +86,11 @@ class Report:
     def __str__(self) -> str:
         if not self.findings:
             return "no dense blocks, transitions or stems were recognised"
-        rows = [("module", "kind", "class", "state")]
-        rows += [(f.path or "(the model)", f.kind, f.class_name, f.state) for f in self]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        header = ("module", "kind", "class", "naive MiB", "kept MiB", "state")
+        columns = list(zip(header, *(finding.row() for finding in self), strict=True))
+        columns = [column for column in columns if any(column[1:])]  # without an input, no sizes
+        widths = [max(map(len, column)) for column in columns]
+        rows = zip(*columns, strict=True)
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows

@@ -7,6 +7,7 @@ come to are recorded by themselves.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +24,22 @@ from efficient_densenet.convert.fronts import (
     TransitionFront,
 )
 from efficient_densenet.convert.graph import Call, Nest, Recording, Value
+from efficient_densenet.convert.match import DenseMatch
 from efficient_densenet.convert.near import nearly_dense
 from efficient_densenet.convert.record import record
 from efficient_densenet.convert.stand_ins import map_for, stand_in
+from efficient_densenet.convert.state import Snapshot
 from efficient_densenet.convert.twin import Unrecordable
+from efficient_densenet.modules.block import RecomputingBlock
 from efficient_densenet.modules.reading import Unsupported
 from efficient_densenet.modules.recomputing import Recomputing, Settings
+from efficient_densenet.modules.sequence import RecomputingTransition
+
+NATIVE: dict[type[nn.Module], type[Front]] = {
+    RecomputingBlock: DenseFront,
+    RecomputingTransition: TransitionFront,
+}
+"""Modules of this package, which are what they are; and what stands before others like them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,9 @@ class Found:
 
     Attributes:
         front: what would stand before its class.
-        match: what it is, ``None`` if it only looks like a dense block.
+        match: what it is, ``None`` if it only looks like a dense block; of a module of this package
+            its class.
+        others: the same in other states: snapshots, and what it is then.
         args: what it is called with, as stand-ins, and ``kwargs``.
         reason: why it is none.
     """
@@ -47,6 +60,7 @@ class Found:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     reason: Unsupported | None = None
+    others: list[tuple[Snapshot, Any]] = field(default_factory=list)
 
     def why_naive(self, module: nn.Module) -> str | None:
         """Why ``module`` would be naive if it were converted, or is if it is native."""
@@ -57,11 +71,18 @@ class Found:
             shell = cls.__new__(cls)
             vars(shell).update(vars(module))
             vars(shell).pop("_known", None)
-            shell.learn(self.match, self.args, self.kwargs)
+            self.teach(shell)
             module = shell
         if not isinstance(module, Recomputing):
             return None
         return module.why_naive(*self.args, **self.kwargs)
+
+    def teach(self, module: nn.Module) -> None:
+        """Tell a converted module what it is."""
+        assert isinstance(module, Front)
+        module.learn(self.match, self.args, self.kwargs)
+        for snapshot, match in self.others:
+            module.learn(match, self.args, self.kwargs, snapshot)
 
 
 class Survey:
@@ -95,7 +116,11 @@ class Survey:
         except Unrecordable:
             pass
         else:
-            for name, found in _found_in(recording, module):
+            here = dict(_found_in(recording, module))
+            _look_in_other_mode(module, args, here)
+            if path in self.in_parts and here.get("") and here[""].front is DenseFront:
+                here.pop("")  # its layers have been found one by one
+            for name, found in here.items():
                 self.found.setdefault(_joined(path, name), found)
             reached = {call.path for call in recording.calls() if call.stop is not None}
         self._record_rest(module, path, "", reached)
@@ -128,7 +153,7 @@ def _found_in(recording: Recording, module: nn.Module) -> Iterator[tuple[str, Fo
         if found is not None and found[2].path not in known:
             front, match, inner = found
             known[inner.path] = inner
-            if front is DenseFront and match.entry is not None:
+            if isinstance(match, DenseMatch) and match.entry is not None:
                 entries.append(_joined(inner.path, match.entry))
             args, kwargs = _stand_ins(inner.args, module), _stand_ins(inner.kwargs, module)
             yield inner.path, Found(front, match, args, kwargs)
@@ -139,8 +164,26 @@ def _found_in(recording: Recording, module: nn.Module) -> Iterator[tuple[str, Fo
             yield call.path, Found(DenseFront, None, reason=reason.with_traceback(None))
 
 
+def _look_in_other_mode(module: nn.Module, args: tuple[Any, ...], found: dict[str, Found]) -> None:
+    """Add what the same modules are in training, or in evaluation, so that nobody has to wait."""
+    try:
+        recording = record(module, args, training=not module.training)
+    except Unrecordable:
+        return
+    calls = {call.path: call for call in recording.calls()}
+    for path, what in found.items():
+        if path in calls and what.match is not None and issubclass(what.front, Recognised):
+            with suppress(Unsupported):
+                match = what.front.recognise(recording, calls[path])
+                snapshot = Snapshot(recording.root.module.get_submodule(path))
+                what.others.append((snapshot, match))
+
+
 def _recognised(recording: Recording, call: Call) -> tuple[type[Front], Any, Call] | None:
     """What a call is, and the innermost call that is all of it."""
+    for native, like in NATIVE.items():
+        if isinstance(call.module, native):
+            return like, native, call
     fronts: tuple[type[Recognised[Any]], ...] = (DenseFront, TransitionFront, StemFront)
     for front in fronts:
         try:

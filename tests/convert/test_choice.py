@@ -161,7 +161,7 @@ def test_segmentation_encoder_says_that_it_calls_transitions_by_name():
 def test_our_own_blocks_are_left_as_they_are():
     model = densenet_cifar(10, 4)
     report = convert_(model, strict=True)
-    assert {f.reason for f in report} == {"is efficient by itself"}
+    assert {(f.converted, f.reason) for f in report} == {(True, None)}
     assert type(model.features.denseblock1) is EfficientDenseBlock
 
 
