@@ -101,7 +101,8 @@ def run_layer(block: nn.Module, layer: LayerMatch, x: Tensor) -> Tensor:
     """The maps ``x`` with the new ones of a layer, which is called as its block calls it."""
     assert layer.call is not None
     form = layer.call.form
-    new = form.call(part(block, layer.call.path), x, layer.growth)
+    taken = form.arrange(x.split(form.parts(x.shape[1]), 1), None)
+    new = form.call(part(block, layer.call.path), taken, layer.growth)
     return torch.cat([new, x] if form.new_first else [x, new], 1)
 
 
