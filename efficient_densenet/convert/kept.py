@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from efficient_densenet.convert.converted import class_of, converted_class
 from efficient_densenet.convert.fronts import tensors_in
-from efficient_densenet.convert.record import stand_ins
 from efficient_densenet.convert.survey import Found
-from efficient_densenet.convert.twin import Unrecordable, twin_of
+from efficient_densenet.convert.twin import Unrecordable, stand_ins, twin_of
 from efficient_densenet.modules.recomputing import Recomputing, Settings
 
 

@@ -21,6 +21,7 @@ from efficient_densenet.convert.twin import (
     Unrecordable,
     hollow,
     plain_attributes,
+    stand_ins,
     told,
     twin_of,
     untouched_random_numbers,
@@ -317,18 +318,6 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if any(argument.name == "device" for argument in func._schema.arguments):
         kwargs = {**kwargs, "device": torch.device("meta")}
     return func(*args, **kwargs)
-
-
-def stand_ins(thing: Any) -> Any:
-    """Arguments with hollow tensors for tensors."""
-    if isinstance(thing, Tensor):
-        made = hollow(thing)
-        return made.requires_grad_().clone() if made.is_floating_point() else made  # no leaf
-    if isinstance(thing, (list, tuple)):
-        return type(thing)([stand_ins(item) for item in thing])
-    if isinstance(thing, Mapping):
-        return {key: stand_ins(item) for key, item in thing.items()}
-    return thing
 
 
 def _tensors(nests: Sequence[Any]) -> Iterator[Tensor]:
