@@ -122,9 +122,10 @@ class Unit(NamedTuple):
 
 
 class UnitGradients(NamedTuple):
-    """Gradients of a unit's convolution, in the shapes of its tensors, and what the norm's need.
+    """Gradients of a unit's convolution, and the sums that :meth:`Operations.collect` reads.
 
-    Each is ``None`` where it was not wanted. The types are the implementation's.
+    ``conv_weight`` is ``(out_channels, in_channels / groups, *kernel)``, ``conv_bias``
+    ``(out_channels,)``, each of the implementation's type; ``None`` where it was not wanted.
     """
 
     conv_weight: Tensor | None
@@ -207,9 +208,10 @@ class Operations(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``: as vectors, or ``(channels,)``.
 
-        Writes ``share * scale * dβ`` and ``share * scale * invstd * dγ`` into the first channels of
-        ``totals``, two vectors, or adds them: with a share of one by the number of values, what
-        :meth:`correct` takes for ``a`` and ``b``.
+        Both are in the statistics' type. Writes ``share * scale * dβ`` and
+        ``share * scale * invstd * dγ`` into the first ``unit.channels`` of ``totals``, two vectors,
+        or adds them if ``accumulate``. With a ``share`` of one by the number of values of a channel
+        they are what :meth:`correct` takes for ``a`` and ``b``.
         """
 
     def correct(

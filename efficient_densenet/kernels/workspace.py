@@ -20,13 +20,13 @@ GPU_WORKSPACE_BYTES = 64 << 20
 
 
 class Workspace:
-    """One scratch slab, allocated once a pass, overwritten by every layer.
+    """One scratch buffer, allocated once a pass, overwritten by every layer slab by slab.
 
     Args:
-        like: a map of the samples and the size of all that will be read.
+        like: ``(N, channels, *spatial)``: all maps that are read have its samples and size.
         widest: channels of the widest of them.
-        dtype: the widest type that will be stored.
-        memory_format: the layout of slabs, and of results made of them.
+        dtype: the widest type that is stored.
+        memory_format: of slabs, and of results made of them.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Workspace:
         return min(self._samples * sample, max(self._capacity, sample))
 
     def narrow(self, widest: int) -> None:
-        """Free the surplus: from here on no map has more channels than ``widest``."""
+        """Shrink to maps of at most ``widest`` channels: no wider ones follow."""
         size, device = self._size(widest), self._storage.device
         if size < len(self._storage):
             self._storage = self._storage.new_empty(0)  # the old one dies before the new one lives
             self._storage = torch.empty(size, dtype=self.dtype, device=device)
 
     def vectors(self, values: int) -> Tensor:
-        """Room for so many numbers of float32, or more: whatever it held is lost."""
+        """At least ``values`` numbers ``(values,)`` in float32: whatever they held is lost."""
         if len(self._vectors) < values:
             self._vectors = self._vectors.new_empty(values)
         return self._vectors
@@ -87,7 +87,7 @@ class Workspace:
         return [*slabs[:3], slabs[-1]] if last_is_shorter else slabs[:3]
 
     def scratch(self, slab: Tensor, dtype: torch.dtype) -> Tensor:
-        """The storage in the shape of ``slab``: whatever it held is lost."""
+        """The buffer in the shape of ``slab`` and in ``dtype``: whatever it held is lost."""
         channels = slab.shape[1]
         last = self.memory_format is not torch.contiguous_format
         across_channels, step = (1, channels) if last else (self._positions, 1)
