@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.functional.forward import Saved, seed_of_each
-from efficient_densenet.functional.opaque import run_again
+from efficient_densenet.functional.opaque import check_same, is_same, run_again
 from efficient_densenet.functional.precision import outside_autocast
 from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
@@ -191,6 +191,8 @@ class BlockBackward:
         self.total = MapGradient(self.units, features, saved.statistics, group, spec=spec)
         # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
         self.bottleneck_storage: GradientStorage | None = None
+        # Of each opaque layer, whether it made the same maps again: looked at once, at the end.
+        self.same: list[tuple[str, Tensor]] = []
 
     def run(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradients of the block's input and of ``flat``, as far as they are needed."""
@@ -208,6 +210,7 @@ class BlockBackward:
                 gradients.append(self._opaque(i))
             else:
                 gradients += self._layer(i)
+        check_same(self.same)
         dx = None
         if self.needs_x:
             dx = self.total.finish(0, self.spec.input_channels, self.total.grad.dtype)
@@ -262,7 +265,9 @@ class BlockBackward:
             for tensor in (self.total.maps, self.total.grad)
         )
         wanted = [*[below] * len(maps), *needs]
-        found = run_again(layer.opaque, surroundings, maps, tensors, random, grad, wanted)
+        found, y = run_again(layer.opaque, surroundings, maps, tensors, random, grad, wanted)
+        kept = self.total.maps[:, channels : channels + layer.growth]
+        self.same.append((layer.opaque.name, is_same(y, kept)))
         for total, dx in zip(totals, found, strict=False):
             if dx is not None:
                 total.add_(dx)

@@ -94,7 +94,7 @@ class _Opaque(Recomputing):
         random, *tensors = ctx.saved_tensors
         maps, own = tensors[: ctx.count], tensors[ctx.count :]
         needs = ctx.needs_input_grad[3:]
-        grads = run_again(ctx.opaque, ctx.surroundings, maps, own, random, grad, needs)
+        grads, _y = run_again(ctx.opaque, ctx.surroundings, maps, own, random, grad, needs)
         return None, None, None, *differentiable_once(grad, *grads)
 
 

@@ -125,10 +125,10 @@ def run_again(
     random: Tensor,
     grad: Tensor,
     needs: Sequence[bool],
-) -> list[Tensor | None]:
+) -> tuple[list[Tensor | None], Tensor]:
     """The gradients of ``maps`` and of ``tensors`` from that of what :func:`run_once` returned.
 
-    ``needs`` says of each whether it needs one.
+    ``needs`` says of each whether it needs one. Returns what the layer returned this time, too.
     """
     inputs = [*maps, *tensors]
     leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
@@ -143,9 +143,29 @@ def run_again(
     _check_leaves(opaque, y, leaves)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if not wanted or not y.requires_grad:
-        return [None] * len(leaves)
+        return [None] * len(leaves), y.detach()
     found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), allow_unused=True))
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+    return [next(found) if leaf.requires_grad else None for leaf in leaves], y.detach()
+
+
+def is_same(y: Tensor, kept: Tensor) -> Tensor:
+    """Whether a layer made the maps ``kept`` again, up to rounding; nobody waits for the answer."""
+    least = max(torch.finfo(y.dtype).eps, torch.finfo(kept.dtype).eps)
+    y = y.to(kept.dtype)
+    near = (y - kept).abs() <= least**0.5 * kept.abs().max()
+    return (near | (y == kept) | (y.isnan() & kept.isnan())).all()
+
+
+def check_same(found: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ``RuntimeError`` if :func:`is_same` found a layer, by its name, to differ."""
+    if found and not is_hollow(found[0][1]):
+        for (name, _), same in zip(found, torch.stack([s for _, s in found]).tolist(), strict=True):
+            if not same:
+                raise RuntimeError(
+                    f"{name} computes something else when it is run again in the backward pass, "
+                    "since something that it reads has changed: keep that in a buffer, or build "
+                    'the block or network with recompute="none"'
+                )
 
 
 def _unconnected(maps: Sequence[Tensor], learns: bool) -> list[Tensor]:

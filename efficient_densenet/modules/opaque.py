@@ -105,6 +105,7 @@ def read_opaque(
             with hooks.watched() if torch.is_grad_enabled() else nullcontext():
                 return form.call(layer, taken, growth)
         own = dict(zip(names, tensors, strict=True))
+        own |= {name: own[name].clone() for name in buffers}  # another backward pass may follow
         with _in_modes(modes), hooks.acting_only():
             return form.call(lambda *args: functional_call(module, own, args), taken, growth)
 

@@ -296,16 +296,60 @@ def test_layer_that_did_not_fit_is_not_tried_again_until_it_changes():
     kept = []
     handle = block["denselayer2"].conv1.register_forward_hook(lambda m, a, out: kept.append(out))
     assert_efficient(block, image())
-    with pytest.warns(UserWarning, match="perhaps a hook"):
+    with pytest.warns(UserWarning, match="perhaps through a hook"):
         block(image())
     assert len(kept) == 2
-    assert "perhaps a hook" in block.why_naive(image())
+    assert "perhaps through a hook" in block.why_naive(image())
     block(image())
     assert len(kept) == 3
     handle.remove()
     assert_efficient(block, image())
     block["denselayer2"].conv1.register_forward_hook(lambda m, a, out: None)
     assert_efficient(block, image())
+
+
+class Counting(nn.Module):
+    """Computes something else at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * (1 + 0.01 * self.calls)
+
+
+def test_layer_that_computes_something_else_again_is_refused():
+    def change(block):
+        block["denselayer2"].relu2 = Counting()
+
+    efficient, _ = block_pair(change=change)
+    out = efficient(image())
+    with pytest.raises(RuntimeError, match="denselayer2 computes something else when it is run"):
+        out.sum().backward()
+
+
+def test_same_not_a_number_again_is_no_difference():
+    efficient, naive = changed_pair(group_norm)
+    x = image()
+    x[0, 0, 0, 0] = float("nan")
+    results = []
+    for block in (efficient, naive):
+        leaf = image_copy(x)
+        block(leaf).sum().backward()
+        results.append(leaf.grad)
+    assert torch.equal(results[0].isnan(), results[1].isnan())
+
+
+def test_backward_pass_may_be_repeated():
+    efficient, _ = changed_pair(dropout_inside, spectral_norm, second=True)
+    x = image().requires_grad_()
+    out = efficient(x)
+    first, second = (
+        torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for _ in range(2)
+    )
+    assert torch.equal(first, second)
 
 
 def test_kept_map_gets_naive_gradients():
