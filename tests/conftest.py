@@ -69,4 +69,5 @@ def capability(
     marker = request.node.get_closest_marker("capability")
     if marker is not None:
         record_property("capability", marker.args[0])
-        record_property("library", request.node.callspec.params["network"].library)
+        params = request.node.callspec.params
+        record_property("library", (params.get("network") or params["wild"]).library)

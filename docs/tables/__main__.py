@@ -50,6 +50,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "estimated": memory.estimated,
         "estimated-edge": memory.estimated_edge,
     },
+    "docs/use-with.md": {"structures": outcomes.structures},
     "docs/training.md": {"steps": training.fashion_steps},
 }
 """Generated blocks inside pages that are written by hand."""

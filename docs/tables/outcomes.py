@@ -1,4 +1,4 @@
-"""What the marked tests found: the matrix of docs/interop.md, the README's table of libraries."""
+"""What the marked tests found: the matrix of docs/interop.md, the tables of what is converted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from docs.tables.markdown import Found, origin, results, table
 from efficient_densenet.functional.modes import MODES
 
-PAGES = {
+PACKAGES = {
     "torchvision": "torchvision",
     "timm": "timm",
     "MONAI": "monai",
@@ -15,9 +15,8 @@ PAGES = {
     "torchreid": "torchreid",
     "segmentation_models_pytorch": "segmentation-models-pytorch",
     "pytorchcv": "pytorchcv",
-    "Tiramisu-style": "tiramisu",
 }
-"""The rows, and the page of docs/use-with and, mostly, the package of each."""
+"""The libraries, and the package of each; all other rows are structures."""
 
 
 class Notes:
@@ -83,16 +82,32 @@ def libraries() -> str:
 
 
 def libraries_of(found: Found) -> str:
-    tests = [test for test in found["tests"] if "capability" in test]
+    versions = {row: found["versions"].get(package) or "–" for row, package in PACKAGES.items()}
+    return _capabilities(found, {row: (row, version) for row, version in versions.items()})
+
+
+def structures() -> str:
+    """The same for each structure of dense blocks that no library has."""
+    return structures_of(results("outcomes"))
+
+
+def structures_of(found: Found) -> str:
+    rows = dict.fromkeys(test["library"] for test in found["tests"] if "capability" in test)
+    return _capabilities(found, {row: (row,) for row in rows if row not in PACKAGES})
+
+
+def _capabilities(found: Found, rows: dict[str, tuple[str, ...]]) -> str:
+    """A table with these first cells by row; columns are what the tests of the rows are marked."""
+    tests = [test for test in found["tests"] if test.get("library") in rows]
     capabilities = list(dict.fromkeys(test["capability"] for test in tests))
-    rows = []
-    for library, page in PAGES.items():
-        own = [test for test in tests if test["library"] == library]
+    lines = []
+    for row, first in rows.items():
+        own = [test for test in tests if test["library"] == row]
         cells = (count_cell([t for t in own if t["capability"] == c]) for c in capabilities)
-        link = f"[{library}](docs/use-with/{page}.md)"
-        rows.append((link, found["versions"].get(page) or "–", *cells))
-    header = ("", "version", *capabilities)
-    return f"{table(header, rows, left=len(header))}\n\n{origin('outcomes', found)}"
+        lines.append((*first, *cells))
+    some = next(iter(rows.values()), ())
+    header = (*("", "version")[: len(some)], *capabilities)
+    return f"{table(header, lines, left=len(header))}\n\n{origin('outcomes', found)}"
 
 
 def count_cell(tests: Sequence[Found]) -> str:

@@ -45,28 +45,27 @@ def convert_(
 ) -> Report:
     """Make the dense blocks of ``model`` recompute, in place, and report on every one.
 
-    A converted module gets a subclass of its class; nothing else about it changes: children,
-    parameters, state-dict keys, hooks and what refers to them stay, and so do copies and pickles.
-    Known transitions and stems are converted with the blocks. A call that the efficient path does
-    not support runs on the class's own forward function, whatever the reason;
-    ``why_naive(x)`` of a converted module says it.
+    Blocks, transitions and stems are recognised by what they compute, whatever their classes are:
+    the model's forward pass is recorded on tensors without values, and leaves no trace. A converted
+    module gets a subclass of its class; nothing else about it changes: children, parameters,
+    state-dict keys, hooks and what refers to them stay, and so do copies and pickles. What has
+    changed since is seen at every call. A call that the efficient path does not support runs on the
+    class's own forward function: a warning says why once, and ``why_naive(x)`` when it is asked.
 
     Args:
-        model: a model of torchvision, timm, MONAI, torchxrayvision, torchreid,
-            segmentation_models_pytorch or pytorchcv, or one with blocks whose layers are in a list
-            (as in the Tiramisu), or any that contains such. A single block will do.
+        model: any model, or a single block.
         filter_fn: called with each recognised module and its name in ``model``; one for which it
             is false is left as it is.
-        recompute: ``"bottleneck"`` keeps the features alone, ``"norm"`` the bottleneck maps too;
+        recompute: ``"bottleneck"`` keeps only the features, ``"norm"`` the bottleneck maps too;
             ``"auto"`` is ``"bottleneck"``. A converted model may be converted again to change it.
-        strict: raise unless every recognised dense block that ``filter_fn`` lets through can be
-            converted. Nothing is changed then.
+        strict: raise unless there is a dense block, and every one that ``filter_fn`` lets through
+            would recompute. Nothing is changed then.
 
     Returns:
         What was replaced and what was not, with the reason; as text, a table.
 
     Raises:
-        ValueError: if ``recompute`` is none of these, or ``strict`` finds a block left over.
+        ValueError: if ``recompute`` is none of these, ``strict`` finds a block left over, or none.
     """
     if recompute not in MODES:
         raise ValueError(

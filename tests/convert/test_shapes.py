@@ -48,6 +48,7 @@ def pair(wild, dtype=torch.float64, **options):
     return converted, original
 
 
+@pytest.mark.capability("trains as before")
 @every_shape
 @pytest.mark.parametrize("recompute", MODES)
 def test_three_steps_train_as_original(wild, recompute):
@@ -60,6 +61,7 @@ def test_three_steps_train_as_original(wild, recompute):
     assert_same_training(converted, original, x, rtol=1e-9, steps=3)
 
 
+@pytest.mark.capability("infers as before")
 @every_shape
 def test_evaluation_equals_original(wild):
     converted, original = pair(wild)
@@ -87,6 +89,7 @@ def test_gradient_is_that_of_masks_that_were_drawn(wild):
     assert torch.autograd.gradcheck(seeded, x.requires_grad_())
 
 
+@pytest.mark.capability("keeps only features")
 @every_shape
 def test_block_keeps_what_ledger_says(wild):
     converted, original = pair(wild, torch.float32)
@@ -99,6 +102,7 @@ def test_block_keeps_what_ledger_says(wild):
     assert before > 2 * kept
 
 
+@pytest.mark.capability("reverts bit for bit")
 @every_shape
 def test_reverted_block_is_original_bit_for_bit(wild):
     converted, original = pair(wild)
@@ -117,6 +121,7 @@ def test_reverted_block_is_original_bit_for_bit(wild):
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.capability("copies and pickles")
 @pytest.mark.parametrize(
     ("copied", "wild"),
     [

@@ -8,7 +8,14 @@ import pytest
 
 from benchmarks.outcomes import outcomes
 from benchmarks.provenance import Json
-from docs.tables.outcomes import Notes, count_cell, libraries_of, matrix_of, path_cell
+from docs.tables.outcomes import (
+    Notes,
+    count_cell,
+    libraries_of,
+    matrix_of,
+    path_cell,
+    structures_of,
+)
 
 CONDITIONS = {"device": "a machine", "threads": "1", "torch": "3", "commit": "c", "date": "a day"}
 
@@ -73,8 +80,19 @@ def test_library_has_count_of_tests_behind_each_capability() -> None:
     found = {"tests": tests, "versions": {"timm": "1.0", "monai": None}, "conditions": CONDITIONS}
     lines = libraries_of(found).splitlines()
     assert "|  | version | trains | copies |" in lines
-    assert "| [timm](docs/use-with/timm.md) | 1.0 | yes (1) | **fails** |" in lines
-    assert "| [MONAI](docs/use-with/monai.md) | – | not tested | not tested |" in lines
+    assert "| timm | 1.0 | yes (1) | **fails** |" in lines
+    assert "| MONAI | – | not tested | not tested |" in lines
+
+
+def test_structures_are_the_other_rows() -> None:
+    tests = found_in(
+        case(library="timm", capability="trains"),
+        case(library="New maps first", capability="trains"),
+    )
+    found = {"tests": tests, "versions": {}, "conditions": CONDITIONS}
+    lines = structures_of(found).splitlines()
+    assert lines[0] == "|  | trains |"
+    assert lines[2:4] == ["| New maps first | yes (1) |", ""]
 
 
 def test_what_did_not_run_is_no_capability() -> None:

@@ -1,4 +1,4 @@
-"""Every page of docs/use-with runs as it is written."""
+"""Every snippet of the pages on other people's models runs as it is written."""
 
 import re
 import runpy
@@ -6,32 +6,28 @@ import runpy
 import pytest
 
 from support.commands import ROOT
-from support.libraries import torchreid_densenet
 
-PAGES = sorted((ROOT / "docs" / "use-with").glob("*.md"))
-NEEDS = {
-    "timm": "timm",
-    "monai": "monai",
-    "torchxrayvision": "torchxrayvision",
-    "segmentation-models-pytorch": "segmentation_models_pytorch",
-    "pytorchcv": "pytorchcv",
+
+def snippets(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+SNIPPETS = {
+    f"{page}-{i}": snippet
+    for page in ("use-with.md", "own-connections.md")
+    for i, snippet in enumerate(snippets(page))
 }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_snippets_run(page, tmp_path):
-    if page.stem in NEEDS:
-        pytest.importorskip(NEEDS[page.stem])
-    if page.stem == "torchreid":
-        torchreid_densenet()
-    snippets = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert snippets
-    for snippet in snippets:
-        script = tmp_path / "snippet.py"
-        script.write_text(snippet, encoding="utf-8")
-        runpy.run_path(str(script))
+@pytest.mark.parametrize("snippet", SNIPPETS.values(), ids=SNIPPETS)
+def test_snippet_runs(snippet, tmp_path):
+    if "monai" in snippet:
+        pytest.importorskip("monai")
+    script = tmp_path / "snippet.py"
+    script.write_text(snippet, encoding="utf-8")
+    runpy.run_path(str(script))
 
 
-def test_every_library_has_page():
-    names = {"torchvision", "torchreid", "tiramisu", "own-connections", *NEEDS}
-    assert {page.stem for page in PAGES} == names
+def test_every_page_has_snippets():
+    assert len(SNIPPETS) >= 5

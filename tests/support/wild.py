@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -308,6 +308,7 @@ class Wild:
         drops_maps: whether it drops whole maps.
         activation: by its name.
         extra: further arguments.
+        library: what its structure is called.
     """
 
     make: Callable[[], nn.Module]
@@ -320,6 +321,7 @@ class Wild:
     drops_maps: bool = False
     activation: str = "relu"
     extra: tuple[object, ...] = ()
+    library: str = ""
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         channels = 2 * C0 if self.make is Stage else C0
@@ -374,3 +376,19 @@ BLOCKS = {
     "hooks": Wild(lambda: LoopBlock(hooked), units=0),
 }
 """Every one of them is a dense block."""
+
+
+def _structure(name: str, wild: Wild) -> str:
+    if wild.new_first:
+        return "New maps first"
+    return STRUCTURES.get(name[0] if "-" in name[:2] else name, "Layers of any kind")
+
+
+STRUCTURES = {
+    "A": "Layers read a list",
+    "B": "Layers are an `nn.Sequential`",
+    "C": "Blocks are an `nn.Sequential`",
+    "D": "A loop in the block",
+    "stage": "A transition and layers in one `nn.Sequential`",
+}
+BLOCKS = {name: replace(wild, library=_structure(name, wild)) for name, wild in BLOCKS.items()}
