@@ -266,7 +266,7 @@ class BlockBackward:
         )
         wanted = [*[below] * len(maps), *needs]
         found, y = run_again(layer.opaque, surroundings, maps, tensors, random, grad, wanted)
-        kept = self.total.maps[:, channels : channels + layer.growth]
+        kept = self.total.maps[:, self.spec.span(channels, channels + layer.growth)]
         self.same.append((layer.opaque.name, is_same(y, kept)))
         for total, dx in zip(totals, found, strict=False):
             if dx is not None:
