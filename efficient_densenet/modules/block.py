@@ -13,7 +13,7 @@ from efficient_densenet.modules.calls import BlockCall
 from efficient_densenet.modules.naive import BasicLayer, BottleneckLayer, DenseBlock
 from efficient_densenet.modules.opaque import Form, read_opaque
 from efficient_densenet.modules.parts import BASIC, BOTTLENECK, Structure, read_layer
-from efficient_densenet.modules.reading import Layer, Misfit, Unsupported
+from efficient_densenet.modules.reading import Layer, Misfit, Unsupported, is_patched
 from efficient_densenet.modules.recomputing import Recomputing
 
 Forward = Callable[..., Tensor]
@@ -116,6 +116,8 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
                     raise
                 growths = [layer.spec.growth for layer in layers]
                 form = Form("list", (channels - sum(growths), *growths))
+                if type(module).forward in self.structures and not is_patched(module):
+                    form = Form()  # takes either, and one tensor is copied faster
                 layer = read_opaque(module, path, channels, self.growth_rate, form)
             channels = layer.spec.channels + layer.spec.growth
             layers.append(layer)
