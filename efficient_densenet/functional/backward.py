@@ -30,8 +30,8 @@ class MapGradient:
     """Gradient of a map, summed over the units that read it: ``G``, ``S1 / M`` and ``S2 / M``.
 
     Batch norm's correction is the same for every reader, so it waits until the map is finished.
-    They are written into ``storage`` if it has the map's shape. Of a block's features channels
-    are counted by age, as ``spec`` says where they lie.
+    ``G`` is of ``dtype``. They are written into ``storage`` if it has the map's shape. Of a block's
+    features channels are counted by age, as ``spec`` says where they lie.
     """
 
     def __init__(
@@ -40,18 +40,16 @@ class MapGradient:
         maps: Tensor,
         statistics: Statistics | None,
         process_group: Any,
+        dtype: torch.dtype,
         storage: GradientStorage | None = None,
         spec: BlockSpec | None = None,
     ) -> None:
         self.units, self.maps, self.statistics = units, maps, statistics
         self.process_group = process_group
         self.spec = spec if spec and spec.new_first else None
-        dtype = units.types.statistics
-        # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
-        # before the correction would cost the precision that the naive block has.
         if storage is None or storage.grad.shape != maps.shape:
-            shape = (maps.shape[1], *(1,) * (maps.dim() - 2))
-            means = maps.new_empty(shape, dtype=dtype), maps.new_empty(shape, dtype=dtype)
+            shape, exact = (maps.shape[1], *(1,) * (maps.dim() - 2)), units.types.statistics
+            means = maps.new_empty(shape, dtype=exact), maps.new_empty(shape, dtype=exact)
             storage = GradientStorage(
                 empty_map(maps, maps.shape[1], units.memory_format, dtype), *means
             )
@@ -187,8 +185,10 @@ class BlockBackward:
         memory_format = spec.format(x)
         features = x.contiguous(memory_format=memory_format)
         self.units = UnitRunner(spec, features, spec.widest, memory_format)
-        group = spec.process_group
-        self.total = MapGradient(self.units, features, saved.statistics, group, spec=spec)
+        group, exact = spec.process_group, spec.types.statistics
+        # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
+        # before the correction would cost the precision that the naive block has.
+        self.total = MapGradient(self.units, features, saved.statistics, group, exact, spec=spec)
         # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
         self.bottleneck_storage: GradientStorage | None = None
         # Of each opaque layer, whether it made the same maps again: looked at once, at the end.
@@ -240,6 +240,7 @@ class BlockBackward:
                 self._bottleneck(i, ready),
                 self.saved.bottleneck_statistics[i],
                 self.spec.process_group,
+                self.units.corrected_dtype,  # of one reader's contribution alone
                 self.bottleneck_storage,
             )
             self.bottleneck_storage = z.storage

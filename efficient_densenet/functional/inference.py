@@ -17,7 +17,7 @@ from efficient_densenet.functional.spec import BlockSpec, LayerSpec, StemSpec, U
 from efficient_densenet.kernels.activations import activate_
 from efficient_densenet.kernels.aten import convolve, pooled
 from efficient_densenet.kernels.interface import Conv
-from efficient_densenet.kernels.layout import inner_format, outer_format
+from efficient_densenet.kernels.layout import outer_format
 
 
 def suits_block(spec: BlockSpec, *tensors: Tensor | None) -> bool:
@@ -67,7 +67,7 @@ def infer_stem(spec: StemSpec, x: Tensor, tensors: UnitTensors) -> Tensor:
     assert spec.unit.pool is not None
     with torch.no_grad(), outside_autocast(x.device):
         unit = folded(tensors, spec.unit, tensors)
-        image = x.to(spec.types.compute, memory_format=inner_format(x))
+        image = x.to(spec.types.compute, memory_format=spec.format(x))
         y = convolve(image, Conv(unit.conv_weight, unit.conv_bias, spec.conv))
         return pooled(activate_(y, spec.unit.activation), spec.unit.pool)
 

@@ -23,7 +23,7 @@ from efficient_densenet.functional.precision import Types
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
 from efficient_densenet.kernels.aten import convolve, pooled
 from efficient_densenet.kernels.interface import Conv, Statistics
-from efficient_densenet.kernels.layout import empty_map, inner_format, outer_format
+from efficient_densenet.kernels.layout import empty_map, outer_format
 
 
 def dense_block(
@@ -141,7 +141,7 @@ def stem_forward(
     """The result, and the batch statistics of the convolution if the norm uses them."""
     unit, _ = _stem_tensors(decode(spec), tensors, present)
     out, statistics = stems.forward_stem(decode(spec), x, unit)
-    return [out.contiguous(memory_format=inner_format(x)), *(statistics or ())]
+    return [out.contiguous(memory_format=decode(spec).format(x)), *(statistics or ())]
 
 
 @stem_forward.register_fake
@@ -149,7 +149,7 @@ def _(x: Tensor, spec: str, present: Sequence[bool], tensors: Sequence[Tensor]) 
     stem = decode(spec)
     _, conv = _stem_tensors(stem, tensors, present)
     y = convolve(x.to(stem.types.compute), conv)
-    out = _unit_result(y, stem.unit, UnitTensors(), stem.types, inner_format(x))
+    out = _unit_result(y, stem.unit, UnitTensors(), stem.types, stem.format(x))
     batch = [_vector(x, y.shape[1], stem.types.statistics) for _ in range(2)]
     return [out, *batch] if stem.unit.batch_statistics else [out]
 
@@ -170,7 +170,7 @@ def stem_backward(
     statistics = Statistics(*vectors) if vectors else None
     wanted = UnitTensors(*_spread(needs, present, False))
     dx, grads = stems.backward_stem(decode(spec), x, unit, statistics, grad, needs_x, wanted)
-    found = [dx.contiguous(memory_format=inner_format(x))] if dx is not None else []
+    found = [dx.contiguous(memory_format=decode(spec).format(x))] if dx is not None else []
     return found + _laid_out_like(tensors, grads, needs)
 
 
@@ -185,7 +185,8 @@ def _(
     needs_x: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    dx = empty_map(x, x.shape[1], inner_format(x), decode(spec).types.compute)
+    stem = decode(spec)
+    dx = empty_map(x, x.shape[1], stem.format(x), stem.types.compute)
     return [dx] * needs_x + _empty_like(tensors, needs)
 
 

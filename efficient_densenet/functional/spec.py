@@ -13,8 +13,16 @@ from torch import Tensor
 from efficient_densenet.functional.modes import MODES, Recompute
 from efficient_densenet.functional.opaque import Opaque, Surroundings
 from efficient_densenet.functional.precision import Types
-from efficient_densenet.kernels.interface import RELU, Activation, Geometry, Pool, Statistics
-from efficient_densenet.kernels.layout import inner_format, outer_format
+from efficient_densenet.kernels import implementations
+from efficient_densenet.kernels.interface import (
+    RELU,
+    Activation,
+    Geometry,
+    Operations,
+    Pool,
+    Statistics,
+)
+from efficient_densenet.kernels.layout import device_of, outer_format
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,9 @@ class BlockSpec:
 
         Without units in its layers nothing is faster in another format than that of ``like``.
         """
-        return inner_format(like) if any(la.units for la in self.layers) else outer_format(like)
+        if any(layer.units for layer in self.layers):
+            return operations_of(self, like).inner_format(like)
+        return outer_format(like)
 
     @property
     def drops(self) -> bool:
@@ -195,3 +205,13 @@ class StemSpec:
     def activations(self) -> tuple[Activation, ...]:
         """The activation of its unit, alone."""
         return (self.unit.activation,)
+
+    def format(self, like: Tensor) -> torch.memory_format:
+        """The memory format inside, by the image."""
+        return operations_of(self, like).inner_format(like)
+
+
+def operations_of(spec: BlockSpec | StemSpec, like: Tensor) -> Operations:
+    """The implementation that runs a pass on a map like this."""
+    dtypes = (spec.types.compute, spec.types.features)
+    return implementations.choose(spec.kernels, device_of(like), dtypes, spec.activations)

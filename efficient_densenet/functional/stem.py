@@ -17,7 +17,7 @@ from efficient_densenet.functional.synchronise import joined_means, joined_stati
 from efficient_densenet.functional.units import UnitRunner
 from efficient_densenet.kernels.aten import convolve, convolve_backward
 from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients
-from efficient_densenet.kernels.layout import empty_map, inner_format
+from efficient_densenet.kernels.layout import empty_map
 
 # A sample of a stem's channels that takes more than this is not computed at once, but so many
 # channels at a time as take half of it, and no fewer than a convolution computes together.
@@ -51,7 +51,7 @@ def forward_stem(
     if len(parts) == 1:
         return parts[0]
     outs, statistics = zip(*parts, strict=True)
-    out = torch.cat(outs, 1).contiguous(memory_format=inner_format(x))
+    out = torch.cat(outs, 1).contiguous(memory_format=spec.format(x))
     if not spec.unit.batch_statistics:
         return out, None
     return out, Statistics(*(torch.cat(vectors) for vectors in zip(*statistics, strict=True)))
@@ -60,7 +60,7 @@ def forward_stem(
 def _stem_channels(
     spec: StemSpec, x: Tensor, tensors: UnitTensors
 ) -> tuple[Tensor, Statistics | None]:
-    memory_format = inner_format(x)
+    memory_format = spec.format(x)
     conv = Conv(tensors.conv_weight, tensors.conv_bias, spec.conv)
     y = convolve(x.to(spec.types.compute, memory_format=memory_format), conv)
     units = UnitRunner(spec, y, y.shape[1], memory_format)
@@ -114,7 +114,7 @@ class StemBackward:
     ) -> None:
         self.spec, self.tensors, self.grad = spec, tensors, grad
         self.conv = conv = Conv(tensors.conv_weight, tensors.conv_bias, spec.conv)
-        memory_format = inner_format(x)
+        memory_format = spec.format(x)
         self.image = x.to(spec.types.compute, memory_format=memory_format)
         self.y = y = convolve(self.image, conv)
         self.units = UnitRunner(spec, y, y.shape[1], memory_format)

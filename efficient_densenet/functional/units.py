@@ -11,8 +11,8 @@ from efficient_densenet.functional.spec import (
     StemSpec,
     UnitSpec,
     UnitTensors,
+    operations_of,
 )
-from efficient_densenet.kernels import implementations
 from efficient_densenet.kernels.interface import (
     Conv,
     Statistics,
@@ -21,7 +21,6 @@ from efficient_densenet.kernels.interface import (
     UnitGradients,
     per_channel,
 )
-from efficient_densenet.kernels.layout import device_of
 from efficient_densenet.kernels.workspace import Workspace
 
 
@@ -40,8 +39,7 @@ class UnitRunner:
         memory_format: torch.memory_format,
     ) -> None:
         self.types, self.memory_format = spec.types, memory_format
-        dtypes = (spec.types.compute, spec.types.features)
-        self.ops = implementations.choose(spec.kernels, device_of(like), dtypes, spec.activations)
+        self.ops = operations_of(spec, like)
         scratch = self.ops.scratch_dtype(spec.types.features, spec.types.statistics)
         self.workspace = Workspace(like, widest, scratch, memory_format)
 

@@ -32,6 +32,7 @@ from efficient_densenet.kernels.layout import (
     outer_format,
     rows_of,
 )
+from efficient_densenet.kernels.layout import inner_format as inner_format
 from efficient_densenet.kernels.slabs import Activate, backward_of_slabs, tail_of_slabs
 from efficient_densenet.kernels.workspace import Workspace
 

@@ -247,6 +247,9 @@ class Operations(Protocol):
         other values may lie there when a recorded graph is replayed.
         """
 
+    def inner_format(self, x: Tensor) -> torch.memory_format:
+        """The memory format of maps inside a pass on ``x``."""
+
     def scratch_dtype(self, features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
         """The widest type that the workspace holds where maps are stored in ``features``."""
 

@@ -19,10 +19,16 @@ from efficient_densenet.kernels.workspace import Workspace
 Activate = Callable[[Tensor, Tensor], Tensor]
 
 
-def tail_of_slabs(x: Tensor, tail: Tail, workspace: Workspace, activate: Activate) -> Tensor:
-    """``tail(activate(x))``."""
+def tail_of_slabs(
+    x: Tensor,
+    tail: Tail,
+    workspace: Workspace,
+    activate: Activate,
+    stored: torch.dtype | None = None,
+) -> Tensor:
+    """``tail(activate(x))``; ``stored`` as in :meth:`Workspace.slabs`."""
     out: Tensor | None = None
-    for rows in workspace.distinct_slabs(x):
+    for rows in workspace.distinct_slabs(x, stored):
         slab = rows_of(x, rows)
         y = _tail(activate(slab, workspace.scratch(slab, tail.dtype)), tail)
         if len(y) == len(x):
@@ -46,14 +52,15 @@ def backward_of_slabs(
     activate: Activate,
     needs: tuple[bool, bool, bool],
     receive: Callable[[slice, Tensor, Tensor], None],
+    stored: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`tail_of_slabs` with respect to weight and bias, as far as needed.
 
     ``receive`` gets each slab's rows, its activated map, and the gradient with respect to that; it
-    may overwrite both.
+    may overwrite both. ``stored`` as in :meth:`Workspace.slabs`.
     """
     weight = bias = None
-    for rows in workspace.distinct_slabs(x):
+    for rows in workspace.distinct_slabs(x, stored):
         slab = rows_of(x, rows)
         y = activate(slab, workspace.scratch(slab, tail.dtype))
         d, slab_weight, slab_bias = tail_backward(

@@ -39,14 +39,14 @@ class Workspace:
         self._positions = math.prod(spatial)
         self._spatial_strides = [math.prod(spatial[i + 1 :]) for i in range(len(spatial))]
         most = GPU_WORKSPACE_BYTES if on_gpu else WORKSPACE_BYTES
-        self._capacity = most // dtype.itemsize
+        self._bytes = most
         self._samples = samples
         self._storage = torch.empty(self._size(widest), dtype=dtype, device=like.device)
         self._vectors = self._storage.new_empty(0, dtype=torch.float32)
 
     def _size(self, widest: int) -> int:
         sample = widest * self._positions
-        return min(self._samples * sample, max(self._capacity, sample))
+        return min(self._samples * sample, max(self._bytes // self.dtype.itemsize, sample))
 
     def narrow(self, widest: int) -> None:
         """Shrink to maps of at most ``widest`` channels: no wider ones follow."""
@@ -61,26 +61,29 @@ class Workspace:
             self._vectors = self._vectors.new_empty(values)
         return self._vectors
 
-    def slabs(self, x: Tensor) -> Iterator[slice]:
+    def slabs(self, x: Tensor, dtype: torch.dtype | None = None) -> Iterator[slice]:
         """The rows of ``x`` that make up each slab: as few slabs as fit, of equal size.
+
+        Nothing wider than ``dtype`` will be stored, by default than the type of the workspace.
 
         On a CPU they are a multiple of the threads, or some threads would wait.
         """
         samples, channels = x.shape[:2]
-        most = max(1, self._capacity // (channels * self._positions))
+        sample = channels * self._positions * (dtype or self.dtype).itemsize
+        most = max(1, self._bytes // sample)
         step = -(-samples // -(-samples // most))
         if most >= self._threads:
             step = min(-(-step // self._threads), most // self._threads) * self._threads
         for start in range(0, samples, step):
             yield slice(start, min(start + step, samples))
 
-    def distinct_slabs(self, x: Tensor) -> Iterable[slice]:
+    def distinct_slabs(self, x: Tensor, dtype: torch.dtype | None = None) -> Iterable[slice]:
         """The rows of each slab; of a map without values, of the slabs that differ in memory.
 
         From the third on all slabs but a shorter last one allocate and free the same, and some
         hundred layers have tens of thousands of them: an estimate would take a minute.
         """
-        slabs = list(self.slabs(x))
+        slabs = list(self.slabs(x, dtype))
         if not is_hollow(x) or len(slabs) <= 3:
             return slabs
         last_is_shorter = len(x) % slabs[0].stop

@@ -1,9 +1,13 @@
 """What a bottleneck layer asks of the host: launches of Triton's kernels, calls into PyTorch."""
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
-from support.calls import calls_of_layer
+from efficient_densenet import DenseNet
+from efficient_densenet.kernels.layout import imagined_on
+from support.calls import Layouts, calls_of_layer
 from support.compare import MODES
 
 # Forward and backward; docs/kernels.md says the same.
@@ -21,3 +25,17 @@ def test_layer_launches_few_kernels_and_calls_few_operators(recompute, autocast)
     operators = forward.operators + backward.operators
     assert operators["convolution_backward"] == 1
     assert operators.total() <= MOST_OPERATORS[autocast], operators
+
+
+@pytest.mark.parametrize("kernels", ["triton", "eager"])
+def test_planes_become_channels_last_once(kernels):
+    """Where Triton runs no convolution but the stem's sees any other layout, nor is one changed."""
+    with FakeTensorMode(), imagined_on(torch.device("cuda")), Layouts() as layouts:
+        model = DenseNet(8, (2, 2), 8, 2, num_classes=5, kernels=kernels)
+        model(torch.empty(4, 3, 32, 32)).sum().backward()
+    assert layouts.count > 5
+    if kernels == "triton":
+        assert layouts.read == {torch.channels_last}
+        assert layouts.changed <= 2
+    else:
+        assert torch.contiguous_format in layouts.read

@@ -43,3 +43,12 @@ def test_scratch_holds_what_is_stored_in_it():
     for stored in (torch.bfloat16, torch.float32):
         assert triton.scratch_dtype(stored, torch.float32) == stored
         assert eager.scratch_dtype(stored, torch.float32) == torch.float32
+
+
+def test_slab_is_as_large_as_what_is_stored_allows():
+    """Where features are wider than what a convolution reads, as under autocast."""
+    x = torch.empty(SAMPLES, CHANNELS, SIDE, SIDE, device="meta")
+    scratch = Workspace(x, CHANNELS, torch.float32, torch.channels_last)
+    scratch._bytes = 16 * SAMPLE * 4
+    wide, narrow = ([s.stop - s.start for s in scratch.slabs(x, d)] for d in (None, torch.bfloat16))
+    assert max(wide) <= 16 < max(narrow) <= 32

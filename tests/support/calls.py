@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet import EfficientDenseBlock
-from efficient_densenet.kernels.layout import imagined_on
+from efficient_densenet.kernels.layout import imagined_on, outer_format
 from efficient_densenet.kernels.triton import launch
 
 
@@ -74,3 +74,27 @@ def calls_of_layer(recompute: str, autocast: bool) -> tuple[Calls, Calls]:
     deep, shallow = (calls_of_block(layers, recompute, autocast) for layers in (3, 2))
     forward, backward = (a.beyond(b) for a, b in zip(deep, shallow, strict=True))
     return forward, backward
+
+
+class Layouts(TorchDispatchMode):
+    """Context manager that notes the memory formats of what convolutions read.
+
+    ``changed`` counts the copies of maps into another format.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[torch.memory_format] = set()
+        self.count = self.changed = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "convolution":
+            self.count += 1
+            self.read.add(outer_format(args[0]))
+        if name in ("clone", "_to_copy") and out.dim() == 4:
+            self.changed += outer_format(out) != outer_format(args[0])
+        return out

@@ -19,6 +19,7 @@ from efficient_densenet.kernels.triton.launch import (
     tiles_for,
 )
 from efficient_densenet.kernels.triton.tile import (
+    as_factor,
     load_tile,
     norm_vectors,
     rectified,
@@ -80,10 +81,11 @@ def weight_gradient(
         grad_rows = row_offsets(grad, m, positions, FLAT, INDEX)
         columns = n.to(INDEX)[:, None] * grad.channel
         place = (grad.data + grad.offset) + grad_rows[None, :] + columns
-        g = tl.load(place, mask=(n < N)[:, None] & (m < M)[None, :], other=0.0).to(DTYPE)
+        g = tl.load(place, mask=(n < N)[:, None] & (m < M)[None, :], other=0.0)
+        g = as_factor(g, DTYPE, PRECISION)
         inside = (m < M)[:, None] & (k < K)[None, :]
         x_tile = load_tile(x, m, k, inside, positions, FLAT, INDEX)
-        a = rectified(x_tile, mean, scale, bias, DTYPE)
+        a = as_factor(rectified(x_tile, mean, scale, bias, DTYPE), DTYPE, PRECISION)
         total = tl.dot(g, a, total, input_precision=PRECISION)
     place = parts + part * N * K + n[:, None] * K + k[None, :]
     tl.store(place, total, mask=(n < N)[:, None] & (k < K)[None, :])
@@ -124,9 +126,11 @@ def input_gradient(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = (m < M)[:, None] & (n < N)[None, :]
-        g = tl.load(tile_of(grad, grad_rows, n, INDEX), mask=inside, other=0.0).to(DTYPE)
+        g = tl.load(tile_of(grad, grad_rows, n, INDEX), mask=inside, other=0.0)
+        g = as_factor(g, DTYPE, PRECISION)
         inside = (n < N)[:, None] & (k < K)[None, :]
-        w = tl.load(weight + n[:, None] * K + k[None, :], mask=inside, other=0.0).to(DTYPE)
+        w = tl.load(weight + n[:, None] * K + k[None, :], mask=inside, other=0.0)
+        w = as_factor(w, DTYPE, PRECISION)
         d = tl.dot(g, w, d, input_precision=PRECISION)
     store_through_rectifier(
         d,

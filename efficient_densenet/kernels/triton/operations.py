@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from efficient_densenet.kernels.interface import Statistics, Tail, Unit, UnitGradients
-from efficient_densenet.kernels.layout import first_channels, in_dtype, rows_of
+from efficient_densenet.kernels.layout import CHANNELS_LAST, first_channels, in_dtype, rows_of
 from efficient_densenet.kernels.slabs import backward_of_slabs, tail_of_slabs
 from efficient_densenet.kernels.triton import vectors
 from efficient_densenet.kernels.triton.elementwise import (
@@ -48,6 +48,11 @@ append, drop = launch_append, launch_drop
 collect, correct = launch_collect, launch_correct
 
 
+def inner_format(x: Tensor) -> torch.memory_format:
+    """Channels last, whatever ``x`` is: a row of a tile is then as long as it has channels."""
+    return CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
+
+
 def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
     return features
 
@@ -76,7 +81,8 @@ def forward_unit(
     if is_product(unit.tail):
         return launch_product(x, unit, workspace, need_statistics)
     x = first_channels(x, unit.channels)
-    y = tail_of_slabs(x, unit.tail, workspace, partial(launch_rectify, unit.norm))
+    tail, activate = unit.tail, partial(launch_rectify, unit.norm)
+    y = tail_of_slabs(x, tail, workspace, activate, stored=tail.dtype)
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
 
 
@@ -103,7 +109,7 @@ def backward_unit(
         return UnitGradients(weight, bias, sums if need_sums else None)
     x = first_channels(x, channels)
     target = None if target is None else first_channels(target, channels)
-    tiles = [tile_rows(rows_of(x, rows)) for rows in workspace.slabs(x)]
+    tiles = [tile_rows(rows_of(x, rows)) for rows in workspace.slabs(x, tail.dtype)]
     pair, written = workspace.vectors(sum(tiles) * 2 * channels), 0
 
     def receive(rows: slice, a: Tensor, d: Tensor) -> None:
@@ -120,6 +126,7 @@ def backward_unit(
         partial(launch_rectify, norm),
         (needs_input, need_weight, need_bias),
         receive,
+        stored=tail.dtype,
     )
     return UnitGradients(weight, bias, TileSums(pair, sum(tiles)) if need_sums else None)
 

@@ -19,6 +19,7 @@ from efficient_densenet.kernels.triton.launch import (
     tiles_for,
 )
 from efficient_densenet.kernels.triton.tile import (
+    as_factor,
     norm_vectors,
     rectified,
     row_offsets,
@@ -77,8 +78,9 @@ def product(
         x_tile = tl.load(tile_of(x, x_rows, k, INDEX), mask=inside, other=0.0)
         mean, scale, bias = norm_vectors(norm, k, k < K)
         inside = (k < K)[:, None] & (n < N)[None, :]
-        w = tl.load(weight + k[:, None] + n[None, :] * K, mask=inside, other=0.0).to(DTYPE)
-        a = rectified(x_tile, mean, scale, bias, DTYPE)
+        w = tl.load(weight + k[:, None] + n[None, :] * K, mask=inside, other=0.0)
+        w = as_factor(w, DTYPE, PRECISION)
+        a = as_factor(rectified(x_tile, mean, scale, bias, DTYPE), DTYPE, PRECISION)
         total = tl.dot(a, w, total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(conv_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from efficient_densenet.kernels.triton import launch
+
 DEVICE = (
     pytest.param("cpu", id="interpreted")
     if os.environ.get("TRITON_INTERPRET") == "1"
@@ -18,7 +20,8 @@ DEVICE = (
 
 @pytest.fixture(autouse=True, params=[DEVICE])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Nothing is rounded to TF32 on a GPU, as the interpreter rounds nothing to it either."""
+    """Nothing is rounded to TF32."""
+    monkeypatch.setattr(launch, "_tf32", lambda: False)
     if request.param == "cuda":
         for settings in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
             monkeypatch.setattr(settings, "fp32_precision", "ieee")

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from efficient_densenet import DenseNet
-from efficient_densenet.functional import spec, stem
 from efficient_densenet.kernels.layout import outer_format
-from efficient_densenet.kernels.triton import launch
+from efficient_densenet.kernels.triton import launch, operations
 from support.compare import (
     FORMATS,
     assert_close,
@@ -36,10 +35,9 @@ def with_triton(monkeypatch):
 
 @pytest.fixture(params=["planes", "channels_last"])
 def layout(request, monkeypatch):
-    """The layout inside, which in the interpreter would always be channels_last."""
+    """The layout inside, which would always be channels_last."""
     if request.param == "planes":
-        for module in (spec, stem):
-            monkeypatch.setattr(module, "inner_format", outer_format)
+        monkeypatch.setattr(operations, "inner_format", outer_format)
         return torch.contiguous_format
     return torch.channels_last
 
