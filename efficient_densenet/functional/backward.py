@@ -19,7 +19,12 @@ from efficient_densenet.kernels.layout import empty_map, in_dtype
 
 
 class GradientStorage(NamedTuple):
-    """Where a map's gradient, and the means of it and of its product with the map, are summed."""
+    """Where the gradients of a map are summed.
+
+    ``grad`` is ``(N, channels, *spatial)``; ``mean_d`` and ``mean_dx``, the means of the normalised
+    map's gradient and of its product with the map, are vectors ``(channels, 1, …)`` in the
+    statistics' type.
+    """
 
     grad: Tensor
     mean_d: Tensor
@@ -29,9 +34,11 @@ class GradientStorage(NamedTuple):
 class MapGradient:
     """Gradient of a map, summed over the units that read it: ``G``, ``S1 / M`` and ``S2 / M``.
 
-    Batch norm's correction is the same for every reader, so it waits until the map is finished.
-    ``G`` is of ``dtype``. They are written into ``storage`` if it has the map's shape. Of a block's
-    features channels are counted by age, as ``spec`` says where they lie.
+    Batch norm's correction is the same for every reader, so it waits until the map is finished
+    (docs/derivation.md, section 6). ``maps`` is ``(N, channels, *spatial)``, ``G`` of its shape and
+    of ``dtype``; ``statistics`` are those of ``maps``, ``None`` if no reader uses any. The sums are
+    written into ``storage`` if it has the map's shape. The channels of a block's features are
+    counted by age; ``spec`` says where they lie.
     """
 
     def __init__(
