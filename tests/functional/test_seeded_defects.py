@@ -1,10 +1,26 @@
 """Defects put into the core on purpose: the comparison must find each of them."""
 
-import pytest
+from contextlib import nullcontext
 
+import pytest
+import torch
+
+from efficient_densenet.functional import backward, opaque
 from efficient_densenet.kernels import eager, slabs
 from efficient_densenet.modules import calls
-from support.compare import KINDS, MODES, assert_efficient, assert_same_training, block_pair, image
+from efficient_densenet.modules import opaque as opaque_modules
+from support.compare import (
+    KINDS,
+    MODES,
+    assert_close,
+    assert_efficient,
+    assert_same_state,
+    assert_same_training,
+    block_pair,
+    image,
+    upstream_for,
+)
+from support.layers import dropout_inside, each, group_norm, instance_norm
 
 
 def update_statistics_twice(monkeypatch):
@@ -71,3 +87,77 @@ def test_defect_is_found(recompute, bn_size, defect, monkeypatch):
     defect(monkeypatch)
     with pytest.raises(AssertionError):
         assert_same_training(efficient, naive, x)
+
+
+def let_buffers_learn_again(monkeypatch):
+    def own(module, tensors, args):
+        parameters = {name for name, _ in module.named_parameters()}
+        kept = {name: t for name, t in tensors.items() if name in parameters}
+        return torch.func.functional_call(module, kept, args)
+
+    monkeypatch.setattr(opaque_modules, "functional_call", own)
+
+
+def draw_other_numbers(monkeypatch):
+    monkeypatch.setattr(opaque, "drawing_from", lambda state, device: nullcontext())
+
+
+def forget_what_flows_on(monkeypatch):
+    again = backward.run_again
+
+    def without(opaque, surroundings, maps, *rest):
+        grads, y = again(opaque, surroundings, maps, *rest)
+        return [*[None] * len(maps), *grads[len(maps) :]], y
+
+    monkeypatch.setattr(backward, "run_again", without)
+
+
+def forget_the_modes(monkeypatch):
+    monkeypatch.setattr(opaque_modules, "_in_modes", lambda modes: nullcontext())
+
+
+OPAQUE_DEFECTS = {
+    let_buffers_learn_again: instance_norm,
+    draw_other_numbers: dropout_inside,
+    forget_what_flows_on: group_norm,
+    forget_the_modes: instance_norm,
+}
+
+
+@pytest.mark.parametrize(
+    ("defect", "change"), OPAQUE_DEFECTS.items(), ids=lambda value: value.__name__
+)
+def test_defect_of_layers_that_run_again_is_found(defect, change, monkeypatch):
+    def alike(block):
+        each(change)(block)
+        block.double()
+
+    efficient, naive = block_pair(change=alike)
+    x = image()
+    assert_efficient(efficient, x)
+    defect(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        train_and_evaluate_before_backward(efficient, naive, x)
+
+
+def train_and_evaluate_before_backward(efficient, naive, x):
+    results = []
+    for block in (efficient, naive):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        out = block.train()(leaf)
+        block.eval()
+        out.backward(upstream_for(out))
+        results.append(leaf.grad)
+    assert_close("input", *results, 1e-9)
+    assert_same_state(efficient, naive, rtol=1e-9)
+
+
+def test_none_is_found_without_defect():
+    for change in OPAQUE_DEFECTS.values():
+
+        def alike(block, change=change):
+            each(change)(block)
+            block.double()
+
+        train_and_evaluate_before_backward(*block_pair(change=alike), image())

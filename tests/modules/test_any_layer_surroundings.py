@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 
 from efficient_densenet import EfficientDenseBlock, estimate, meter, recompute_dense_block
 from efficient_densenet.modules.block import RecomputingBlock
@@ -232,10 +232,6 @@ def test_second_derivative_is_refused():
         dx.sum().backward()
 
 
-def lora_first(layer):
-    layer.conv1 = nn.Sequential(layer.conv1, nn.Identity())
-
-
 def test_saved_tensor_hooks_see_all_that_is_kept():
     block, naive = changed_pair(group_norm, spectral_norm)
     packed = []
@@ -270,25 +266,6 @@ def test_save_on_cpu_moves_what_is_kept():
     leaf = image_copy(x)
     naive(leaf).backward(upstream_for(out))
     assert_close("input", x.grad, leaf.grad, 1e-9)
-
-
-def test_map_that_hook_keeps_with_its_graph_takes_naive_path():
-    kept = []
-
-    def change(block):
-        block["denselayer2"].conv1.register_forward_hook(lambda m, args, out: kept.append(out))
-
-    efficient, naive = block_pair(change=change)
-    with pytest.warns(UserWarning, match="denselayer2 lets a tensor from inside escape"):
-        out = efficient(image())
-    (out.sum() + kept[-1].square().sum()).backward()
-    kept.clear()
-    (naive(image_again()).sum() + 0).backward()
-
-
-def image_again():
-    torch.manual_seed(0)
-    return image()
 
 
 def test_layer_that_did_not_fit_is_not_tried_again_until_it_changes():
@@ -469,7 +446,7 @@ def test_transformed_block_is_naive():
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradient_layers_run_once(context):
-    efficient, naive = changed_pair(spectral_norm, lora_first, second=True)
+    efficient, naive = changed_pair(spectral_norm, second=True)
     seen = []
     efficient["denselayer2"].conv1.register_forward_hook(lambda m, a, out: seen.append(out))
     x = image()
@@ -577,6 +554,4 @@ def test_parametrisation_with_state_learns_once():
     for block in (efficient, naive):
         for _ in range(2):
             block(image_copy(x)).square().sum().backward()
-    assert parametrize.is_parametrized(efficient["denselayer1"].conv2)
-    assert parametrizations is not None
     assert_same_state(efficient, naive)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -194,7 +193,3 @@ def changes() -> Iterator[tuple[str, Callable[[Block], None]]]:
     for name, change in CHANGES.items():
         for part, spread in EFFECTS.items():
             yield f"{name}-{part}", spread(change)
-
-
-def hidden(x: Tensor) -> Tensor:
-    return F.relu(x)
