@@ -117,7 +117,7 @@ VISION = other("torchvision.models", "densenet121", num_classes=CLASSES)
 FLAG = other("torchvision.models", "densenet121", memory_efficient=True, num_classes=CLASSES)
 TIMM = other("timm", "create_model", "densenet121", num_classes=CLASSES)
 XRAY = other("torchxrayvision.models", "DenseNet", num_classes=CLASSES, in_channels=1)
-CV = other("pytorchcv.model_provider", "get_model", "densenet121", num_classes=CLASSES)
+CV = other("pytorchcv.model_provider", "get_model", "densenet40_k12_bc_cifar10")
 MONAI = other("monai.networks.nets", "DenseNet", 3, 1, CLASSES, 32, 16, (4, 8, 8))
 
 STEPS = (
@@ -140,13 +140,13 @@ STEPS = (
     Step("timm", TIMM, "library", (2, 3, 96, 96), "AdamW", autocast=True, last=True),
     Step("timm", TIMM, "bottleneck", (4, 3, 96, 96), "AdamW", autocast=True, last=True),
     Step("torchxrayvision", XRAY, "norm", (2, 1, 96, 96), "AdamW"),
-    Step("pytorchcv", CV, "bottleneck", (2, 3, 96, 96), autocast=True),
+    Step("pytorchcv, BC-40", CV, "bottleneck", (8, 3, 32, 32), autocast=True),
     Step("MONAI in 3-D", MONAI, "library", (2, 1, 32, 32, 32), "AdamW"),
     Step("MONAI in 3-D", MONAI, "norm", (4, 1, 32, 32, 32), "AdamW", last=True),
     Step("MONAI in 3-D", MONAI, "bottleneck", (4, 1, 32, 32, 32), "AdamW"),
     Step("MONAI in 3-D", MONAI, "bottleneck", (4, 1, 32, 32, 32), "AdamW", autocast=True),
 )
-"""A library's network is its DenseNet-121; MONAI's has blocks of 4, 8 and 8 layers."""
+"""A library's network is its DenseNet-121 unless its name says more; MONAI's has blocks of 4, 8 and 8 layers."""
 
 EDGES = ((STEPS[2], "48MiB"), (STEPS[15], "160MiB"), (STEPS[17], "160MiB"), (STEPS[23], "64MiB"))
 """Steps whose largest batch in a budget is run."""

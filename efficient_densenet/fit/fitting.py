@@ -15,7 +15,7 @@ from efficient_densenet.functional.modes import MODES, Recompute
 from efficient_densenet.memory.batch import Tree, arguments_of
 from efficient_densenet.memory.devices import DEVICES, check_device, room_within
 from efficient_densenet.memory.optimizers import MakeOptimizer
-from efficient_densenet.memory.running import Loss
+from efficient_densenet.memory.running import Loss, check_step
 from efficient_densenet.memory.sizes import format_size
 
 CORRECTIONS = 8
@@ -47,6 +47,7 @@ def fit_(
     loss_fn: Loss | None = None,
     make_optimizer: MakeOptimizer | None = None,
     autocast_dtype: torch.dtype | None = None,
+    accumulate: bool = False,
     device: torch.device | str | None = None,
     times: Times | None = None,
 ) -> Mix:
@@ -71,6 +72,7 @@ def fit_(
         loss_fn: as for :func:`~efficient_densenet.measure`.
         make_optimizer: as for :func:`~efficient_densenet.measure`.
         autocast_dtype: as for :func:`~efficient_densenet.estimate`.
+        accumulate: as for :func:`~efficient_densenet.measure`.
         device: as for :func:`~efficient_densenet.estimate`.
         times: seconds of each choice, such as :attr:`Mix.times` of another budget's result. Unless
             given, copies of the modules are timed where the model is; if ``device`` is not there,
@@ -79,7 +81,9 @@ def fit_(
     Raises:
         ValueError: if nothing in the model recomputes, the budget is no size or less than any mix
             needs, or ``times`` lacks a choice; else as :func:`~efficient_densenet.estimate`.
+        TypeError: as :func:`~efficient_densenet.estimate`.
     """
+    check_step(model, loss_fn, autocast_dtype)
     kind = check_device(device)
     room = room_within(budget, kind)
     options = {
@@ -87,6 +91,7 @@ def fit_(
         "loss_fn": loss_fn,
         "make_optimizer": make_optimizer,
         "autocast_dtype": autocast_dtype,
+        "accumulate": accumulate,
         "device": kind,
     }
     estimates = Estimates(model, arguments_of(inputs), options)

@@ -76,6 +76,7 @@ def largest_batch(
     loss_fn: Loss | None = None,
     make_optimizer: MakeOptimizer | None = None,
     autocast_dtype: torch.dtype | None = None,
+    accumulate: bool = False,
     device: torch.device | str | None = None,
     sizes: range = range(2, 2**20 + 1),
     verify: bool = False,
@@ -98,6 +99,7 @@ def largest_batch(
         loss_fn: as for :func:`~efficient_densenet.measure`.
         make_optimizer: as for :func:`~efficient_densenet.measure`.
         autocast_dtype: as for :func:`~efficient_densenet.estimate`.
+        accumulate: as for :func:`~efficient_densenet.measure`.
         device: as for :func:`~efficient_densenet.estimate`.
         sizes: what is searched: where it begins and ends, and its steps. The default begins with 2,
             as one sample may have no batch statistics.
@@ -116,6 +118,7 @@ def largest_batch(
         "loss_fn": loss_fn,
         "make_optimizer": make_optimizer,
         "autocast_dtype": autocast_dtype,
+        "accumulate": accumulate,
     }
 
     def at(size: int, resize: Callable[[Tensor, int], Tensor]) -> tuple[tuple[Tree, ...], Tree]:

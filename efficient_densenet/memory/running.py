@@ -36,6 +36,7 @@ class RunningStep:
         batch: what it reads.
         loss_fn: ``cross_entropy`` unless given, where there is a target.
         autocast_dtype: of mixed precision, ``None`` for none.
+        accumulate: whether gradients are there before the step, to which it adds.
 
     Attributes:
         optimizer: whose step ends this one, ``None`` for none.
@@ -47,8 +48,10 @@ class RunningStep:
         batch: Batch,
         loss_fn: Loss | None,
         autocast_dtype: torch.dtype | None,
+        accumulate: bool = False,
     ) -> None:
         self.model = model
+        self._accumulate = accumulate
         self.optimizer: Optimizer | None = None
         self._batch, self._autocast_dtype = batch, autocast_dtype
         self._target: Tree = None
@@ -62,10 +65,16 @@ class RunningStep:
         self.device = self._inputs[0].device
 
     def run(self, phase: Phase = lambda name: nullcontext()) -> None:
-        """Run the step, gradients set to ``None`` first, each part inside ``phase(its name)``."""
+        """Run the step, gradients dropped or zero first, each part inside ``phase(its name)``."""
         self.clear()
         with phase("forward"):
+            if self._accumulate:
+                for parameter in self.model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
             results = self._forward()
+        if not any(result.requires_grad for result in results):
+            raise TypeError("model must have a parameter that requires a gradient, got none")
         with phase("backward"):
             seeds = None if self._loss_fn else [torch.randn_like(result) for result in results]
             torch.autograd.backward(results, seeds)
@@ -118,12 +127,14 @@ class RunningStep:
         """What ``record`` has seen of this step."""
         events = tuple(record.events)  # a meter logs deaths after the step, too
         grads = [leaf.grad for leaf in self._leaves() if leaf.grad is not None]
+        gradients = record.storages_of(grads)
+        kept = live_after_forward(events)
         static = self._static(device, granularity)
         return StepReport(
             source=source,
             device=device,
-            kept=live_after_forward(events).total(),
-            peak=find_peak(events, record.storages_of(grads), static),
+            kept=sum(size for storage, size in kept.items() if storage not in gradients),
+            peak=find_peak(events, gradients, static),
             events=events,
             seconds=seconds,
             allocated=allocated,
@@ -167,12 +178,33 @@ class RunningStep:
         return {name: count_bytes(tensors, granularity) for name, tensors in groups.items()}
 
 
+def check_step(model: nn.Module, loss_fn: Loss | None, autocast_dtype: torch.dtype | None) -> None:
+    """Raise ``TypeError`` unless these can make a step; the message names the one and quotes it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {_described(model)}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of output and target, got {loss_fn!r}")
+    if autocast_dtype not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"autocast_dtype must be torch.bfloat16 or torch.float16, got {autocast_dtype!r}"
+        )
+
+
 def _cross_entropy(output: Tree, target: Tree) -> Tensor:
-    for name, value in (("output", output), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"loss_fn must be given where the {name} is no tensor, got {_described(value)}"
-            )
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"loss_fn must be given where the output is no tensor, got {_described(output)}"
+        )
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            "target must be a tensor, or a shape of whole numbers, where no loss_fn is given, got "
+            f"{target!r}"
+        )
+    if target.is_floating_point() and target.shape != output.shape:
+        raise TypeError(
+            f"target must be class indices, or values of the output's shape {tuple(output.shape)}, "
+            f"where no loss_fn is given, got {target.dtype} of shape {tuple(target.shape)}"
+        )
     return F.cross_entropy(output, target)
 
 

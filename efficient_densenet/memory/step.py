@@ -19,7 +19,7 @@ from efficient_densenet.memory.optimizers import MakeOptimizer, Update, build_op
 from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.memory.profiler import phase as allocator_phase
 from efficient_densenet.memory.report import StepReport
-from efficient_densenet.memory.running import Loss, RunningStep, uncollected
+from efficient_densenet.memory.running import Loss, RunningStep, check_step, uncollected
 
 
 def measure(
@@ -29,6 +29,7 @@ def measure(
     loss_fn: Loss | None = None,
     make_optimizer: MakeOptimizer | None = None,
     autocast_dtype: torch.dtype | None = None,
+    accumulate: bool = False,
 ) -> StepReport:
     """Run training steps on a copy of ``model`` and read the allocator: the truth on this machine.
 
@@ -50,12 +51,13 @@ def measure(
             the step that is measured. Without one the step ends with the backward pass.
         autocast_dtype: type of automatic mixed precision, none by default. (A ``GradScaler``, which
             float16 needs, would add a few numbers.)
+        accumulate: whether the step adds to gradients of earlier ones, which live all the time.
 
     Raises:
         ValueError: if there is no input, or a tensor on another device than the model.
         TypeError: if an argument is not what it must be; the message names and quotes it.
     """
-    step = _real_step(model, inputs, target, loss_fn, autocast_dtype)
+    step = _real_step(model, inputs, target, loss_fn, autocast_dtype, accumulate)
     if make_optimizer is not None:
         step.optimizer = build_optimizer(make_optimizer, step.model.parameters())
     with _forked_rng(step.device):
@@ -79,13 +81,14 @@ def meter(
     loss_fn: Loss | None = None,
     make_optimizer: MakeOptimizer | None = None,
     autocast_dtype: torch.dtype | None = None,
+    accumulate: bool = False,
 ) -> StepReport:
     """Run one training step on a copy of ``model`` under the live-storage meter.
 
     Counts live tensors, on any device, and what operators are known to allocate inside themselves:
     oneDNN's copies on a CPU, nothing on CUDA. Arguments and errors as for :func:`measure`.
     """
-    step = _real_step(model, inputs, target, loss_fn, autocast_dtype)
+    step = _real_step(model, inputs, target, loss_fn, autocast_dtype, accumulate)
 
     def update(make_optimizer: MakeOptimizer) -> Update:
         return Update(build_optimizer(make_optimizer, step.model.parameters()))
@@ -101,6 +104,7 @@ def estimate(
     loss_fn: Loss | None = None,
     make_optimizer: MakeOptimizer | None = None,
     autocast_dtype: torch.dtype | None = None,
+    accumulate: bool = False,
     device: torch.device | str | None = None,
 ) -> StepReport:
     """Memory of a training step that is not computed: no data, no arithmetic, no GPU.
@@ -117,6 +121,7 @@ def estimate(
 
     Other arguments and errors as for :func:`measure`.
     """
+    check_step(model, loss_fn, autocast_dtype)
     kind = check_device(device)
     # Autocast does not know meta tensors: with it, tensors are fake ones that say "cpu".
     world = nullcontext() if autocast_dtype is None else FakeTensorMode()
@@ -124,7 +129,8 @@ def estimate(
     with uncollected():
         with world:
             batch = make_hollow_batch(inputs, target, place, _dtype(model))
-            step = RunningStep(copy_hollow(model, place), batch, loss_fn, autocast_dtype)
+            hollow = copy_hollow(model, place)
+            step = RunningStep(hollow, batch, loss_fn, autocast_dtype, accumulate)
 
         def update(make_optimizer: MakeOptimizer) -> Update:
             return Update.on_shapes(make_optimizer, step.model.parameters(), kind)
@@ -141,13 +147,14 @@ def run_within(
     loss_fn: Loss | None = None,
     make_optimizer: MakeOptimizer | None = None,
     autocast_dtype: torch.dtype | None = None,
+    accumulate: bool = False,
 ) -> int | None:
     """Peak bytes of a real step of a copy of ``model``, held to ``limit``; ``None`` if it ran out.
 
     Raises:
         ValueError: if the model is not on that kind of ``device``; else as :func:`measure`.
     """
-    step = _real_step(model, inputs, target, loss_fn, autocast_dtype)
+    step = _real_step(model, inputs, target, loss_fn, autocast_dtype, accumulate)
     if step.device.type != device:
         raise ValueError(f"verify needs the model on {device!r}, got it on {step.device.type!r}")
     with _forked_rng(step.device):
@@ -179,7 +186,9 @@ def _real_step(
     target: Tree,
     loss_fn: Loss | None,
     autocast_dtype: torch.dtype | None,
+    accumulate: bool,
 ) -> RunningStep:
+    check_step(model, loss_fn, autocast_dtype)
     own = [*model.parameters(), *model.buffers()]
     given = tensors_in((inputs, target))
     device = next((tensor.device for tensor in (*own, *given)), torch.device("cpu"))
@@ -188,7 +197,7 @@ def _real_step(
     if len(devices) > 1:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"inputs and target must be on the model's device, got {found}")
-    return RunningStep(copy.deepcopy(model), batch, loss_fn, autocast_dtype)
+    return RunningStep(copy.deepcopy(model), batch, loss_fn, autocast_dtype, accumulate)
 
 
 def _timed(step: RunningStep) -> float:

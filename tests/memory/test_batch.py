@@ -94,7 +94,43 @@ WRONG: dict[str, tuple[Callable, type[Exception], str]] = {
     "nothing in the input": (call({}), ValueError, "inputs must hold at least one tensor"),
     "a shape in pieces": (call(4, 3, 96, 96), TypeError, r"got 4: is \(4, 3, 96, 96\) one shape\?"),
     "text": (call("image"), TypeError, "inputs must be tensors, shapes .* got 'image'"),
-    "a target in pieces": (call((6, 7), target=6), TypeError, "loss_fn must be given .* of int"),
+    "no model": (
+        call((6, 7), model=F.relu),
+        TypeError,
+        "model must be a torch.nn.Module, got an instance of builtin_function|function",
+    ),
+    "no gradient": (
+        call((6, 7), target=(6,), model=nn.Linear(7, 5).requires_grad_(False)),
+        TypeError,
+        "model must have a parameter that requires a gradient, got none",
+    ),
+    "a target in pieces": (call((6, 7), target=6), TypeError, "target must be .* got 6"),
+    "a target of fractions": (
+        call((6, 7), target=(6.0,)),
+        TypeError,
+        r"target must be a tensor, or a shape of whole numbers, .* got \(6.0,\)",
+    ),
+    "values of another shape": (
+        call((6, 7), target=torch.rand(6)),
+        TypeError,
+        r"target must be .* shape \(6, 5\), .* got torch.float32 of shape \(6,\)",
+    ),
+    "a loss that is a name": (
+        call((6, 7), target=(6,), loss_fn="bce"),
+        TypeError,
+        "loss_fn must be a function of output and target, got 'bce'",
+    ),
+    "a precision that is a name": (
+        call((6, 7), target=(6,), autocast_dtype="bf16"),
+        TypeError,
+        "autocast_dtype must be torch.bfloat16 or torch.float16, got 'bf16'",
+    ),
+    "a precision of whole numbers": (
+        call((6, 7), target=(6,), autocast_dtype=torch.int8),
+        TypeError,
+        "autocast_dtype must be .* got torch.int8",
+    ),
+    "an argument of before": (call((6, 7), granularity=0), TypeError, "'granularity'"),
     "a loss that is none": (
         call((6, 7), loss_fn=lambda output: output),
         TypeError,

@@ -139,6 +139,34 @@ def test_gradient_scaler_adds_few_numbers() -> None:
 
 
 @INSTRUMENTS
+def test_gradients_of_earlier_steps_live_all_the_time(instrument) -> None:
+    """With many activations the peak is before there are all gradients of the step itself."""
+    layers = nn.Sequential(nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU())
+    alone = instrument(layers, (4096, 96))
+    added = instrument(layers, (4096, 96), accumulate=True)
+    gradients = sum(parameter.nbytes for parameter in layers.parameters())
+    assert added.kept == alone.kept
+    assert added.peak.gradients == gradients
+    assert 0 < added.peak.total - alone.peak.total <= gradients
+
+
+@INSTRUMENTS
+def test_copy_of_weights_that_is_part_of_model_is_counted(instrument) -> None:
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            self.average = torch.optim.swa_utils.AveragedModel(self.net).requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    alone = instrument(Net(), (2, 96), target=(2,)).peak
+    both = instrument(Averaged(), (2, 96), target=(2,)).peak
+    assert both.parameters == 2 * alone.parameters and both.step == alone.step
+
+
+@INSTRUMENTS
 @pytest.mark.parametrize(
     ("make_optimizer", "error", "said"),
     [
