@@ -146,7 +146,7 @@ STEPS = (
     Step("MONAI in 3-D", MONAI, "bottleneck", (4, 1, 32, 32, 32), "AdamW"),
     Step("MONAI in 3-D", MONAI, "bottleneck", (4, 1, 32, 32, 32), "AdamW", autocast=True),
 )
-"""A library's network is its DenseNet-121 unless its name says more; MONAI's has blocks of 4, 8 and 8 layers."""
+"""A library's network is its DenseNet-121 unless its name says more; MONAI's has 4, 8, 8 layers."""
 
 EDGES = ((STEPS[2], "48MiB"), (STEPS[15], "160MiB"), (STEPS[17], "160MiB"), (STEPS[23], "64MiB"))
 """Steps whose largest batch in a budget is run."""
