@@ -30,8 +30,8 @@ from efficient_densenet.kernels.interface import (
     Tail,
     Unit,
 )
-from efficient_densenet.kernels.triton import launch, operations
-from efficient_densenet.kernels.triton.launch import Tile
+from efficient_densenet.kernels.triton import launch, operations, tiles
+from efficient_densenet.kernels.triton.tiles import Tile
 
 # Compute capabilities, and the shared memory that a block of threads may have there.
 TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -89,14 +89,14 @@ def launches(dtype: torch.dtype, last: bool = True, every_tile: bool = False) ->
         launch = Launch(kernel, arguments, warps, stages)
         found.setdefault((launch.name, launch.tile), launch)
 
-    def first(tiles: Sequence[Tile], x: Any, key: Any, launch: Callable[[Tile], object]) -> Tile:
-        for tile in tiles if every_tile else ():
+    def first(some: Sequence[Tile], x: Any, key: Any, launch: Callable[[Tile], object]) -> Tile:
+        for tile in some if every_tile else ():
             launch(tile)
-        return tiles[0]
+        return some[0]
 
     with (
         patch.object(launch, "run", record),
-        patch.object(launch, "fastest", first),
+        patch.object(tiles, "fastest", first),
         patch.object(workspace, "WORKSPACE_BYTES", 2**40),  # the whole map is one slab
     ):
         _walk_layer(dtype, torch.channels_last if last else torch.contiguous_format)

@@ -100,7 +100,7 @@ def operations(
 
     fill_rows(job, result, [call for site in sites for call in calls(site)], fill)
     if "triton" in implementations:
-        from efficient_densenet.kernels.triton.launch import tuned
+        from efficient_densenet.kernels.triton.tiles import tuned
 
         result["tiles"] = tuned()
     if wrong := [row["name"] for row in rows if row["failure"]]:

@@ -82,7 +82,7 @@ def test_values_that_lie_apart_are_read_one_by_one(monkeypatch):
 
 @pytest.mark.parametrize("capability", TARGETS)
 def test_float32_without_tf32_is_built_without_spilling(capability, monkeypatch):
-    monkeypatch.setattr(launch, "_tf32", lambda: False)
+    monkeypatch.setattr(launch, "rounds_to_tf32", lambda: False)
     products = [found for found in kernel_builds.launches(torch.float32) if found.name in PRODUCTS]
     assert {found.arguments["PRECISION"] for found in products} == {"ieee"}
     assert not any(kernel_builds.build(found, capability).spilled for found in products)

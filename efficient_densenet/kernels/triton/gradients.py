@@ -9,14 +9,13 @@ from torch import Tensor
 
 from efficient_densenet.kernels.interface import Unit
 from efficient_densenet.kernels.triton import launch
+from efficient_densenet.kernels.triton import tiles as tiling
 from efficient_densenet.kernels.triton.launch import (
-    Tile,
     factors,
     matrix,
     product_constants,
     quotient,
     shared,
-    tiles_for,
 )
 from efficient_densenet.kernels.triton.tile import (
     as_factor,
@@ -27,6 +26,7 @@ from efficient_densenet.kernels.triton.tile import (
     store_through_rectifier,
     tile_of,
 )
+from efficient_densenet.kernels.triton.tiles import Tile, tiles_for
 from efficient_densenet.kernels.triton.vectors import Norm, TileSums
 from efficient_densenet.kernels.workspace import Workspace
 
@@ -186,7 +186,7 @@ def launch_weight_gradient(grad: Tensor, x: Tensor, unit: Unit) -> Tensor:
         return parts
 
     tiles = tiles_for(tail.dtype, WEIGHT_TILES, EXACT_WEIGHT)
-    parts = attempt(launch.fastest(tiles, source, ("weight", leaves, tail.dtype), attempt))
+    parts = attempt(tiling.fastest(tiles, source, ("weight", leaves, tail.dtype), attempt))
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
@@ -234,4 +234,4 @@ def launch_input_gradient(
 
     key = ("input", leaves, tail.dtype, target is None, accumulate)
     tiles = tiles_for(tail.dtype, INPUT_TILES, EXACT_INPUT)
-    return attempt(launch.fastest(tiles, source, key, rehearse))
+    return attempt(tiling.fastest(tiles, source, key, rehearse))

@@ -1,14 +1,13 @@
-"""Launches: maps as matrices, the tiles of a kernel, and which of them is the fastest."""
+"""Launches: maps as matrices, what a kernel must know of them, and the launch itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,26 +19,6 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-
-class Tile(NamedTuple):
-    """What a program of a product works on at a time, and how it is built.
-
-    ``m`` rows of the maps, ``n`` channels that the convolution leaves, ``k`` that it reads: two of
-    them are the tile that the program computes, the third is the step of its loop.
-    """
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What a launch takes of it."""
-        m, n, k, warps, stages = self
-        return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "warps": warps, "stages": stages}
 
 
 # Values in the tile of an element-wise kernel, its widest row of channels, and its warps: a thread
@@ -118,7 +97,7 @@ def _extent(m: Matrix) -> int:
 
 def product_constants(dtype: torch.dtype) -> dict[str, Any]:
     """Types of a matrix product that computes in ``dtype``: that of the tensor cores, if any."""
-    return {"DTYPE": DTYPES[dtype], "PRECISION": "tf32" if _tf32() else "ieee"}
+    return {"DTYPE": DTYPES[dtype], "PRECISION": "tf32" if rounds_to_tf32() else "ieee"}
 
 
 def factors(tail: Tail) -> tuple[Tensor, Tensor | None]:
@@ -130,16 +109,7 @@ def factors(tail: Tail) -> tuple[Tensor, Tensor | None]:
     return (weight if all(dense) else weight.contiguous()), tail.conv.bias
 
 
-def tiles_for(dtype: torch.dtype, tiles: Sequence[Tile], exact: Tile) -> Sequence[Tile]:
-    """The tiles to choose from for a product that computes in ``dtype``.
-
-    ``exact`` is for float32 that may not be rounded to TF32: no tensor core does that, and larger
-    tiles would spill.
-    """
-    return (exact,) if dtype == torch.float32 and not _tf32() else tiles
-
-
-def _tf32() -> bool:
+def rounds_to_tf32() -> bool:
     """Whether convolutions of float32 may round their factors: PyTorch's own switch."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
@@ -166,54 +136,6 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_fastest: dict[Any, Tile] = {}
-
-
-def fastest(
-    tiles: Sequence[Tile], x: Matrix, key: tuple[Any, ...], launch: Callable[[Tile], object]
-) -> Tile:
-    """The tile with which ``launch`` takes the least time on maps like ``x``.
-
-    Measured once for each ``key``, layout and size, rounded up to powers of two; ``launch`` must be
-    repeatable. Tiles round differently, so where algorithms must be deterministic it is always the
-    first; and so it is while a graph is captured.
-    """
-    if torch.are_deterministic_algorithms_enabled():
-        return tiles[0]
-    sizes = power_of_two(x.rows), power_of_two(x.channels)
-    key = (*key, *sizes, x.data.dtype, x.data.device, x.channel == 1)
-    if key not in _fastest:
-        if not x.data.is_cuda or torch.cuda.is_current_stream_capturing():
-            return tiles[0]
-        with torch.cuda.device_of(x.data):
-            times = [milliseconds(partial(launch, tile)) for tile in tiles]
-        _fastest[key] = tiles[times.index(min(times))]
-    return _fastest[key]
-
-
-def tuned() -> dict[str, dict[str, int]]:
-    """The tiles that were measured to be the fastest so far, by what they were measured for."""
-    return {", ".join(map(str, key)): tile._asdict() for key, tile in _fastest.items()}
-
-
-def milliseconds(launch: Callable[[], object], repeats: int = 5) -> float:
-    """How long a launch takes, its build and its first run aside; forever if it does not fit.
-
-    Waits for the device.
-    """
-    try:
-        launch()
-    except triton.OutOfResources:
-        return math.inf
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        launch()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeats
 
 
 def power_of_two(size: int) -> int:

@@ -9,14 +9,13 @@ from torch import Tensor
 from efficient_densenet.kernels.interface import Statistics, Unit
 from efficient_densenet.kernels.layout import empty_map
 from efficient_densenet.kernels.triton import launch
+from efficient_densenet.kernels.triton import tiles as tiling
 from efficient_densenet.kernels.triton.launch import (
-    Tile,
     factors,
     matrix,
     product_constants,
     quotient,
     shared,
-    tiles_for,
 )
 from efficient_densenet.kernels.triton.tile import (
     as_factor,
@@ -27,6 +26,7 @@ from efficient_densenet.kernels.triton.tile import (
     store_tile,
     tile_of,
 )
+from efficient_densenet.kernels.triton.tiles import Tile, tiles_for
 from efficient_densenet.kernels.triton.vectors import launch_fold
 from efficient_densenet.kernels.workspace import Workspace
 
@@ -126,7 +126,7 @@ def launch_product(
         return pair
 
     key = ("product", leaves, tail.dtype)
-    tile = launch.fastest(tiles_for(tail.dtype, TILES, EXACT), source, key, attempt)
+    tile = tiling.fastest(tiles_for(tail.dtype, TILES, EXACT), source, key, attempt)
     pair = attempt(tile)
     if not need_statistics:
         return y, None

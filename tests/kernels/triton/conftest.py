@@ -21,7 +21,7 @@ DEVICE = (
 @pytest.fixture(autouse=True, params=[DEVICE])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Nothing is rounded to TF32."""
-    monkeypatch.setattr(launch, "_tf32", lambda: False)
+    monkeypatch.setattr(launch, "rounds_to_tf32", lambda: False)
     if request.param == "cuda":
         for settings in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
             monkeypatch.setattr(settings, "fp32_precision", "ieee")

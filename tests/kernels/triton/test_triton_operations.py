@@ -7,6 +7,7 @@ from efficient_densenet.kernels import eager, workspace
 from efficient_densenet.kernels.interface import Conv, Geometry, Statistics, Tail
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton import operations as triton
+from efficient_densenet.kernels.triton import tiles as tiling
 from efficient_densenet.kernels.triton.gradients import RESIDENT, launch_weight_gradient
 from efficient_densenet.kernels.workspace import Workspace
 from support.operations import (
@@ -212,28 +213,10 @@ def test_measuring_tiles_changes_no_result(name, monkeypatch):
                 launch(tile)
         return tiles[-1]
 
-    monkeypatch.setattr(launch, "fastest", every)
+    monkeypatch.setattr(tiling, "fastest", every)
     test_units_forward(SHAPES["odd"], torch.bfloat16, True)
     check_backward(SHAPES["odd"], torch.bfloat16, True, accumulate=True)
     assert len(set(measured)) > 1
-
-
-def test_deterministic_mode_takes_first_tile(monkeypatch):
-    """Also if another one was found to be faster before."""
-    first, faster = launch.Tile(64, 64, 16, 4, 2), launch.Tile(128, 64, 16, 4, 2)
-
-    class Found(dict):
-        def __contains__(self, key):
-            return True
-
-        def __missing__(self, key):
-            return faster
-
-    monkeypatch.setattr(launch, "_fastest", Found())
-    x = launch.matrix(a_map(SHAPES["odd"], 5, torch.float32, True))
-    assert launch.fastest((first, faster), x, ("product",), print) == first
-    torch.use_deterministic_algorithms(False)
-    assert launch.fastest((first, faster), x, ("product",), print) == faster
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 16, 108, 128, 132])
@@ -249,7 +232,7 @@ def test_weight_gradient_fills_device_once(sizes, multiprocessors, monkeypatch):
 
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(launch, "run", lambda kernel, grid, *_, **__: grids.append(grid))
-    monkeypatch.setattr(launch, "fastest", every)
+    monkeypatch.setattr(tiling, "fastest", every)
     reads, leaves = sizes
     weight = torch.empty(leaves, reads, 1, 1, device="meta")
     tail = Tail(None, Conv(weight, None, POINTWISE), torch.bfloat16)

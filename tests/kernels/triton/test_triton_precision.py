@@ -18,7 +18,7 @@ DROPPED = 13
 @pytest.fixture(autouse=True)
 def tensor_cores(monkeypatch, device):
     """Those of a GPU, or the interpreter's made to drop what they drop."""
-    monkeypatch.setattr(launch, "_tf32", lambda: True)
+    monkeypatch.setattr(launch, "rounds_to_tf32", lambda: True)
     if device == "cuda":
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
