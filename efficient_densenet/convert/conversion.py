@@ -1,4 +1,4 @@
-"""Converts a model in place, takes it back, and says what is what: one explicit walk."""
+"""Converts a model in place, reverts it, and explains what recomputes and what does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dense connection of people's own: reads a list of features, and keeps nothing in between."""
+"""Your own dense connection: reads a list of features, and keeps nothing in between."""
 
 from __future__ import annotations
 

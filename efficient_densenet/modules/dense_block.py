@@ -1,4 +1,4 @@
-"""A dense block of layers of people's own, as one call that keeps only the features."""
+"""A dense block of your own layers, as one call that keeps only the features."""
 
 from __future__ import annotations
 

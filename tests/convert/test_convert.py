@@ -1,4 +1,4 @@
-"""Converted models of other libraries train as before, keep their features alone, and go back."""
+"""Converted models of other libraries train as before, keep only their features, and revert."""
 
 import copy
 

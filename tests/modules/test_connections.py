@@ -1,4 +1,4 @@
-"""A dense connection of one's own trains as plain autograd's, and keeps the features alone."""
+"""Your own dense connection trains as with plain autograd, and keeps only the features."""
 
 import copy
 

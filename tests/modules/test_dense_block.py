@@ -1,4 +1,4 @@
-"""The block form for layers of one's own: the loop's training, and only the features are kept."""
+"""A block of your own layers trains as the plain loop does, and keeps only the features."""
 
 import math
 
