@@ -119,8 +119,9 @@ def _layer(
 def _call_of(
     region: Region, value: Value, prefix: tuple[Value, ...], joined: tuple[Value, ...]
 ) -> tuple[Call, LayerCall] | None:
-    """The innermost call that is exactly a layer."""
+    """The innermost call that is exactly a layer, and holds all that Python does beside it."""
     around = [call for call in region.call.below() if call.stop is not None and call.made(value)]
+    found = []
     for call in reversed(around):
         form, result = _form(call), call.result
         taken = list(values_in(call.args))
@@ -136,6 +137,10 @@ def _call_of(
             returns: Returns = "new" if result is value else "all"
             new_first = joined[0] is value
             made = LayerCall(region.relative(call.path), Form(form, channels, returns, new_first))
+            found.append((call, made))
+    notes = region.recording.notes_in(found[-1][0]) if found else []
+    for call, made in found:
+        if all(note.call.within(call) for note in notes):
             return call, made
     return None
 

@@ -12,7 +12,7 @@ Pieces = tuple[Value, ...]
 def nearly_dense(recording: Recording, known: Collection[Call]) -> list[Call]:
     """The innermost calls in which a map is joined to a concatenation that was itself extended.
 
-    What happens in ``known`` calls does not count.
+    The first map of all need not be in it. What happens in ``known`` calls does not count.
     """
     joins = {pieces: node for pieces, node in _joins(recording) if not _within(node.call, known)}
     found: dict[Call, None] = {}
@@ -20,7 +20,25 @@ def nearly_dense(recording: Recording, known: Collection[Call]) -> list[Call]:
         for before in (pieces[:-1], pieces[1:]):
             if len(before) > 1 and before in joins:
                 found[_innermost_around(node.call, joins[before].call)] = None
+        for before, earlier in joins.items():
+            forwards = before[1:] == pieces[:-1] and _reads(pieces[-1], earlier)
+            backwards = before[:-1] == pieces[1:] and _reads(pieces[0], earlier)
+            if len(before) > 1 and (forwards or backwards):
+                found[_innermost_around(node.call, earlier.call)] = None
     return [call for call in found if not any(_is_below(other, call) for other in found)]
+
+
+def _reads(value: Value, join: Node) -> bool:
+    """Whether a value depends on what was joined."""
+    waiting, seen = [value.maker], set[Node | None]()
+    while waiting:
+        node = waiting.pop()
+        if node is join:
+            return True
+        if node is not None and node not in seen and node.index > join.index:
+            seen.add(node)
+            waiting += [read.maker for read in node.values()]
+    return False
 
 
 def _joins(recording: Recording) -> list[tuple[Pieces, Node]]:
