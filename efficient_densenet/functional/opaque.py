@@ -7,9 +7,10 @@ copy of what it read, and differentiates that. ``docs/derivation.md`` says what 
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,12 @@ from efficient_densenet.functional.precision import Autocast, as_autocast, autoc
 from efficient_densenet.kernels.layout import is_hollow
 
 Format = torch.memory_format
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a layer that learns runs or is read.
+
+Another thread neither finds it with other tensors than its own, nor draws from a random state that
+is set for a while.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,17 +97,20 @@ def run_once(
         Unfit: if its result cannot be recomputed, or is not as expected.
     """
     device = maps[0].device
-    before = None if is_hollow(maps[0]) else random_state(device)
     learns = learns and surroundings.grad
     leaves = _unconnected(maps, learns)
     with (
+        ONE_AT_A_TIME if surroundings.grad else nullcontext(),
         torch.set_grad_enabled(surroundings.grad),
         as_autocast(surroundings.autocast),
         saved_tensors_hooks(_drop, _refuse),
     ):
+        before = None if is_hollow(maps[0]) else random_state(device)
         taken = _with_versions(opaque.arrange(leaves, surroundings.format))
         versions = [x._version for x in taken]
         y = _run_noticing_overwritten_leaves(opaque, taken)
+        if before is None or torch.equal(before, random_state(device)):
+            before = torch.empty(0, dtype=torch.uint8)
     if not isinstance(y, Tensor):
         raise Unfit(opaque.name, f"returns a {type(y).__name__}")
     if expected is not None:
@@ -112,8 +122,6 @@ def run_once(
     del leaves, taken
     if learns and _is_alive(kept):
         raise Unfit(opaque.name, "lets a tensor from inside escape, perhaps through a hook")
-    if before is None or torch.equal(before, random_state(device)):
-        return y, torch.empty(0, dtype=torch.uint8)
     return y, before
 
 
@@ -133,6 +141,7 @@ def run_again(
     inputs = [*maps, *tensors]
     leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
     with (
+        ONE_AT_A_TIME,
         torch.enable_grad(),
         as_autocast(surroundings.autocast),
         drawing_from(random, maps[0].device),

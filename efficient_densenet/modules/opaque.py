@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from efficient_densenet.functional.opaque import Opaque, Unfit
+from efficient_densenet.functional.opaque import ONE_AT_A_TIME, Opaque, Unfit
 from efficient_densenet.functional.precision import autocast_now
 from efficient_densenet.functional.spec import LayerSpec
 from efficient_densenet.kernels.layout import is_hollow, outer_format
@@ -86,6 +86,11 @@ def read_opaque(
     """
     if torch.compiler.is_compiling():
         raise Unsupported(path, "is not of known parts, and is being compiled")
+    with ONE_AT_A_TIME:
+        return _read(layer, path, channels, growth, form)
+
+
+def _read(layer: Callable[..., Any], path: str, channels: int, growth: int, form: Form) -> Layer:
     module = layer if isinstance(layer, nn.Module) else nn.Module()
     for name, part in module.named_modules():
         _check_part(part, f"{path}.{name}" if name else path)

@@ -1,6 +1,8 @@
 """Layers of any kind in training scripts: modes that change, AMP, hooks, saved tensors."""
 
 import copy
+import sys
+import threading
 import warnings
 
 import pytest
@@ -555,3 +557,30 @@ def test_parametrisation_with_state_learns_once():
         for _ in range(2):
             block(image_copy(x)).square().sum().backward()
     assert_same_state(efficient, naive)
+
+
+def test_threads_train_one_block():
+    efficient, naive = changed_pair(group_norm)
+    inputs = [torch.randn(2, 5, 7, 5, dtype=torch.float64) for _ in range(4)]
+
+    def train(block, x):
+        for _ in range(5):
+            out = block(x)
+            out.backward(upstream_for(out))
+
+    threads = [threading.Thread(target=train, args=(efficient, x)) for x in inputs]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    for x in inputs:
+        train(naive, x)
+    for (name, found), expected in zip(
+        efficient.named_parameters(), naive.parameters(), strict=True
+    ):
+        assert_close(name, found.grad, expected.grad, 1e-9)
