@@ -23,7 +23,7 @@ class Layer(nn.Module):
         new = self.conv(torch.tanh(self.norm(x)))
         if self.form.returns == "new":
             return new
-        return torch.cat([new, x] if self.form.older else [x, new], 1)
+        return torch.cat([new, x] if self.form.new_first else [x, new], 1)
 
 
 class Block(nn.Module):
@@ -42,7 +42,7 @@ class Block(nn.Module):
             if form.returns == "all":
                 features = out
             else:
-                features = torch.cat([out, features] if form.older else [features, out], 1)
+                features = torch.cat([out, features] if form.new_first else [features, out], 1)
         return features
 
 
@@ -52,10 +52,8 @@ class Recomputed(Block):
             read_opaque(layer, f"layer {i}", C0 + i * K, K, layer.form)
             for i, layer in enumerate(self.layers)
         ]
-        features = BlockCall.of(x, layers, None, "bottleneck", "auto").run()
-        if not self.layers[0].form.older:
-            return features
-        return torch.cat(features.split((C0, *[K] * DEPTH), 1)[::-1], 1)
+        new_first = self.layers[0].form.new_first
+        return BlockCall.of(x, layers, None, "bottleneck", "auto", new_first).run()
 
 
 def forms(takes, returns, newest_first, joined):
@@ -67,7 +65,7 @@ def forms(takes, returns, newest_first, joined):
             channels = (K, sum(older) - K) if newest_first else (sum(older) - K, K)
         if takes == "tensor":
             channels = (sum(older),)
-        found.append(Form(takes, channels, returns, older if newest_first else ()))
+        found.append(Form(takes, channels, returns, newest_first))
     return found
 
 
