@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -18,8 +19,9 @@ from efficient_densenet.convert.converted import class_of
 from efficient_densenet.convert.twin import PLAIN, described
 from efficient_densenet.modules.reading import CONVS, NORMS, is_patched
 
-IGNORED = {*vars(nn.Module()), "_is_replica", "_former_parameters"} - {"training"}
-"""What every module has, and ``DataParallel``'s replicas."""
+OFTEN = {"_compiled_call_impl", "_is_replica", "_former_parameters"}
+IGNORED = {*vars(nn.Module()), *OFTEN} - {"training"}
+"""What every module has, what is compiled, and ``DataParallel``'s replicas."""
 CHOICES = {"_recompute", "_kernels", "_known"}
 """What a converted module has besides."""
 READ: dict[type[nn.Module], tuple[str, ...]] = {
@@ -41,7 +43,7 @@ class _Part:
         patched: whether calling it did more than its class's forward.
         plain: attributes that never change in place.
         other: all other attributes, as :func:`twin.described` has them.
-        tensors: names and shapes of its own parameters and buffers; empty for PyTorch's classes.
+        tensors: names and shapes of its own parameters and buffers.
         entries: how many attributes it had in all.
     """
 
@@ -70,21 +72,26 @@ class _Part:
             is_patched(module),
             tuple(plain),
             tuple(other),
-            tuple(_tensors(known, module)),
+            tuple(_tensors(module)),
             len(vars(module)),
         )
 
     def fits(self, module: nn.Module) -> bool:
         """Whether Python would decide the same by ``module``."""
         values = vars(module)
+        for name, value in self.plain:  # a loop, since this runs at every call
+            found = values.get(name, MISSING)
+            if found is not value and not _is_same(found, value):
+                return False
+        for name, value in self.other:
+            if name not in values or described(values[name]) != value:
+                return False
         return (
             class_of(module) is self.cls
             and is_patched(module) == self.patched
             and tuple(module._modules) == self.children
-            and all(_is_same(values.get(name, MISSING), value) for name, value in self.plain)
-            and all(name in values and described(values[name]) == it for name, it in self.other)
             and (len(values) == self.entries or self._names() == _names(self.cls, values))
-            and tuple(_tensors(self.cls, module)) == self.tensors
+            and (self.is_torch or tuple(_tensors(module)) == self.tensors)
         )
 
     def fits_as_traced(self, module: nn.Module) -> bool:
@@ -93,6 +100,11 @@ class _Part:
             if getattr(module, name) != value:
                 return False
         return class_of(module) is self.cls and not (self.patched or self.other)
+
+    @cached_property
+    def is_torch(self) -> bool:
+        """Whether its class is PyTorch's: it is read at every call, or is no known unit."""
+        return self.cls.__module__.startswith("torch.nn.")
 
     def _names(self) -> set[str]:
         return {name for name, _ in (*self.plain, *self.other)}
@@ -163,13 +175,11 @@ def _is_constant(value: Any) -> bool:
 
 
 def _is_same(found: Any, value: Any) -> bool:
-    return found is value or (type(found) is type(value) and bool(found == value))
+    return type(found) is type(value) and bool(found == value)
 
 
-def _tensors(cls: type[nn.Module], module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What there is of a module's own tensors; PyTorch's modules are read, or are no known unit."""
-    if cls.__module__.startswith("torch.nn."):
-        return
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What there is of a module's own tensors."""
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
             yield name, None if tensor is None else tuple(tensor.shape)

@@ -14,6 +14,7 @@ from efficient_densenet import convert_, estimate
 from efficient_densenet.memory import events as timeline
 from support.compare import MODES, assert_all_close, assert_same_training
 from support.libraries import TiramisuBlock, small
+from support.wild import BLOCKS
 
 
 def test_transition_reads_features_inside_block(runs):
@@ -159,3 +160,25 @@ class TestGradCam:
             convert_(model)
         assert maps[0].abs().max() > 0
         assert_all_close({"map": maps[1]}, {"map": maps[0]}, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["A-dict", "B-dropout", "C-new-first", "D-only-new", "stage"])
+def test_converted_block_compiles_in_either_mode(name):
+    """Into one graph, in which the block is one operator; anew when the mode changes."""
+    block, x, graphs = BLOCKS[name].make(), BLOCKS[name].input(), []
+    convert_(block, strict=True)
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend=keep)
+    for training in (True, False):
+        block.train(training)
+        torch.manual_seed(0)
+        found = compiled(x)
+        torch.manual_seed(0)
+        assert_all_close({"output": found}, {"output": block(x)}, 1e-5)
+    assert len(graphs) == 2
+    assert all("efficient_densenet.block_forward" in graph for graph in graphs)
