@@ -34,13 +34,28 @@ from efficient_densenet.kernels.triton import launch, operations, tiles
 from efficient_densenet.kernels.triton.tiles import Tile
 
 # Compute capabilities, and the shared memory that a block of threads may have there.
-TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TARGETS = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
 # The instruction of the tensor cores.
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORES = dict.fromkeys(TARGETS, "HMMA") | {90: "HGMMA", 100: "UTCHMMA"}
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Samples, positions per side, channels read, of the bottleneck, and added: the last layer of
 # DenseNet-121's first block at 224x224.
 LAYER = (64, 56, 224, 128, 32)
+# The same in other sizes: of a growth rate that is no multiple of 16, and of small maps.
+ODD_LAYER, SMALL_LAYER = (64, 56, 240, 48, 12), (64, 14, 224, 128, 32)
+LAYOUTS = {
+    "channels last, 256": (LAYER, True),
+    "channels last, 252": (ODD_LAYER, True),
+    "planes, 56²": (LAYER, False),
+    "planes, 14²": (SMALL_LAYER, False),
+}
 
 
 @dataclass(frozen=True)
@@ -66,13 +81,13 @@ class Launch:
 class Build:
     """What the machine code of a launch needs, per thread and per block of threads.
 
-    ``scalar`` counts the instructions that move a single 16-bit value from or to memory.
+    ``widths`` counts the instructions that move so many bytes a thread from or to memory.
     """
 
     registers: int
     spilled: bool
     shared: int
-    scalar: int
+    widths: dict[int, int]
     instructions: frozenset[str]
     ptx: str
 
@@ -188,9 +203,20 @@ def build(launch: Launch, capability: int) -> Build:
     )
     instructions = frozenset(re.findall(r"^\s+/\*\w+\*/\s+(?:@\S+ )?([A-Z0-9]+)", code, re.M))
     ptx = compiled.asm["ptx"]
-    scalar = len(re.findall(r"\b(?:LDG|STG)\.E\S*\.U16\b", code))
     spilled = stack + local > 0 or bool(instructions & {"STL", "LDL"})
-    return Build(registers, spilled, static + compiled.metadata.shared, scalar, instructions, ptx)
+    return Build(
+        registers, spilled, static + compiled.metadata.shared, _widths(code), instructions, ptx
+    )
+
+
+def _widths(code: str) -> dict[int, int]:
+    """How many instructions move so many bytes a thread between memory and anywhere else."""
+    found: dict[int, int] = {}
+    for options in re.findall(r"\b(?:LDG|STG|LDGSTS)\.E(\S*)", code):
+        bits = re.search(r"\.(?:[US]?(8|16)|(64|128))\b", options)
+        size = int(bits[1] or bits[2]) // 8 if bits else 4
+        found[size] = found.get(size, 0) + 1
+    return found
 
 
 def _disassembled(binary: bytes, option: str) -> str:

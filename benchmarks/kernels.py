@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 
-from benchmarks.kernel_builds import LAYER, TARGETS, Launch, build, launches
+from benchmarks import kernel_builds
+from benchmarks.kernel_builds import LAYER, LAYOUTS, TARGETS, Launch, build, launches
 from benchmarks.provenance import Json, publish
 from efficient_densenet.kernels.triton.launch import Matrix
 from efficient_densenet.memory.shapes import tensors_of
@@ -76,9 +78,18 @@ def row(launch: Launch) -> Json:
     }
 
 
+def widths(layout: str) -> Json:
+    """By kernel, how many instructions move so many bytes, on sm_90."""
+    layer, last = LAYOUTS[layout]
+    with patch.object(kernel_builds, "LAYER", layer):
+        found = launches(torch.bfloat16, last)
+    return {one.name: {str(w): n for w, n in build(one, 90).widths.items()} for one in found}
+
+
 def main() -> None:
     rows = [row(launch) for launch in launches(torch.bfloat16)]
-    publish("kernels", {"triton": triton.__version__, "layer": LAYER, "kernels": rows})
+    found = {"triton": triton.__version__, "layer": LAYER, "kernels": rows}
+    publish("kernels", found | {"widths": {layout: widths(layout) for layout in LAYOUTS}})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from docs.tables.markdown import MIB, Found, origin, results, table
 
 KIB = 2**10
@@ -19,8 +21,21 @@ def kernels() -> str:
             table(header, map(_row, found["kernels"]), left=3),
             "Under each target: registers per thread, KiB of shared memory. Built with Triton "
             f"{found['triton']}, without a GPU; times: not measured. {origin('kernels', found)}",
+            "How many bytes an instruction moves between a thread and memory, and how many such "
+            "instructions there are in the code for sm_90 (vectors and weights included), by what "
+            "the block's features are:",
+            table(("kernel", *found["widths"]), _widths(found["widths"]), left=1),
+            "252 channels are those of a growth rate of 12: they are no multiple of 16.",
         ]
     )
+
+
+def _widths(layouts: Found) -> Iterator[tuple[str, ...]]:
+    first, *_ = layouts.values()
+    for kernel in first:
+        counts = (layout[kernel].items() for layout in layouts.values())
+        cells = (sorted((int(width), n) for width, n in one) for one in counts)
+        yield f"`{kernel}`", *(", ".join(f"{width}: {n}" for width, n in cell) for cell in cells)
 
 
 def _row(kernel: Found) -> tuple[str, ...]:
