@@ -149,7 +149,13 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--budget", metavar="SIZE", help="such as 8GiB (default: what the present GPU has free)"
     )
-    parser.add_argument("--model", choices=RECIPES, default="cifar-bc", help="default: cifar-bc")
+    parser.add_argument(
+        "--model",
+        default="cifar-bc",
+        help=f"{', '.join(RECIPES)}, or package.module:function that makes any model (default: "
+        "cifar-bc)",
+    )
+    parser.add_argument("--shape", help="of an image of package.module:function: 1,96,96,96")
     parser.add_argument("--depth", type=int, help="layers of cifar-bc, 6n+4 (default: 100)")
     parser.add_argument("--growth-rate", type=int, help="channels k of cifar-bc (default: 12)")
     parser.add_argument("--batch-size", type=int, help="plan the depth of cifar-bc for this batch")
@@ -173,11 +179,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise ConfigError(
             "chart", f"must be a .png file in a folder that exists, got {str(args.chart)!r}"
         )
-    names = (
-        *("budget", "model", "image_size", "batch_size", "depth", "growth_rate"),
-        *("in_channels", "num_classes", "precision", "device"),
-    )
-    made = planner.plan(**{name: getattr(args, name) for name in names})
+    made = _plan_model(args) if ":" in args.model else _plan_network(args)
     if args.chart is not None:
         with _extra("a chart"):
             from efficient_densenet.training import pictures
@@ -187,6 +189,24 @@ def _plan(args: argparse.Namespace) -> int:
             raise ConfigError("chart", f"{str(args.chart)!r} cannot be written: {error}") from error
     print(json.dumps(asdict(made), indent=2) if args.json else made)
     return 0 if any(fit.largest for fit in made.fits.values()) else 1
+
+
+def _plan_model(args: argparse.Namespace) -> planner.Plan:
+    for name in ("depth", "growth_rate", "batch_size", "image_size"):
+        if getattr(args, name) is not None:
+            raise ConfigError(name, f"is for models by name, and {args.model!r} makes its own")
+    options = ("model", "shape", "budget", "precision", "device")
+    return planner.plan_model(**{name: getattr(args, name) for name in options})
+
+
+def _plan_network(args: argparse.Namespace) -> planner.Plan:
+    if args.shape is not None:
+        raise ConfigError("shape", f"is for package.module:function, got --model {args.model}")
+    names = (
+        *("budget", "model", "image_size", "batch_size", "depth", "growth_rate"),
+        *("in_channels", "num_classes", "precision", "device"),
+    )
+    return planner.plan(**{name: getattr(args, name) for name in names})
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from efficient_densenet.functional.modes import MODES
 from efficient_densenet.memory.devices import DEVICES, present_device
 from efficient_densenet.memory.plan import Fit
 from efficient_densenet.memory.sizes import format_size
+from efficient_densenet.training.any_model import MODEL_MODES, ModelWork, parse_shape
 from efficient_densenet.training.config import (
     PRECISIONS,
     RECIPES,
@@ -54,7 +55,7 @@ class Plan:
     reserve: int
     reserve_reason: str
     varies: Varies
-    work: Work
+    work: Work | ModelWork
     fits: dict[str, Fit]
 
     def __getitem__(self, mode: str) -> Fit:
@@ -63,14 +64,7 @@ class Plan:
     @property
     def subject(self) -> str:
         """What was planned for, in one line."""
-        work, by_depth = self.work, self.varies == "depth"
-        parts = [work.model if work.depth is None or by_depth else f"{work.model}-{work.depth}"]
-        if work.growth_rate:
-            parts.append(f"k={work.growth_rate}")
-        parts.append(f"{work.image_size}x{work.image_size}x{work.in_channels}")
-        if by_depth:
-            parts.append(f"batch {work.batch_size}")
-        return ", ".join([*parts, f"precision {work.precision}"])
+        return self.work.subject(self.varies == "depth")
 
     @property
     def title(self) -> str:
@@ -192,6 +186,27 @@ def plan_work(
     find = work.largest_batch if varies == "batch" else work.greatest_depth
     fits = {mode: find(mode, budget, device) for mode in modes}
     return Plan(budget, device, counts.reserve, counts.reserve_reason, varies, work, fits)
+
+
+def plan_model(
+    model: str, shape: str | None, budget: str | None, precision: str, device: str | None
+) -> Plan:
+    """The largest batch of a model that ``package.module:function`` makes, naive and converted.
+
+    Args:
+        model: names the function.
+        shape: of one image, such as ``"1,96,96,96"``.
+        budget: as for :func:`plan`.
+        precision: as in training.
+        device: as for :func:`plan`.
+
+    Raises:
+        ConfigError: if an argument is out of its range, or the model does not take the images.
+    """
+    kind, counts = device or present_device(), DEVICES[device or present_device()]
+    size, work = check_budget(budget), ModelWork(model, parse_shape(shape), precision)
+    fits = {mode: work.largest_batch(mode, size, kind) for mode in MODEL_MODES}
+    return Plan(size, kind, counts.reserve, counts.reserve_reason, "batch", work, fits)
 
 
 def config_within(

@@ -75,6 +75,16 @@ class Work:
             precision=config.precision,
         )
 
+    def subject(self, by_depth: bool = False) -> str:
+        """What is trained, in one line; without the depth if it is what is planned."""
+        parts = [self.model if self.depth is None or by_depth else f"{self.model}-{self.depth}"]
+        if self.growth_rate:
+            parts.append(f"k={self.growth_rate}")
+        parts.append(f"{self.image_size}x{self.image_size}x{self.in_channels}")
+        if by_depth:
+            parts.append(f"batch {self.batch_size}")
+        return ", ".join([*parts, f"precision {self.precision}"])
+
     @property
     def step(self) -> dict[str, Any]:
         """The step's arguments of :func:`estimate`, other than network and batch."""

@@ -23,7 +23,7 @@ BELOW = {
     "memory": ("kernels.layout",),
     "models": ("modules", "functional.modes", "kernels"),
     "fit": ("memory", "modules", "functional.modes", "kernels"),
-    "training": ("fit", "models", "memory", "modules", "functional.modes"),
+    "training": ("fit", "convert", "models", "memory", "modules", "functional.modes"),
     "cli": ("training", "fit", "models", "convert", "memory", "modules", "functional", "kernels"),
     "__main__": ("cli",),
     "": ("training", "fit", "models", "convert", "memory", "modules", "functional", "kernels"),
