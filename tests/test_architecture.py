@@ -79,10 +79,10 @@ FAULTS: dict[str, tuple[Check, dict[str, str], str]] = {
         {"models.py": IMPORT},
         "package.models, line 1: package.functional.spec Spec",
     ),
-    "training reads convert": (
+    "training reads passes": (
         going_up,
-        {"training/run.py": "from package.convert import convert_\n"},
-        "package.training.run, line 1: package.convert convert_",
+        {"training/run.py": "from package.functional.forward import run\n"},
+        "package.training.run, line 1: package.functional.forward run",
     ),
     "package reads command": (
         going_up,
