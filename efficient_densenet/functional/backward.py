@@ -55,8 +55,8 @@ class MapGradient:
         self.process_group = process_group
         self.spec = spec if spec and spec.new_first else None
         if storage is None or storage.grad.shape != maps.shape:
-            shape, exact = (maps.shape[1], *(1,) * (maps.dim() - 2)), units.types.statistics
-            means = maps.new_empty(shape, dtype=exact), maps.new_empty(shape, dtype=exact)
+            exact = units.types.statistics
+            means = [maps.new_empty(maps.shape[1], dtype=exact) for _ in range(2)]
             storage = GradientStorage(
                 empty_map(maps, maps.shape[1], units.memory_format, dtype), *means
             )
@@ -71,7 +71,7 @@ class MapGradient:
         statistics = self.statistics
         if self.spec and statistics:
             statistics = self.spec.oldest_statistics(statistics, channels)
-        return self.units.ready(unit, tensors, statistics, channels, self.maps.dim())
+        return self.units.ready(unit, tensors, statistics, channels)
 
     def first(self, channels: int, vector: Tensor, dim: int = 0) -> Tensor:
         """A vector (or map, ``dim=1``) seen so that the first ``channels`` are those by age."""

@@ -78,9 +78,8 @@ class FeatureBuffer:
 
     def __init__(self, spec: BlockSpec, x: Tensor) -> None:
         memory_format = spec.format(x)
-        shape = (spec.channels, *(1,) * (x.dim() - 2))
-        mean, var = (x.new_zeros(shape, dtype=spec.types.statistics) for _ in range(2))
-        self.statistics = Statistics(mean, var)
+        dtype = spec.types.statistics
+        self.statistics = Statistics(*(x.new_zeros(spec.channels, dtype=dtype) for _ in range(2)))
         self._filled, self._process_group = 0, spec.process_group
         self._spec = spec
         self._read = spec.maps_with_statistics  # of the maps to come
@@ -108,9 +107,9 @@ class FeatureBuffer:
         self, unit: UnitSpec, tensors: UnitTensors, need_statistics: bool = False
     ) -> tuple[Tensor, Statistics | None]:
         """The result of a unit that reads all maps so far, and its batch statistics."""
-        dim, channels = self.maps.dim(), self._filled
+        channels = self._filled
         statistics = self._spec.oldest_statistics(self.statistics, channels)
-        ready = self.units.ready(unit, tensors, statistics, channels, dim)
+        ready = self.units.ready(unit, tensors, statistics, channels)
         maps = self._spec.oldest(self.maps, channels, 1)
         return self.units.forward(maps, ready, need_statistics)
 
@@ -188,5 +187,5 @@ def _run_units(
         return y, None, None
     if statistics is not None:
         statistics = joined_statistics(statistics, y, spec.process_group)
-    ready = buffer.units.ready(second[0], tensors[1], statistics, y.shape[1], y.dim())
+    ready = buffer.units.ready(second[0], tensors[1], statistics, y.shape[1])
     return buffer.units.forward(y, ready)[0], y, statistics

@@ -263,7 +263,7 @@ def _unit_result(
 
 
 def _vector(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    return x.new_empty((channels, *(1,) * (x.dim() - 2)), dtype=dtype)
+    return x.new_empty(channels, dtype=dtype)
 
 
 def _dense(flat: Sequence[Tensor | None]) -> tuple[list[bool], list[Tensor]]:

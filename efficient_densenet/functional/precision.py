@@ -21,7 +21,8 @@ class Types:
     @property
     def statistics(self) -> torch.dtype:
         """Type of means, variances and of all that is summed over a batch."""
-        return torch.promote_types(self.features, torch.float32)
+        # Not by ``promote_types``: a call into PyTorch, and there are many.
+        return torch.float64 if self.features == torch.float64 else torch.float32
 
 
 def is_autocast(x: Tensor) -> bool:

@@ -68,7 +68,7 @@ def _stem_channels(
     if spec.unit.batch_statistics:
         statistics = units.ops.batch_statistics(y, spec.types.statistics)
         statistics = joined_statistics(statistics, y, spec.process_group)
-    ready = units.ready(spec.unit, tensors, statistics, y.shape[1], y.dim())
+    ready = units.ready(spec.unit, tensors, statistics, y.shape[1])
     out, _ = units.forward(y, ready)
     return out, statistics
 
@@ -119,7 +119,7 @@ class StemBackward:
         self.y = y = convolve(self.image, conv)
         self.units = UnitRunner(spec, y, y.shape[1], memory_format)
         self.statistics = statistics
-        self.ready = self.units.ready(spec.unit, tensors, statistics, y.shape[1], y.dim())
+        self.ready = self.units.ready(spec.unit, tensors, statistics, y.shape[1])
 
     def run(self, needs_x: bool, needs: UnitTensors) -> tuple[Tensor | None, UnitTensors]:
         """The gradients of the image and of all tensors, the convolution's in those of the unit."""
@@ -148,8 +148,7 @@ class StemBackward:
         )
 
     def _vector(self) -> Tensor:
-        shape = (self.y.shape[1], *(1,) * (self.y.dim() - 2))
-        return self.y.new_empty(shape, dtype=self.spec.types.statistics)
+        return self.y.new_empty(self.y.shape[1], dtype=self.spec.types.statistics)
 
     def _back_through(self, rows: slice, target: Tensor | None) -> UnitGradients:
         """Through pool, activation and norm: the sums if there is no ``target`` to write into."""

@@ -27,24 +27,24 @@ def joined_statistics(statistics: Statistics, x: Tensor, group: ProcessGroup | N
         return statistics
     mean, var = statistics
     count = x.numel() // x.shape[1]
-    mine = torch.cat([mean.flatten(), var.flatten(), mean.new_full((1,), count)])
+    mine = torch.cat([mean, var, mean.new_full((1,), count)])
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     means, variances, counts = torch.stack(everyone).split([len(mean), len(mean), 1], 1)
     shares = counts / counts.sum()
     joined = (shares * means).sum(0)
     spread = (shares * (variances + (means - joined).square())).sum(0)
-    return Statistics(joined.view_as(mean), spread.view_as(var))
+    return Statistics(joined, spread)
 
 
 def joined_means(means: list[Tensor], count: int, group: ProcessGroup | None) -> list[Tensor]:
     """Means over the values of all processes, from those over this process's ``count`` values."""
     if group is None:
         return means
-    sums = torch.cat([*(mean.flatten() * count for mean in means), means[0].new_full((1,), count)])
+    sums = torch.cat([*(mean * count for mean in means), means[0].new_full((1,), count)])
     dist.all_reduce(sums, group=group)
-    *totals, total = sums.split([*(mean.numel() for mean in means), 1])
-    return [(t / total).view_as(mean) for t, mean in zip(totals, means, strict=True)]
+    *totals, total = sums.split([*(len(mean) for mean in means), 1])
+    return [t / total for t in totals]
 
 
 def joined_count(count: int, group: ProcessGroup | None, device: torch.device) -> int | Tensor:

@@ -19,8 +19,8 @@ from efficient_densenet.kernels.interface import (
     Tail,
     Unit,
     UnitGradients,
-    per_channel,
 )
+from efficient_densenet.kernels.layout import in_dtype
 from efficient_densenet.kernels.workspace import Workspace
 
 
@@ -49,17 +49,14 @@ class UnitRunner:
         tensors: UnitTensors,
         statistics: Statistics | None,
         channels: int,
-        dim: int,
     ) -> Unit:
-        """The unit for the first ``channels`` of maps of ``dim`` dimensions with these statistics.
+        """The unit for the first ``channels`` of maps with these statistics.
 
         ``statistics`` are a batch's, of as many channels or more.
         """
         if statistics is None or not unit.batch_statistics:
             running = (tensors.running_mean, tensors.running_var)
-            statistics = Statistics(
-                *(per_channel(v.to(self.types.statistics), dim) for v in running)
-            )
+            statistics = Statistics(*(in_dtype(v, self.types.statistics) for v in running))
         norm = self.ops.make_norm(statistics, channels, tensors.weight, tensors.bias, unit.eps)
         return Unit(norm, unit.activation, self._tail(unit, tensors), channels)
 

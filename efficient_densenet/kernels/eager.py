@@ -31,6 +31,7 @@ from efficient_densenet.kernels.layout import (
     is_channels_last,
     outer_format,
     rows_of,
+    some_channels,
 )
 from efficient_densenet.kernels.layout import inner_format as inner_format
 from efficient_densenet.kernels.slabs import Activate, backward_of_slabs, tail_of_slabs
@@ -46,19 +47,19 @@ aten = torch.ops.aten
 
 
 class Norm(NamedTuple):
-    """``y = (x - mean) * scale + bias`` with ``scale = γ * invstd``; four vectors."""
+    """``y = x * scale + shift``; four vectors."""
 
     mean: Tensor
     invstd: Tensor
     scale: Tensor
-    bias: Tensor
+    shift: Tensor
 
 
 class Sums(NamedTuple):
-    """``Σ d`` and ``Σ d * (x - mean)``, two vectors."""
+    """``Σ d`` and ``Σ d * (x - mean) * invstd``, two vectors: dβ and dγ."""
 
-    d: Tensor
-    dx: Tensor
+    beta: Tensor
+    gamma: Tensor
 
 
 def make_norm(
@@ -68,11 +69,11 @@ def make_norm(
     bias: Tensor | None,
     eps: float,
 ) -> Norm:
-    mean, var = statistics if len(statistics.mean) == channels else statistics.first(channels)
+    mean, var = statistics.first(channels)
     invstd = (var + eps).rsqrt_()
-    scale = invstd if weight is None else in_dtype(weight, mean.dtype).view(mean.shape) * invstd
-    bias = torch.zeros_like(mean) if bias is None else in_dtype(bias, mean.dtype).view(mean.shape)
-    return Norm(mean, invstd, scale, bias)
+    scale = invstd if weight is None else in_dtype(weight, mean.dtype) * invstd
+    bias = torch.zeros_like(mean) if bias is None else in_dtype(bias, mean.dtype)
+    return Norm(mean, invstd, scale, torch.addcmul(bias, mean, scale, value=-1))
 
 
 def make_tail(tail: Tail) -> Tail:
@@ -91,12 +92,12 @@ def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
         if fold > 1:  # groups of equal size, joined by Chan's formula
             spread, mean = torch.var_mean(mean.view(fold, x.shape[1]), 0, correction=0)
             var = var.view(fold, x.shape[1]).mean(0).add_(spread)
-    return Statistics(per_channel(mean, x.dim()), per_channel(var, x.dim()))
+    return Statistics(mean, var)
 
 
 def append(y: Tensor, into: Tensor | None, start: int, statistics: Statistics | None) -> None:
     channels = slice(start, start + y.shape[1])
-    into = None if into is None else into[:, channels]
+    into = None if into is None else some_channels(into, channels)
     if into is not None and statistics is None:
         into.copy_(y)
         return
@@ -105,15 +106,15 @@ def append(y: Tensor, into: Tensor | None, start: int, statistics: Statistics | 
         into.copy_(y)
     if statistics is not None:
         mean, var = batch_statistics(y, statistics.mean.dtype)
-        statistics.mean[channels].copy_(mean)
-        statistics.var[channels].copy_(var)
+        rows_of(statistics.mean, channels).copy_(mean)
+        rows_of(statistics.var, channels).copy_(var)
 
 
 def forward_unit(
     x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
     x = first_channels(x, unit.channels)
-    activated = _activated(_normalised(unit.norm), unit.activation)
+    activated = _activated(_normalised(unit.norm, x.dim()), unit.activation)
     y = tail_of_slabs(x, unit.tail, workspace, activated)
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
 
@@ -131,11 +132,10 @@ def backward_unit(
     accumulate: bool,
 ) -> UnitGradients:
     norm, activation, tail, channels = unit
-    x, target = (
-        first_channels(x, channels),
-        None if target is None else first_channels(target, channels),
-    )
-    normalised = _normalised(norm)
+    x = first_channels(x, channels)
+    target = None if target is None else first_channels(target, channels)
+    scale = per_channel(norm.scale, x.dim())
+    normalised = _normalised(norm, x.dim())
     activated = _activated(normalised, activation)
     sums: Sums | None = None
 
@@ -145,12 +145,12 @@ def backward_unit(
             normalised(rows_of(x, rows), y)
         activate_backward_(d, y, activation)
         if need_sums:
-            part = channel_sums(d, rows_of(x, rows), norm.mean, workspace)
-            sums = part if sums is None else Sums(sums.d + part.d, sums.dx + part.dx)
+            part = channel_sums(d, rows_of(x, rows), norm, workspace)
+            sums = part if sums is None else Sums(*map(torch.add, sums, part))
         if target is not None and accumulate:
-            rows_of(target, rows).addcmul_(d, norm.scale)
+            rows_of(target, rows).addcmul_(d, scale)
         elif target is not None:
-            torch.mul(d, norm.scale, out=rows_of(target, rows))
+            torch.mul(d, scale, out=rows_of(target, rows))
 
     needs = (need_sums or target is not None, need_weight, need_bias)
     weight, bias = backward_of_slabs(grad, x, tail, workspace, activated, needs, receive)
@@ -164,16 +164,16 @@ def collect(
     totals: tuple[Tensor, Tensor] | None,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    norm: Norm = unit.norm
-    dbeta, dgamma = sums.d, norm.invstd * sums.dx
     if totals is not None:
-        a, b = (total[: unit.channels] for total in totals)
-        if not accumulate:
-            a.zero_()
-            b.zero_()
-        a.addcmul_(norm.scale, dbeta, value=share)
-        b.addcmul_(norm.scale * norm.invstd, dgamma, value=share)
-    return dbeta, dgamma
+        scaled = unit.norm.scale * share
+        a, b = (rows_of(total, slice(0, unit.channels)) for total in totals)
+        if accumulate:
+            a.addcmul_(scaled, sums.beta)
+            b.addcmul_(scaled.mul_(unit.norm.invstd), sums.gamma)
+        else:
+            torch.mul(scaled, sums.beta, out=a)
+            torch.mul(scaled.mul_(unit.norm.invstd), sums.gamma, out=b)
+    return sums
 
 
 def correct(
@@ -185,10 +185,10 @@ def correct(
     b: Tensor,
     out: Tensor,
 ) -> Tensor:
-    grad, x = grad[:, channels], x[:, channels]
-    mean, a, b = mean[channels], a[channels], b[channels]
-    torch.sub(grad, torch.addcmul(a, mean, b, value=-1), out=out)
-    return out.addcmul_(x, b, value=-1)
+    grad, x = some_channels(grad, channels), some_channels(x, channels)
+    mean, a, b = (rows_of(vector, channels) for vector in (mean, a, b))
+    constant = per_channel(torch.addcmul(a, mean, b, value=-1), x.dim())
+    return torch.sub(grad, constant, out=out).addcmul_(x, per_channel(b, x.dim()), value=-1)
 
 
 def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
@@ -199,12 +199,13 @@ def corrected_dtype(compute: torch.dtype, statistics: torch.dtype) -> torch.dtyp
     return statistics  # rounded by those who read it, slab by slab
 
 
-def _normalised(norm: Norm) -> Activate:
-    shift = torch.addcmul(norm.bias, norm.mean, norm.scale, value=-1)
+def _normalised(norm: Norm, dim: int) -> Activate:
+    """Of maps of ``dim`` dimensions."""
+    scale, shift = per_channel(norm.scale, dim), per_channel(norm.shift, dim)
 
     def normalised(x: Tensor, out: Tensor) -> Tensor:
         # Reads x once, and rounds as PyTorch's own batch norm does on a CPU.
-        return torch.addcmul(shift, x, norm.scale, out=out)
+        return torch.addcmul(shift, x, scale, out=out)
 
     return normalised
 
@@ -213,30 +214,30 @@ def _activated(normalised: Activate, activation: Activation) -> Activate:
     return lambda x, out: activate_(normalised(x, out), activation)
 
 
-def channel_sums(d: Tensor, x: Tensor, mean: Tensor, workspace: Workspace) -> Sums:
-    """``Σ d`` and ``Σ d * (x - mean)`` per channel, in one pass over maps that are dense."""
-    channels, dim, mean = x.shape[1], x.dim(), mean.flatten()
+def channel_sums(d: Tensor, x: Tensor, norm: Norm, workspace: Workspace) -> Sums:
+    """The sums of a unit's gradient ``d`` of ``norm(x)``, in one pass over maps that are dense."""
+    channels, mean, invstd = x.shape[1], norm.mean, norm.invstd
     if x.dtype != mean.dtype or not x.is_contiguous(memory_format=workspace.memory_format):
         centered = workspace.scratch(x, mean.dtype)
-        x, mean = torch.sub(x, per_channel(mean, dim), out=centered), torch.zeros_like(mean)
+        x, mean = torch.sub(x, per_channel(mean, x.dim()), out=centered), torch.zeros_like(mean)
     fold = _fold(x)
     if fold > 1:
-        mean = mean.expand(fold, -1).flatten()
-    _, sum_dx, sum_d = aten.native_batch_norm_backward(
+        mean, invstd = mean.repeat(fold), invstd.repeat(fold)
+    _, gamma, beta = aten.native_batch_norm_backward(
         _folded(in_dtype(d, mean.dtype), fold),
         _folded(x, fold),
         None,
         None,
         None,
         mean,
-        torch.ones_like(mean),
+        invstd,
         True,
         0.0,
         [False, True, True],
     )
     if fold > 1:
-        sum_d, sum_dx = sum_d.view(fold, channels).sum(0), sum_dx.view(fold, channels).sum(0)
-    return Sums(per_channel(sum_d, dim), per_channel(sum_dx, dim))
+        beta, gamma = (total.view(fold, channels).sum(0) for total in (beta, gamma))
+    return Sums(beta, gamma)
 
 
 def _fold(x: Tensor) -> int:

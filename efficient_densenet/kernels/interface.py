@@ -1,7 +1,7 @@
 """The operations that the passes are written against, and what they exchange.
 
 A map is ``(samples, channels, *spatial)``, of any floating-point type. A vector of one value per
-channel is ``(channels, 1, …)`` with a one for each spatial dimension, to broadcast over a map.
+channel is ``(channels,)``.
 Vectors, and all that is summed over a batch, are in the statistics' type: float32, or float64 where
 maps are.
 """
@@ -38,8 +38,8 @@ class Statistics(NamedTuple):
     var: Tensor
 
     def first(self, channels: int) -> Statistics:
-        """Those of the first ``channels``."""
-        return self.of(slice(channels))
+        """Those of the first ``channels``, without a call into PyTorch where they are all."""
+        return self if len(self.mean) == channels else self.of(slice(channels))
 
     def of(self, channels: slice) -> Statistics:
         """Those of some channels, in the same memory."""

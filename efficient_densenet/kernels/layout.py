@@ -46,8 +46,14 @@ def first_channels(x: Tensor, channels: int) -> Tensor:
     return x if x.shape[1] == channels else x[:, :channels]
 
 
+def some_channels(x: Tensor, channels: slice) -> Tensor:
+    """Some channels of a map, without a call into PyTorch where they are all."""
+    whole = channels.start == 0 and channels.stop == x.shape[1]
+    return x if whole else x[:, channels]
+
+
 def rows_of(x: Tensor, rows: slice) -> Tensor:
-    """Some samples of a map, without a call into PyTorch where they are all."""
+    """Some samples of a map, or values of a vector, without a call where they are all."""
     return x if rows.start == 0 and rows.stop == len(x) else x[rows]
 
 

@@ -242,7 +242,6 @@ class BlockCall:
         tensors = [tensors for layer in self.layers for tensors in layer.inputs]
         tensors += [self.exit.tensors] if self.exit else []
         out, features, bottlenecks = autograd.dense_block(x, self.spec, tensors)
-        features = Statistics(features.mean.view(-1), features.var.view(-1))  # once, not per norm
         seen = [
             Seen(unit.norm, statistics)
             for layer, bottleneck in zip(self.layers, bottlenecks, strict=True)

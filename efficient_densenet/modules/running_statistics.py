@@ -77,10 +77,7 @@ def _updates(seen: Iterable[Seen]) -> Iterator[_Update]:
         if not (norm.training and norm.track_running_stats) or running_mean is None:
             continue
         assert running_var is not None and statistics is not None
-        mean, var = statistics.mean.view(-1), statistics.var.view(-1)
-        channels = norm.num_features
-        if len(mean) != channels:
-            mean, var = mean[:channels], var[:channels]
+        mean, var = statistics.first(norm.num_features)
         yield _Update(norm, running_mean, running_var, norm.num_batches_tracked, mean, var)
 
 

@@ -57,20 +57,21 @@ def test_values_and_derivatives_are_those_of_pytorch(activation, dtype, last):
 @pytest.mark.parametrize("samples", [1, 2, 3], ids=lambda n: f"slabs-of-{n}")
 @pytest.mark.parametrize("tail", tails(SHAPE, torch.float64))
 def test_unit_and_its_gradients_are_those_of_autograd(activation, samples, tail, monkeypatch):
-    batch, channels, _, spatial = SHAPE
+    batch, channels, *_ = SHAPE
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", samples * channels * 8 * 7 * 5)
     activation, function = ACTIVATIONS[activation]
     tail = tails(SHAPE, torch.float64)[tail]
     x = a_map(SHAPE, channels, torch.float64, last=True)
-    mean, var, gamma, beta = (v.double() for v in vectors(4, channels, len(spatial)))
+    mean, var, gamma, beta = (v.double() for v in vectors(4, channels))
     unit = a_unit(eager, (mean, var, gamma, beta), tail, activation)
     scratch = Workspace(x, channels, torch.float64, torch.channels_last)
     assert len(list(scratch.slabs(x))) == -(-batch // samples)
     convs = [t.requires_grad_() for t in tail.conv[:2] if t is not None] if tail.conv else []
-    leaves = [t.clone().requires_grad_() for t in (x, unit.norm.scale, unit.norm.bias)]
-    expected = naive_unit(leaves[0], mean, *leaves[1:], function, tail)
+    leaves = [t.clone().requires_grad_() for t in (x, gamma, beta)]
+    scale = leaves[1] * unit.norm.invstd
+    expected = naive_unit(leaves[0], mean, scale, leaves[2], function, tail)
     grad = torch.randn_like(expected)
-    dx, dscale, dbias, *dconv = torch.autograd.grad(expected, leaves + convs, grad)
+    dx, dgamma, dbeta, *dconv = torch.autograd.grad(expected, leaves + convs, grad)
 
     target = torch.full_like(x, 2.0)
     with torch.no_grad():
@@ -88,5 +89,5 @@ def test_unit_and_its_gradients_are_those_of_autograd(activation, samples, tail,
         )
     ours = [y, target - 2.0, *found.sums]
     ours += [t for t in (found.conv_weight, found.conv_bias) if t is not None]
-    for actual, truth in zip(ours, [expected, dx, dbias, dscale, *dconv], strict=True):
+    for actual, truth in zip(ours, [expected, dx, dbeta, dgamma, *dconv], strict=True):
         assert_close(actual, truth.detach(), rtol=1e-10, atol=1e-10)

@@ -35,8 +35,8 @@ def test_statistics_are_those_in_double_precision(channels, size):
 def test_gradients_of_norm_are_those_in_double_precision(channels, size):
     for x in maps(channels, size):
         grad = torch.randn_like(x)
-        mean, scale, bias = (per_channel(v, x.dim()) for v in torch.rand(3, channels))
-        norm = eager.Norm(mean, torch.full_like(mean, 2.0), scale, bias)
+        mean, scale, bias = torch.rand(3, channels)
+        norm = eager.Norm(mean, torch.full_like(mean, 2.0), scale, bias - mean * scale)
         unit = Unit(norm, RELU, Tail(None, None, x.dtype), channels)
         workspace = Workspace(x, channels, x.dtype, torch.channels_last)
         found = eager.backward_unit(
@@ -51,7 +51,8 @@ def test_gradients_of_norm_are_those_in_double_precision(channels, size):
             accumulate=False,
         )
         dbeta, dgamma = eager.collect(found.sums, unit, 1.0, None, False)
-        centred = x.double() - mean.double()
+        centred = x.double() - per_channel(mean, x.dim()).double()
+        scale, bias = (per_channel(vector, x.dim()) for vector in (scale, bias))
         d = grad.double() * (centred * scale + bias > 0)
         for found_sum, terms in ((dbeta, d), (dgamma, 2.0 * d * centred)):
             error = found_sum.flatten().double() - terms.sum((0, 2, 3))

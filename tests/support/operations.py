@@ -18,6 +18,7 @@ from efficient_densenet.kernels.interface import (
     Statistics,
     Tail,
     Unit,
+    per_channel,
 )
 from support.compare import FORMATS
 
@@ -52,8 +53,8 @@ def a_map(shape: Shape, channels: int, dtype: torch.dtype, last: bool, room: int
     return buffer[:, :channels]
 
 
-def vectors(count: int, channels: int, dims: int) -> list[Tensor]:
-    return [torch.randn(channels, *(1,) * dims) for _ in range(count)]
+def vectors(count: int, channels: int) -> list[Tensor]:
+    return [torch.randn(channels) for _ in range(count)]
 
 
 def tails(shape: Shape, dtype: torch.dtype) -> dict[str, Tail]:
@@ -105,6 +106,7 @@ def naive_unit(
     tail: Tail,
 ) -> Tensor:
     """``tail(function((x - mean) * scale + bias))`` by PyTorch's own functions."""
+    mean, scale, bias = (per_channel(vector, x.dim()) for vector in (mean, scale, bias))
     y, dims = function((x - mean) * scale + bias), x.dim() - 2
     if tail.pool and tail.pool.kind == "all":
         y = y.mean(tuple(range(2, x.dim())), keepdim=True)

@@ -69,8 +69,7 @@ def make_tail(tail: Tail) -> Tail:
 
 
 def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
-    shape = (x.shape[1], *(1,) * (x.dim() - 2))
-    statistics = Statistics(*(x.new_empty(shape, dtype=dtype) for _ in range(2)))
+    statistics = Statistics(*(x.new_empty(x.shape[1], dtype=dtype) for _ in range(2)))
     append(x, None, 0, statistics)
     return statistics
 

@@ -130,7 +130,6 @@ def launch_product(
     pair = attempt(tile)
     if not need_statistics:
         return y, None
-    shape = (leaves, *(1,) * (x.dim() - 2))
-    statistics = Statistics(*(norm.mean.new_empty(shape) for _ in range(2)))
+    statistics = Statistics(*(norm.mean.new_empty(leaves) for _ in range(2)))
     launch_fold(pair, 0, place, tile.m, statistics)
     return y, statistics

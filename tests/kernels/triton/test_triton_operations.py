@@ -84,12 +84,12 @@ def test_statistics_of_large_mean_keep_their_digits():
 
 @every_case
 def test_units_forward(shape, dtype, last):
-    check_forward(shape, dtype, last, vectors(4, shape[1], len(shape[-1])))
+    check_forward(shape, dtype, last, vectors(4, shape[1]))
 
 
 @pytest.mark.parametrize("absent", [(2,), (3,), (2, 3)], ids=["weight", "bias", "both"])
 def test_units_forward_without_weight_or_bias(absent):
-    given = vectors(4, SHAPES["odd"][1], 2)
+    given = vectors(4, SHAPES["odd"][1])
     given = [None if i in absent else vector for i, vector in enumerate(given)]
     check_forward(SHAPES["odd"], torch.float32, True, given)
 
@@ -120,7 +120,7 @@ def test_units_backward_may_overwrite():
 def check_backward(shape, dtype, last, accumulate):
     dims = len(shape[-1])
     x = a_map(shape, shape[1] + 2, dtype, last)
-    norm_vectors = vectors(6, shape[1], dims)
+    norm_vectors = vectors(6, shape[1])
     target = a_map(shape, shape[1] + 1, torch.float32, last)
 
     def compute(ops, x, mean, var, gamma, beta, a, b, target, grad, tail):
@@ -164,14 +164,14 @@ def test_finished_map_is_corrected(shape, dtype, last):
         out = torch.empty_like(grad[:, channels])
         return [ops.correct(grad, x, channels, mean, a, b, out)]
 
-    assert_precise(compute, dtype, grad, x, *vectors(3, shape[1] + 3, len(shape[-1])))
+    assert_precise(compute, dtype, grad, x, *vectors(3, shape[1] + 3))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_corrected_gradient_is_rounded_to_type_of_its_readers(dtype):
     shape = SHAPES["odd"]
     grad, x = (a_map(shape, shape[1], t, True) for t in (torch.float32, dtype))
-    inputs = (grad, x, slice(0, shape[1]), *vectors(3, shape[1], 2))
+    inputs = (grad, x, slice(0, shape[1]), *vectors(3, shape[1]))
     out = torch.empty_like(x, dtype=triton.corrected_dtype(dtype, torch.float32))
     expected = eager.correct(*inputs, torch.empty_like(grad)).to(dtype)
     assert out.dtype == dtype

@@ -49,7 +49,7 @@ def special_map(values, dtype, last):
 
 def norm_vectors():
     """Mean, variance, γ and β."""
-    mean, var, gamma, beta = vectors(4, CHANNELS, 2)
+    mean, var, gamma, beta = vectors(4, CHANNELS)
     mean[0], var[0], gamma[0], beta[0] = 0.0, 1.0, 1.0, 0.0
     return [mean, var.abs() + 0.1, gamma, beta]
 
@@ -132,7 +132,7 @@ def test_unit_backward(where, values, dtype, last):
 def test_appended_map_and_corrected_gradient(values, dtype, last):
     x = special_map(values, dtype, last)
     grad = a_map(SHAPE, CHANNELS, torch.float32, last)
-    mean, a, b = vectors(3, CHANNELS, 2)
+    mean, a, b = vectors(3, CHANNELS)
 
     def compute(ops, grad, x, mean, a, b):
         place = torch.empty_like(x)
@@ -149,7 +149,7 @@ def test_only_what_is_at_most_zero_is_stopped(tail):
     """NaN is not, nor is the smallest number; both zeros are. In all kernels that rectify."""
     values = torch.tensor([torch.nan, 1e-40, 0.0, -0.0, -1e-40, torch.inf])
     x = values.view(1, 1, 1, -1).expand(1, CHANNELS, 1, -1).contiguous()
-    one = torch.ones(CHANNELS, 1, 1)
+    one = torch.ones(CHANNELS)
     plain = (0 * one, one, None, None)
     unit = a_unit(triton, plain, tails(SHAPE, torch.float32)[tail], eps=0.0)
     workspace = Workspace(x, CHANNELS, torch.float32, torch.contiguous_format)
