@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from efficient_densenet.kernels.triton.launch import Matrix, rounds_to_tf32
+from efficient_densenet.kernels.triton import launch as launching
+from efficient_densenet.kernels.triton.launch import Matrix
 
 
 class Tile(NamedTuple):
@@ -50,7 +51,7 @@ def tiles_for(dtype: torch.dtype, tiles: Sequence[Tile], exact: Tile) -> Sequenc
     ``exact`` is for float32 that may not be rounded to TF32: no tensor core does that, and larger
     tiles would spill.
     """
-    return (exact,) if dtype == torch.float32 and not rounds_to_tf32() else tiles
+    return (exact,) if dtype == torch.float32 and not launching.rounds_to_tf32() else tiles
 
 
 def fastest(
