@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ class Step(NamedTuple):
         return images.contiguous(memory_format=LAST[images.dim()]) if self.last else images
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """Other arguments of the instruments."""
         return {
             "target": torch.arange(self.shape[0]) % CLASSES,
@@ -92,11 +92,13 @@ class Step(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "make"}
 
 
-def own(build: Callable[..., nn.Module], *args: Any, **options: Any) -> Callable[[str], nn.Module]:
+def own(
+    build: Callable[..., nn.Module], *args: object, **options: object
+) -> Callable[[str], nn.Module]:
     return lambda mode: build(*args, recompute=mode, num_classes=CLASSES, **options)
 
 
-def other(module: str, name: str, *args: Any, **options: Any) -> Callable[[str], nn.Module]:
+def other(module: str, name: str, *args: object, **options: object) -> Callable[[str], nn.Module]:
     """A model of another library, converted."""
 
     def make(mode: str) -> nn.Module:

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -62,8 +61,8 @@ LAYOUTS = {
 class Launch:
     """A kernel with its arguments by name, as it would be launched."""
 
-    kernel: Any
-    arguments: dict[str, Any]
+    kernel: object
+    arguments: dict[str, object]
     warps: int
     stages: int
 
@@ -97,14 +96,21 @@ def launches(dtype: torch.dtype, last: bool = True, every_tile: bool = False) ->
     found: dict[tuple[str, str], Launch] = {}
 
     def record(
-        kernel: Any, grid: Any, *args: Any, warps: int = 4, stages: int = 1, **constants: Any
+        kernel: object,
+        grid: object,
+        *args: object,
+        warps: int = 4,
+        stages: int = 1,
+        **constants: object,
     ) -> None:
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, args, strict=True)) | constants
         launch = Launch(kernel, arguments, warps, stages)
         found.setdefault((launch.name, launch.tile), launch)
 
-    def first(some: Sequence[Tile], x: Any, key: Any, launch: Callable[[Tile], object]) -> Tile:
+    def first(
+        some: Sequence[Tile], x: object, key: object, launch: Callable[[Tile], object]
+    ) -> Tile:
         for tile in some if every_tile else ():
             launch(tile)
         return some[0]

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.convert.converted import Converted, class_of, converted_class
 from efficient_densenet.convert.fronts import DenseFront, NormFront, SequenceFront
+from efficient_densenet.convert.graph import Nest
 from efficient_densenet.convert.kept import kept_bytes
 from efficient_densenet.convert.layers import run_again
 from efficient_densenet.convert.match import DenseMatch, match_norm
@@ -150,7 +151,7 @@ class _Candidate:
 
 
 def _candidates(
-    model: nn.Module, filter_fn: FilterFn | None, inputs: tuple[Any, ...] | None = None
+    model: nn.Module, filter_fn: FilterFn | None, inputs: tuple[Nest, ...] | None = None
 ) -> list[_Candidate]:
     """Every recognised module, in the order of ``named_modules``."""
     survey = Survey(model, inputs)

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from efficient_densenet.convert.graph import Nest
+
 
 class Converted(nn.Module):
     """First base of every converted class: how to go back, to copy and to pickle."""
@@ -17,8 +19,8 @@ class Converted(nn.Module):
     converted_from: ClassVar[type[nn.Module]]
     front: ClassVar[type[nn.Module]]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: tuple[Any, ...] = super().__reduce_ex__(max(2, protocol))  # type: ignore[assignment]
+    def __reduce_ex__(self, protocol: Any) -> Nest:
+        reduced: tuple[Nest, ...] = super().__reduce_ex__(max(2, protocol))  # type: ignore[assignment]
         return rebuild, (self.converted_from, self.front), *reduced[2:]
 
 
@@ -28,15 +30,15 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-def converted_class(original: Any, front: Any) -> Any:
+def converted_class(original: Any, front: Any) -> Nest:
     """The class of a converted module that was an ``original``; ``front`` stands before that."""
     return _made(original, front)
 
 
 @cache
-def _made(original: Any, front: Any) -> Any:
+def _made(original: Any, front: Any) -> Nest:
     @wraps(original.forward)  # what asks for the signature finds the original's
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Nest, **kwargs: Nest) -> Nest:
         return front.forward(self, *args, **kwargs)
 
     names = {"converted_from": original, "front": front, "forward": forward, "is_generated": True}
@@ -44,7 +46,7 @@ def _made(original: Any, front: Any) -> Any:
     return type(original.__name__, (Converted, front, original), names)
 
 
-def rebuild(original: Any, front: Any) -> Any:
+def rebuild(original: Any, front: Any) -> Nest:
     """An empty module of a converted class: what copies and pickles are filled into."""
     cls = converted_class(original, front)
     return cls.__new__(cls)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.convert.dense import match_dense
+from efficient_densenet.convert.graph import Arguments, Keywords, Nest, Recording
 from efficient_densenet.convert.graph import Call as RecordedCall
-from efficient_densenet.convert.graph import Recording
 from efficient_densenet.convert.layers import (
     part,
     read_layers,
@@ -32,7 +32,7 @@ from efficient_densenet.convert.match import (
 from efficient_densenet.convert.record import record
 from efficient_densenet.convert.stand_ins import stand_in
 from efficient_densenet.convert.state import Known, Snapshot
-from efficient_densenet.convert.twin import Unrecordable, described
+from efficient_densenet.convert.twin import Unrecordable, described, tensors_in
 from efficient_densenet.functional.precision import types_of
 from efficient_densenet.functional.spec import BlockSpec
 from efficient_densenet.kernels.interface import Activation
@@ -45,12 +45,12 @@ from efficient_densenet.modules.recomputing import Recomputing
 from efficient_densenet.modules.sequence import RecomputingSequence, RecomputingTransition
 
 M = TypeVar("M", DenseMatch, TransitionMatch, StemMatch, NormMatch)
-Args = tuple[Any, ...] | None
+Args = Arguments | None
 TENSOR = "tensor"
 ONE_TENSOR = ((TENSOR,), ())
 
 
-def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def arguments_of(args: Arguments, kwargs: Mapping[str, Nest]) -> Nest:
     """What Python may decide by in the arguments of a call; ``ONE_TENSOR`` is that of most."""
     if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
         return ONE_TENSOR
@@ -60,24 +60,12 @@ def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     )
 
 
-def _described(thing: Any) -> Any:
+def _described(thing: Nest) -> Nest:
     if isinstance(thing, Tensor):
         return TENSOR
     if isinstance(thing, (list, tuple)):
         return tuple([_described(item) for item in thing])
     return described(thing)
-
-
-def tensors_in(nest: Any) -> Iterator[Tensor]:
-    """All tensors among arguments, in order."""
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, (list, tuple)):
-        for item in nest:
-            yield from tensors_in(item)
-    elif isinstance(nest, Mapping):
-        for item in nest.values():
-            yield from tensors_in(item)
 
 
 class Front(nn.Module):
@@ -87,9 +75,9 @@ class Front(nn.Module):
 
     def learn(
         self,
-        match: Any,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        match: object,
+        args: Arguments,
+        kwargs: Mapping[str, Nest],
         snapshot: Snapshot | None = None,
     ) -> None:
         """Be told what a call with these arguments computes, as the module is now or was then."""
@@ -101,15 +89,15 @@ class Recognised(Front, Generic[M]):
     _known: Known
 
     @staticmethod
-    def recognise(recording: Recording, call: RecordedCall) -> Any:
+    def recognise(recording: Recording, call: RecordedCall) -> Nest:
         """What a recorded call computes; raises :class:`Unsupported`."""
         raise NotImplementedError
 
     def learn(
         self,
-        match: Any,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        match: object,
+        args: Arguments,
+        kwargs: Mapping[str, Nest],
         snapshot: Snapshot | None = None,
     ) -> None:
         if "_known" not in vars(self):
@@ -118,7 +106,7 @@ class Recognised(Front, Generic[M]):
         if snapshot is not None or self._known.find(self, arguments) is None:
             self._known.add(snapshot or Snapshot(self), arguments, match)
 
-    def recognised(self, args: Args = None, kwargs: Mapping[str, Any] | None = None) -> M:
+    def recognised(self, args: Args = None, kwargs: Mapping[str, Nest] | None = None) -> M:
         """What a call with these arguments computes, by default with one tensor.
 
         Raises:
@@ -136,7 +124,7 @@ class Recognised(Front, Generic[M]):
         result: M = found
         return result
 
-    def _look(self, args: Args, kwargs: Mapping[str, Any]) -> M | Unsupported:
+    def _look(self, args: Args, kwargs: Mapping[str, Nest]) -> M | Unsupported:
         try:
             recording = record(self, (stand_in(self),) if args is None else args, kwargs)
             result: M = self.recognise(recording, recording.root)
@@ -153,10 +141,10 @@ class DenseFront(Recognised[DenseMatch], RecomputingBlock):
     recognise = staticmethod(match_dense)
     kind = "dense block"
 
-    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
+    def inputs(self, args: Arguments, kwargs: Keywords) -> Iterable[Nest]:
         return tensors_in((args, kwargs))
 
-    def read(self, *args: Any, **kwargs: Any) -> BlockCall | _NewMaps | _AfterEntry:
+    def read(self, *args: Nest, **kwargs: Nest) -> BlockCall | _NewMaps | _AfterEntry:
         match = self.recognised(args, kwargs)
         x = list(tensors_in((args, kwargs)))[match.argument]
         layers = tuple(read_layers(self, match))
@@ -165,7 +153,7 @@ class DenseFront(Recognised[DenseMatch], RecomputingBlock):
         call = self.call_on(x, match, layers)
         return _NewMaps(call, match) if match.returns == "new" else call
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         return self.run(*args, **kwargs)
 
     def call_on(self, x: Tensor, match: DenseMatch, layers: tuple[Layer, ...]) -> BlockCall:
@@ -233,12 +221,12 @@ class TransitionFront(Recognised[TransitionMatch], RecomputingTransition):
     recognise = staticmethod(match_transition)
     kind = "transition"
 
-    def read(self, *args: Any, **kwargs: Any) -> BlockCall:
+    def read(self, *args: Nest, **kwargs: Nest) -> BlockCall:
         unit = read_transition(self, self.recognised(args, kwargs))
         (x,) = tensors_in((args, kwargs))
         return BlockCall.of(x, (), None, "norm", self.kernels).read_by(unit)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         return self.run(*args, **kwargs)
 
     def read_unit(self) -> Unit:
@@ -251,11 +239,11 @@ class StemFront(Recognised[StemMatch], Recomputing):
     recognise = staticmethod(match_stem)
     kind = "stem"
 
-    def read(self, *args: Any, **kwargs: Any) -> StemCall:
+    def read(self, *args: Nest, **kwargs: Nest) -> StemCall:
         (x,) = tensors_in((args, kwargs))
         return StemCall.of(x, *read_stem(self, self.recognised(args, kwargs)), self.kernels)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         result = self.run(*args, **kwargs)
         return in_format_of(next(tensors_in((args, kwargs))), result)
 
@@ -266,7 +254,7 @@ class NormFront(Recognised[NormMatch], NormWithActivation):
     recognise = staticmethod(match_norm)
     kind = "norm of a stem"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         return super().forward(*args, **kwargs)
 
     def read_parts(self) -> tuple[_BatchNorm, Activation]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,10 @@ from torch import nn
 
 Nest = Any
 """An argument or a result: numbers, strings, ``None``, values, and lists, tuples, dicts of them."""
+Arguments = tuple[Nest, ...]
+Keywords = dict[str, Nest]
+Function = Callable[..., Nest]
+"""What a mode of PyTorch's is asked to run."""
 
 
 @dataclass(eq=False)

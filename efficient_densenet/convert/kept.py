@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from efficient_densenet.convert.converted import class_of, converted_class
-from efficient_densenet.convert.fronts import tensors_in
+from efficient_densenet.convert.graph import Nest
 from efficient_densenet.convert.survey import Found
-from efficient_densenet.convert.twin import Unrecordable, stand_ins, twin_of
+from efficient_densenet.convert.twin import Unrecordable, stand_ins, tensors_in, twin_of
 from efficient_densenet.modules.recomputing import Recomputing, Settings
 
 
@@ -51,7 +50,7 @@ def _recompute(twin: nn.Module, module: nn.Module, found: Found) -> None:
         twin.recompute = module.recompute
 
 
-def _kept(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _kept(twin: nn.Module, args: tuple[Nest, ...], kwargs: Mapping[str, Nest]) -> int:
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:

@@ -6,22 +6,34 @@ What is recorded holds for every shape and type: whatever Python asks of a map i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from efficient_densenet.convert.graph import Call, Nest, Node, Note, Recording, Value, values_in
+from efficient_densenet.convert.graph import (
+    Arguments,
+    Call,
+    Function,
+    Keywords,
+    Nest,
+    Node,
+    Note,
+    Recording,
+    Value,
+    values_in,
+)
 from efficient_densenet.convert.twin import (
     Unrecordable,
     hollow,
     plain_attributes,
     stand_ins,
+    tensors_in,
     told,
     twin_of,
     untouched_random_numbers,
@@ -41,8 +53,8 @@ PASSED_ON = {"torch._tensor", "torch.overrides", "torch.functional"}
 
 def record(
     module: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[Nest],
+    kwargs: Mapping[str, Nest] | None = None,
     *,
     training: bool | None = None,
 ) -> Recording:
@@ -100,7 +112,7 @@ class _Tracer:
         self.recording: Recording
         self.call: Call
 
-    def run(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Recording:
+    def run(self, module: nn.Module, args: Sequence[Nest], kwargs: Keywords) -> Recording:
         args, kwargs = stand_ins(tuple(args)), stand_ins(kwargs)
         args_, kwargs_ = self.nest(args, given=True), self.nest(kwargs, given=True)
         root = Call("", module, args_, kwargs_, None, 0, _context())
@@ -122,8 +134,8 @@ class _Tracer:
         self.find_lost_gradients()
         return self.recording
 
-    def enter(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, path: str) -> Nest:
+        def hook(module: nn.Module, args: Nest, kwargs: Nest) -> None:
             here = Call(
                 path,
                 module,
@@ -138,7 +150,7 @@ class _Tracer:
 
         return hook
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+    def leave(self, module: nn.Module, args: Nest, kwargs: Nest, result: Nest) -> None:
         while self.call.module is not module:  # calls that raised, and were caught
             assert self.call.parent is not None
             self.call = self.call.parent
@@ -146,7 +158,7 @@ class _Tracer:
         assert self.call.parent is not None
         self.call = self.call.parent
 
-    def nest(self, thing: Any, given: bool = False) -> Nest:
+    def nest(self, thing: Nest, given: bool = False) -> Nest:
         """An argument or a result with values for tensors."""
         if isinstance(thing, Tensor):
             return self.value(thing, given)
@@ -174,9 +186,9 @@ class _Tracer:
         found = self.values.get(id(tensor))
         return found is not None and found[2] != self.writes.get(_storage(tensor), 0)
 
-    def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def add(self, func: OpOverload, args: Arguments, kwargs: Keywords) -> Nest:
         """Run an operation on stand-ins, and record it."""
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if not tensor.is_meta and func is not aten.lift_fresh.default:
                 raise Unrecordable("it reads a tensor that is no part of it")
         schema = func._schema
@@ -197,11 +209,11 @@ class _Tracer:
             oddities=oddities,
         )
         if not torch.is_grad_enabled():
-            self.unseen[node] = any(tensor.requires_grad for tensor in _tensors((inputs,)))
+            self.unseen[node] = any(tensor.requires_grad for tensor in tensors_in((inputs,)))
         self.recording.nodes.append(node)
         for value in dict.fromkeys(values_in(read)):
             value.uses.append(node)
-        for tensor in _tensors(written):
+        for tensor in tensors_in(written):
             storage = _storage(tensor)
             self.writes[storage] = self.writes.get(storage, 0) + 1
             node.effects.append(self.owners[storage])
@@ -209,18 +221,18 @@ class _Tracer:
             node.effects += [
                 value for value in (read["running_mean"], read["running_var"]) if value
             ]
-        for tensor in _tensors((result,)):
+        for tensor in tensors_in((result,)):
             path = self.paths.get(id(tensor))
             value = Value(tuple(tensor.shape), node, path)
             self.owners.setdefault(_storage(tensor), value)
             node.results.append(self.hold(tensor, value))
         return result
 
-    def oddities(self, inputs: Mapping[str, Any]) -> list[str]:
+    def oddities(self, inputs: Mapping[str, Nest]) -> list[str]:
         found = []
         if not self.inside_function:
             found.append("which runs outside of Python")
-        if any(self.is_stale(tensor) for tensor in _tensors((inputs,))):
+        if any(self.is_stale(tensor) for tensor in tensors_in((inputs,))):
             found.append("which reads a map that was changed in place through another one")
         if self.autocast != self.autocast_at_first:
             found.append("which runs under an autocast of its own")
@@ -254,8 +266,8 @@ class _Operations(TorchDispatchMode):
         self.tracer = tracer
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> Nest:
         return self.tracer.add(func, args, kwargs or {})
 
 
@@ -267,8 +279,8 @@ class _Functions(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> Nest:
         kwargs = kwargs or {}
         tracer, outer = self.tracer, self.tracer.inside_function
         tracer.inside_function = True
@@ -278,8 +290,8 @@ class _Functions(TorchFunctionMode):
         finally:
             tracer.inside_function = outer
         name = _name(func)
-        maps = [t for t in _tensors((args, kwargs)) if id(t) not in tracer.paths]
-        learns = not any(True for _ in _tensors((result,)))
+        maps = [t for t in tensors_in((args, kwargs)) if id(t) not in tracer.paths]
+        learns = not any(True for _ in tensors_in((result,)))
         asks_for_channels = name == "size" and args[1:] == (1,)
         if (
             maps
@@ -292,7 +304,7 @@ class _Functions(TorchFunctionMode):
         return result
 
 
-def _name(func: Any) -> str:
+def _name(func: Function) -> str:
     """``shape`` for the getter of ``Tensor.shape``, the function's own name otherwise."""
     name = (resolve_name(func) or getattr(func, "__name__", str(func))).removesuffix(".__get__")
     return name.rpartition(".")[2]
@@ -306,7 +318,7 @@ def _called_by_pytorch() -> bool:
     return str(frame.f_globals.get("__name__")).partition(".")[0] == "torch"
 
 
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> Nest:
     if func is aten.lift_fresh.default:
         return hollow(args[0])
     if func is aten.native_batch_norm.default and args[5]:
@@ -318,16 +330,6 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if any(argument.name == "device" for argument in func._schema.arguments):
         kwargs = {**kwargs, "device": torch.device("meta")}
     return func(*args, **kwargs)
-
-
-def _tensors(nests: Sequence[Any]) -> Iterator[Tensor]:
-    for nest in nests:
-        if isinstance(nest, Tensor):
-            yield nest
-        elif isinstance(nest, (list, tuple)):
-            yield from _tensors(nest)
-        elif isinstance(nest, Mapping):
-            yield from _tensors(tuple(nest.values()))
 
 
 def _storage(tensor: Tensor) -> int:

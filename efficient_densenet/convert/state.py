@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from efficient_densenet.convert.converted import class_of
+from efficient_densenet.convert.graph import Nest
 from efficient_densenet.convert.twin import PLAIN, described
 from efficient_densenet.modules.reading import CONVS, NORMS, is_patched
 
@@ -51,9 +51,9 @@ class _Part:
     first: int
     children: tuple[str, ...]
     patched: bool
-    plain: tuple[tuple[str, Any], ...]
-    other: tuple[tuple[str, Any], ...]
-    tensors: tuple[tuple[str, Any], ...]
+    plain: tuple[tuple[str, object], ...]
+    other: tuple[tuple[str, object], ...]
+    tensors: tuple[tuple[str, object], ...]
     entries: int
 
     @classmethod
@@ -126,7 +126,7 @@ class Snapshot:
         bases = (base for part in self._parts for base in part.cls.__mro__)
         self._classes = [(base, dict(vars(base))) for base in dict.fromkeys(bases)]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
+    def __deepcopy__(self, memo: dict[int, object]) -> Snapshot:
         return self  # which nothing changes
 
     def holds(self, module: nn.Module) -> bool:
@@ -156,7 +156,7 @@ def _walk(modules: Iterable[nn.Module | None], into: list[nn.Module]) -> None:
             _walk(module._modules.values(), into)
 
 
-def _attributes(cls: type[nn.Module], values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _attributes(cls: type[nn.Module], values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """The attributes that Python may decide by."""
     for name, value in values.items():
         ignored = name in IGNORED or name in CHOICES or name in READ.get(cls, ())
@@ -164,21 +164,21 @@ def _attributes(cls: type[nn.Module], values: Mapping[str, Any]) -> Iterator[tup
             yield name, value
 
 
-def _names(cls: type[nn.Module], values: Mapping[str, Any]) -> set[str]:
+def _names(cls: type[nn.Module], values: Mapping[str, object]) -> set[str]:
     return {name for name, _ in _attributes(cls, values)}
 
 
-def _is_constant(value: Any) -> bool:
+def _is_constant(value: object) -> bool:
     if isinstance(value, tuple):
         return all(_is_constant(item) for item in value)
     return value is None or isinstance(value, (*PLAIN, FunctionType, BuiltinFunctionType, type))
 
 
-def _is_same(found: Any, value: Any) -> bool:
+def _is_same(found: object, value: object) -> bool:
     return type(found) is type(value) and bool(found == value)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _tensors(module: nn.Module) -> Iterator[tuple[str, object]]:
     """What there is of a module's own tensors."""
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
@@ -191,21 +191,21 @@ class Known:
     LENGTH = 8
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Snapshot, Any, Any]] = []
+        self._entries: list[tuple[Snapshot, object, object]] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Known:
+    def __deepcopy__(self, memo: dict[int, object]) -> Known:
         copied = Known()
         copied._entries = list(self._entries)
         return copied
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return Known, ()
 
-    def add(self, snapshot: Snapshot, arguments: Any, result: Any) -> None:
+    def add(self, snapshot: Snapshot, arguments: object, result: object) -> None:
         """Note ``result`` for calls with ``arguments`` while ``snapshot`` holds."""
         self._entries = [(snapshot, arguments, result), *self._entries][: self.LENGTH]
 
-    def find(self, module: nn.Module, arguments: Any) -> Any:
+    def find(self, module: nn.Module, arguments: object) -> Nest:
         """What ``module`` was recognised as in the state that it is in, else ``None``."""
         for snapshot, known, result in self._entries:
             if known == arguments and snapshot.holds(module):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from efficient_densenet.convert.graph import Node, Value
+from efficient_densenet.convert.graph import Nest, Node, Value
 from efficient_densenet.convert.region import Region
 from efficient_densenet.kernels.interface import Activation, Pool
 from efficient_densenet.modules.reading import Dropout, Unsupported, uses_batch_statistics
@@ -131,7 +131,7 @@ def _conv(region: Region, node: Node) -> Step:
     return Step(Conv(region.relative(path)), node.inputs["input"], (node,))
 
 
-def _owner(region: Region, node: Node, given: Iterable[Any], kind: type) -> tuple[str, Any]:
+def _owner(region: Region, node: Node, given: Iterable[Nest], kind: type) -> tuple[str, Any]:
     """The module whose tensors an operation reads; if it reads none, the one that is running."""
     found = next((value for value in given if value is not None), None)
     if found is None:
@@ -149,7 +149,7 @@ def _owner(region: Region, node: Node, given: Iterable[Any], kind: type) -> tupl
 
 
 def _check_tensors(
-    region: Region, node: Node, path: str, given: dict[str, Any], expected: dict[str, str | None]
+    region: Region, node: Node, path: str, given: dict[str, Nest], expected: dict[str, str | None]
 ) -> None:
     prefix = f"{path}." if path else ""
     for name, value in given.items():

@@ -23,7 +23,7 @@ from efficient_densenet.convert.fronts import (
     StemFront,
     TransitionFront,
 )
-from efficient_densenet.convert.graph import Call, Nest, Recording, Value
+from efficient_densenet.convert.graph import Arguments, Call, Keywords, Nest, Recording, Value
 from efficient_densenet.convert.match import DenseMatch
 from efficient_densenet.convert.near import nearly_dense
 from efficient_densenet.convert.record import record
@@ -57,8 +57,8 @@ class Found:
 
     front: type[Front]
     match: Any
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: Arguments = ()
+    kwargs: Keywords = field(default_factory=dict)
     reason: Unsupported | None = None
     others: list[tuple[Snapshot, Any]] = field(default_factory=list)
 
@@ -98,12 +98,12 @@ class Survey:
             convolution reads.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...] | None = None) -> None:
+    def __init__(self, model: nn.Module, args: Arguments | None = None) -> None:
         self.found: dict[str, Found] = {}
         self.in_parts: set[str] = set()
         self._record(model, "", args)
 
-    def _record(self, module: nn.Module, path: str, args: tuple[Any, ...] | None) -> None:
+    def _record(self, module: nn.Module, path: str, args: Arguments | None) -> None:
         """Record the module at ``path``, and after that what its forward pass did not come to."""
         if args is None:
             x = stand_in(module)
@@ -164,7 +164,7 @@ def _found_in(recording: Recording, module: nn.Module) -> Iterator[tuple[str, Fo
             yield call.path, Found(DenseFront, None, reason=reason.with_traceback(None))
 
 
-def _look_in_other_mode(module: nn.Module, args: tuple[Any, ...], found: dict[str, Found]) -> None:
+def _look_in_other_mode(module: nn.Module, args: Arguments, found: dict[str, Found]) -> None:
     """Add what the same modules are in training, or in evaluation, so that nobody has to wait."""
     try:
         recording = record(module, args, training=not module.training)
@@ -206,7 +206,7 @@ def _is_as_much(match: Any, inner: Any) -> bool:
     return len(getattr(match, "layers", ())) == len(getattr(inner, "layers", ()))
 
 
-def _stand_ins(nest: Nest, module: nn.Module) -> Any:
+def _stand_ins(nest: Nest, module: nn.Module) -> Nest:
     if isinstance(nest, Value):
         return map_for(module, nest.shape)
     if isinstance(nest, tuple):

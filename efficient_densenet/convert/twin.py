@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from efficient_densenet.convert.converted import class_of
+from efficient_densenet.convert.graph import Arguments, Function, Keywords, Nest
 from efficient_densenet.modules.recomputing import Settings
 
 HOOKS = (
@@ -108,7 +109,7 @@ def hollow(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def stand_ins(thing: Any) -> Any:
+def stand_ins(thing: Nest) -> Nest:
     """Arguments with hollow tensors for tensors."""
     if isinstance(thing, Tensor):
         made = hollow(thing)
@@ -120,12 +121,24 @@ def stand_ins(thing: Any) -> Any:
     return thing
 
 
+def tensors_in(nest: Nest) -> Iterator[Tensor]:
+    """All tensors among arguments, in order."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, (list, tuple)):
+        for item in nest:
+            yield from tensors_in(item)
+    elif isinstance(nest, Mapping):
+        for item in nest.values():
+            yield from tensors_in(item)
+
+
 class _HollowCopies(TorchFunctionMode):
     """Copies of tensors are hollow."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> Nest:
         if func is Tensor.__deepcopy__:
             tensor, memo = args
             return memo.setdefault(id(tensor), hollow(tensor))
@@ -190,14 +203,14 @@ def untouched_random_numbers() -> Iterator[None]:
         raise Unrecordable("It draws or seeds random numbers, but not by an operation.")
 
 
-def _as_lists(state: Any) -> Any:
+def _as_lists(state: Nest) -> Nest:
     """The state of a generator with lists for tensors and arrays."""
     if isinstance(state, (list, tuple)):
         return [_as_lists(item) for item in state]
     return state.tolist() if hasattr(state, "tolist") else state
 
 
-def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
+def plain_attributes(module: nn.Module) -> dict[str, Keywords]:
     """By the path of every module below ``module``: all that Python may decide by.
 
     That is its class, its plain attributes, the names and shapes of its tensors and of which of
@@ -211,7 +224,7 @@ def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
 
     found = {}
     for path, part in module.named_modules():
-        entries: dict[str, Any] = {"": type(part)}
+        entries: Keywords = {"": type(part)}
         for name, value in vars(part).items():
             if name in HOOKS:
                 if value:
@@ -228,7 +241,7 @@ def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def described(value: Any) -> Any:
+def described(value: Nest) -> Nest:
     """A plain value as it is, a container by what is in it, all else by its identity."""
     if value is None or isinstance(value, PLAIN):
         return type(value), value

@@ -8,7 +8,7 @@ which nothing is learnt ``inference.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ from efficient_densenet.functional.forward import (
 from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitTensors
 from efficient_densenet.functional.stem import backward_stem, forward_stem
 from efficient_densenet.kernels.interface import Statistics
+
+Context = Any
+"""What PyTorch hands from a forward to its backward pass; it takes any attribute."""
+Inputs = tuple[Any, ...]
+"""The arguments of a forward pass."""
+Results = tuple[Tensor, ...]
+"""What it returns, what is kept of it included."""
+Gradients = tuple[Tensor | None, ...]
+"""Of each of its arguments, ``None`` where there is none."""
 
 
 def dense_block(
@@ -85,7 +94,7 @@ class Recomputing(torch.autograd.Function):
     """Base of what is computed outside of autograd and of ``torch.func``."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    def vmap(*_: object) -> NoReturn:
         raise RuntimeError(
             "vmap cannot enter what recomputes in the backward pass: "
             'build the block or network with recompute="none"'
@@ -94,12 +103,12 @@ class Recomputing(torch.autograd.Function):
 
 class _DenseBlock(Recomputing):
     @staticmethod
-    def forward(spec: BlockSpec, seeds: Tensor | None, x: Tensor, *flat: Tensor | None) -> Any:
+    def forward(spec: BlockSpec, seeds: Tensor | None, x: Tensor, *flat: Tensor | None) -> Results:
         out, saved = forward_block(spec, seeds, x, flat)
         return out, *saved.flat(spec)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
         ctx.spec, seeds, x, *flat = inputs
         out, *kept = output
         ctx.kept, ctx.input_dtype = len(kept), x.dtype
@@ -108,7 +117,7 @@ class _DenseBlock(Recomputing):
         ctx.mark_non_differentiable(*kept)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Context, grad: Tensor | None, *_: None) -> Gradients:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         seeds, border, *rest = _saved(ctx)
@@ -121,12 +130,12 @@ class _DenseBlock(Recomputing):
 
 class _Stem(Recomputing):
     @staticmethod
-    def forward(spec: StemSpec, x: Tensor, *flat: Tensor | None) -> Any:
+    def forward(spec: StemSpec, x: Tensor, *flat: Tensor | None) -> Results:
         out, statistics = forward_stem(spec, x, UnitTensors(*flat))
         return out, *(statistics or ())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
         ctx.spec, *tensors = inputs
         _, *vectors = output
         ctx.save_for_backward(*tensors, *vectors)
@@ -134,7 +143,7 @@ class _Stem(Recomputing):
         ctx.mark_non_differentiable(*vectors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Context, grad: Tensor | None, *_: None) -> Gradients:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         x, *rest = ctx.saved_tensors
@@ -152,7 +161,7 @@ def differentiable_once(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | N
     return _NoSecondDerivative.apply(grad, *grads) if torch.is_grad_enabled() else grads
 
 
-def _saved(ctx: Any) -> Sequence[Tensor]:
+def _saved(ctx: Context) -> Sequence[Tensor]:
     """What a block kept; its output is among it."""
     try:
         return ctx.saved_tensors
@@ -169,15 +178,15 @@ class _NoSecondDerivative(Recomputing):
     """Hands gradients through, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(grad: Tensor, *grads: Tensor | None) -> Any:
+    def forward(grad: Tensor, *grads: Tensor | None) -> Gradients:
         return tuple(None if g is None else g.view_as(g) for g in grads)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(ctx: Context, inputs: Inputs, output: Gradients) -> None:
         """Nothing is kept."""
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> Any:
+    def backward(ctx: Context, *_: Tensor | None) -> Gradients:
         raise RuntimeError(
             "what is recomputed outside of autograd has no second derivative: "
             'to differentiate twice, build the block or network with recompute="none"'

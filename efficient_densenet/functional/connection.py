@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from efficient_densenet.functional import inference
-from efficient_densenet.functional.autograd import Recomputing, differentiable_once
+from efficient_densenet.functional.autograd import (
+    Context,
+    Gradients,
+    Inputs,
+    Recomputing,
+    Results,
+    differentiable_once,
+)
 from efficient_densenet.functional.backward import backward_block
 from efficient_densenet.functional.forward import Saved, forward_block
 from efficient_densenet.functional.opaque import Opaque, Surroundings, run_again, run_once
@@ -46,20 +52,20 @@ def connect_opaque(maps: Sequence[Tensor], opaque: Opaque, tensors: Sequence[Ten
 
 class _Unit(Recomputing):
     @staticmethod
-    def forward(spec: BlockSpec, count: int, *tensors: Tensor | None) -> Any:
+    def forward(spec: BlockSpec, count: int, *tensors: Tensor | None) -> Results:
         x = torch.cat(tensors[:count], 1)  # type: ignore[arg-type]
         out, saved = forward_block(spec, None, x, tensors[count:])
         return out, *saved.flat(spec)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
         ctx.spec, ctx.count, *tensors = inputs
         ctx.save_for_backward(*output[1:], *tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Context, grad: Tensor | None, *_: None) -> Gradients:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         mean, var, *tensors = ctx.saved_tensors
@@ -75,12 +81,14 @@ class _Unit(Recomputing):
 
 class _Opaque(Recomputing):
     @staticmethod
-    def forward(opaque: Opaque, surroundings: Surroundings, count: int, *tensors: Tensor) -> Any:
+    def forward(
+        opaque: Opaque, surroundings: Surroundings, count: int, *tensors: Tensor
+    ) -> Results:
         learns = any(tensor.requires_grad for tensor in tensors)
         return run_once(opaque, surroundings, tensors[:count], tensors[count:], learns)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: Inputs, output: tuple[Tensor, ...]) -> None:
         ctx.opaque, ctx.surroundings, ctx.count, *tensors = inputs
         _, random = output
         ctx.save_for_backward(random, *tensors)
@@ -88,7 +96,7 @@ class _Opaque(Recomputing):
         ctx.mark_non_differentiable(random)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
+    def backward(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         random, *tensors = ctx.saved_tensors

@@ -6,7 +6,7 @@ On shapes alone, where passes go as they would on a GPU: nothing is launched or 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -37,20 +37,20 @@ class Pass(TorchDispatchMode):
         self.calls = Calls(Counter(), Counter())
 
     def __enter__(self) -> Pass:
-        def count(kernel: Any, *_: Any, **__: Any) -> None:
+        def count(kernel: object, *_: object, **__: object) -> None:
             self.calls.kernels[kernel.__name__] += 1
 
         self._patched = patch.object(launch, "run", count)
         self._patched.start()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self._patched.stop()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
         if func.namespace == "aten":
             self.calls.operators[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
@@ -88,8 +88,8 @@ class Layouts(TorchDispatchMode):
         self.count = self.changed = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name == "convolution":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from support.wild import CONVS, DROPS, NORMS
 
-POOLS: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+POOLS: dict[int, object] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
     nn.ReLU,
     lambda: nn.ReLU(inplace=True),
@@ -75,7 +74,7 @@ class Layer(nn.Module):
         if self.extra == "hook":
             self.body[-1].register_forward_hook(lambda module, args, result: None)
 
-    def forward(self, *maps: Any) -> Tensor:
+    def forward(self, *maps: object) -> Tensor:
         first = maps[0]
         maps = tuple(first) if isinstance(first, list) else maps
         x = torch.cat(maps, 1) if len(maps) > 1 else maps[0]
@@ -190,7 +189,7 @@ class RandomNetwork(nn.Sequential):
         return [NORMS[dims](channels), nn.ReLU(), conv, POOLS[dims](2)]
 
 
-def _negative(layer: Layer, *maps: Any) -> Tensor:
+def _negative(layer: Layer, *maps: object) -> Tensor:
     return -Layer.forward(layer, *maps)
 
 
