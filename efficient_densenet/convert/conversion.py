@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,12 +27,7 @@ from efficient_densenet.modules.recomputing import Settings
 from efficient_densenet.modules.sequence import RecomputingSequence
 
 FilterFn = Callable[[nn.Module, str], bool]
-Mode = Literal["auto", "bottleneck", "norm"]
-MODES: dict[str, Literal["bottleneck", "norm"]] = {
-    "auto": "bottleneck",
-    "bottleneck": "bottleneck",
-    "norm": "norm",
-}
+Recomputes = Literal["bottleneck", "norm"]
 FILTERED = "filter_fn leaves it out"
 IN_PARTS = "its parts are called one by one"
 
@@ -41,7 +36,7 @@ def convert_(
     model: nn.Module,
     *,
     filter_fn: FilterFn | None = None,
-    recompute: Mode = "auto",
+    recompute: Recomputes = "bottleneck",
     strict: bool = False,
 ) -> Report:
     """Make the dense blocks of ``model`` recompute, in place, and report on every one.
@@ -57,8 +52,8 @@ def convert_(
         model: any model, or a single block.
         filter_fn: called with each recognised module and its name in ``model``; one for which it
             is false is left as it is.
-        recompute: ``"bottleneck"`` keeps only the features, ``"norm"`` the bottleneck maps too;
-            ``"auto"`` is ``"bottleneck"``. A converted model may be converted again to change it.
+        recompute: ``"bottleneck"`` keeps only the features, ``"norm"`` the bottleneck maps too. A
+            converted model may be converted again to change it.
         strict: raise unless there is a dense block, and every one that ``filter_fn`` lets through
             would recompute. Nothing is changed then.
 
@@ -68,15 +63,15 @@ def convert_(
     Raises:
         ValueError: if ``recompute`` is none of these, ``strict`` finds a block left over, or none.
     """
-    if recompute not in MODES:
+    if recompute not in get_args(Recomputes):
         raise ValueError(
-            f"recompute must be one of {tuple(MODES)}, got {recompute!r}; revert_ goes back"
+            f"recompute must be one of {get_args(Recomputes)}, got {recompute!r}; revert_ goes back"
         )
     candidates = _candidates(model, filter_fn)
     if strict:
         _check_none_is_left(candidates)
     for candidate in candidates:
-        candidate.convert_(MODES[recompute])
+        candidate.convert_(recompute)
     return _report(candidates)
 
 
@@ -127,12 +122,12 @@ class _Candidate:
     def kind(self) -> str:
         return self.found.front.kind
 
-    def convert_(self, recompute: Literal["bottleneck", "norm"]) -> None:
+    def convert_(self, recompute: Recomputes) -> None:
         if self.is_native or not self.is_wanted:
             return
         self.module.__class__ = converted_class(class_of(self.module), self.found.front)
         self.found.teach(self.module)
-        if isinstance(self.module, DenseFront):
+        if isinstance(self.module, Settings):
             self.module.recompute = recompute
 
     def finding(self, naive: int | None, kept: int | None) -> Finding:

@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models.densenet import _DenseBlock, _DenseLayer
 
 from efficient_densenet import EfficientDenseBlock, convert_, densenet_cifar
+from efficient_densenet.modules.recomputing import Settings
 from support.compare import assert_same_training
 from support.copies import pickled
 from support.libraries import NETWORKS, Tiramisu, TiramisuBlock, TiramisuLayer, blocks, small
@@ -30,7 +31,7 @@ def test_single_block_converts():
     assert block.why_naive(torch.randn(2, 8, 5, 5, dtype=torch.float64)) is None
 
 
-def test_auto_keeps_only_features_and_second_call_changes_mode():
+def test_default_keeps_only_features_and_second_call_changes_mode():
     model = small()
     convert_(model)
     assert {block.recompute for block in blocks(model)} == {"bottleneck"}
@@ -194,3 +195,12 @@ def test_layer_of_no_library_with_its_own_forward_is_run_again():
     assert convert_(model, strict=True)["down"].converted
     x = torch.randn(3, 3, 18, 16, dtype=torch.float64)
     assert_same_training(model, original, x, rtol=1e-9)
+
+
+def test_mode_is_that_of_every_converted_module():
+    model = small()
+    convert_(model, recompute="norm")
+    model.features.transition1.recompute = "none"
+    convert_(model, recompute="bottleneck")
+    modes = {part.recompute for part in model.modules() if isinstance(part, Settings)}
+    assert modes == {"bottleneck"}

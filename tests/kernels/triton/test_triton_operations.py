@@ -66,7 +66,7 @@ def test_appended_map_and_its_statistics(shape, dtype, last):
     def compute(ops, y, target):
         place = target.clone(memory_format=torch.preserve_format)
         exact = torch.promote_types(target.dtype, torch.float32)
-        mean, var = torch.ones(2, shape[1] + 3, *(1,) * len(shape[-1]), dtype=exact)
+        mean, var = torch.ones(2, shape[1] + 3, dtype=exact)
         ops.append(y, place, 2, None)
         plain = place.clone()
         ops.append(y.to(target.dtype), place, 2, Statistics(mean, var))

@@ -47,7 +47,7 @@ def to_tf32(values):
 def test_factors_of_product_are_rounded():
     """The product is that of rounded factors; of dropped digits the error would be larger."""
     x = a_map(SHAPE, SHAPE[1], torch.float32, last=True)
-    norm_vectors, tail = vectors(4, SHAPE[1], 2), tails(SHAPE, torch.float32)["1x1-without-bias"]
+    norm_vectors, tail = vectors(4, SHAPE[1]), tails(SHAPE, torch.float32)["1x1-without-bias"]
     workspace = Workspace(x, SHAPE[1], torch.float32, torch.channels_last)
     unit = a_unit(triton, norm_vectors, tail)
     found, _ = triton.forward_unit(x, unit, workspace, need_statistics=False)
@@ -68,7 +68,7 @@ def test_special_values_stay_what_they_are(value):
     x[0, 0, 0, 0] = value
     if value != value:
         x.view(torch.int32)[0, 0, 0, 0] = 0x7FFFFFFF
-    plain = [torch.zeros(SHAPE[1], 1, 1), torch.ones(SHAPE[1], 1, 1), None, None]
+    plain = [torch.zeros(SHAPE[1]), torch.ones(SHAPE[1]), None, None]
     tail = tails(SHAPE, torch.float32)["1x1-without-bias"]
     workspace = Workspace(x, SHAPE[1], torch.float32, torch.channels_last)
     found, expected = (
