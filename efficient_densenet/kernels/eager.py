@@ -42,6 +42,8 @@ from efficient_densenet.kernels.workspace import Workspace
 # (12 channels take 4.5 times as long, 132 take 1.7 times: `benchmarks/choices.py`).
 ROW = 128
 AT_ONCE = 16
+FEW = 512
+"""Positions whose sums are short as they are, and where calls into PyTorch cost more than sums."""
 
 aten = torch.ops.aten
 
@@ -77,7 +79,7 @@ def make_norm(
 
 
 def make_tail(tail: Tail) -> Tail:
-    if tail.conv is None:
+    if tail.conv is None or tail.conv.weight.dtype == tail.dtype:
         return tail
     return tail._replace(conv=tail.conv._replace(weight=in_dtype(tail.conv.weight, tail.dtype)))
 
@@ -243,7 +245,7 @@ def channel_sums(d: Tensor, x: Tensor, norm: Norm, workspace: Workspace) -> Sums
 def _fold(x: Tensor) -> int:
     """How many positions of a map with its channels last make up a row."""
     channels = x.shape[1]
-    if not is_channels_last(x):
+    if x.numel() <= FEW * channels or not is_channels_last(x):
         return 1
     enough = 1 << max(1, ROW // channels).bit_length() - 1
     whole = AT_ONCE // math.gcd(AT_ONCE, channels)

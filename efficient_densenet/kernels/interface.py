@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
 
     def first(self, channels: int) -> Statistics:
         """Those of the first ``channels``, without a call into PyTorch where they are all."""
-        return self if len(self.mean) == channels else self.of(slice(channels))
+        return self if self.mean.shape[0] == channels else self.of(slice(channels))
 
     def of(self, channels: slice) -> Statistics:
         """Those of some channels, in the same memory."""

@@ -54,7 +54,7 @@ def some_channels(x: Tensor, channels: slice) -> Tensor:
 
 def rows_of(x: Tensor, rows: slice) -> Tensor:
     """Some samples of a map, or values of a vector, without a call where they are all."""
-    return x if rows.start == 0 and rows.stop == len(x) else x[rows]
+    return x if rows.start == 0 and rows.stop == x.shape[0] else x[rows]
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

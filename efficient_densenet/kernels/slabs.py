@@ -31,7 +31,7 @@ def tail_of_slabs(
     for rows in workspace.distinct_slabs(x, stored):
         slab = rows_of(x, rows)
         y = _tail(activate(slab, workspace.scratch(slab, tail.dtype)), tail)
-        if len(y) == len(x):
+        if y.shape[0] == x.shape[0]:
             return y
         if out is None:
             shape = (len(x), *y.shape[1:])

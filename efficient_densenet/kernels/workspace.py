@@ -84,7 +84,7 @@ class Workspace:
         hundred layers have tens of thousands of them: an estimate would take a minute.
         """
         slabs = list(self.slabs(x, dtype))
-        if not is_hollow(x) or len(slabs) <= 3:
+        if len(slabs) <= 3 or not is_hollow(x):
             return slabs
         last_is_shorter = len(x) % slabs[0].stop
         return [*slabs[:3], slabs[-1]] if last_is_shorter else slabs[:3]

@@ -59,6 +59,7 @@ def test_values_and_derivatives_are_those_of_pytorch(activation, dtype, last):
 def test_unit_and_its_gradients_are_those_of_autograd(activation, samples, tail, monkeypatch):
     batch, channels, *_ = SHAPE
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", samples * channels * 8 * 7 * 5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     activation, function = ACTIVATIONS[activation]
     tail = tails(SHAPE, torch.float64)[tail]
     x = a_map(SHAPE, channels, torch.float64, last=True)

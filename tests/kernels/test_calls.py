@@ -7,13 +7,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 from efficient_densenet import DenseNet
 from efficient_densenet.kernels.layout import imagined_on
-from support.calls import Layouts, calls_of_layer
+from support.calls import Layouts, calls_of_layer, calls_on_cpu
 from support.compare import MODES
 
 # Forward and backward; docs/kernels.md says the same.
 LAUNCHES = {"norm": (5, 8), "bottleneck": (5, 9)}
 # Both passes together, views included; by autocast.
 MOST_OPERATORS = {False: 33, True: 41}
+# The same of the eager operations on a CPU; a naive layer calls 42.
+MOST_ON_CPU = {"norm": 103, "bottleneck": 110}
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
@@ -39,3 +41,9 @@ def test_planes_become_channels_last_once(kernels):
         assert layouts.changed <= 2
     else:
         assert torch.contiguous_format in layouts.read
+
+
+@pytest.mark.parametrize("recompute", MODES)
+def test_layer_on_cpu_calls_few_operators(recompute):
+    deep, shallow = (calls_on_cpu(layers, recompute) for layers in (8, 4))
+    assert (deep - shallow) / 4 <= MOST_ON_CPU[recompute]

@@ -76,6 +76,15 @@ def calls_of_layer(recompute: str, autocast: bool) -> tuple[Calls, Calls]:
     return forward, backward
 
 
+def calls_on_cpu(layers: int, recompute: str) -> int:
+    """Operators of both passes of such a block on small maps, on the eager operations."""
+    block = EfficientDenseBlock(layers, 64, 4, 32, recompute=recompute)  # type: ignore[arg-type]
+    x = torch.randn(2, 64, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    with Pass() as both:
+        block(x).backward(torch.ones(2, 64 + 32 * layers, 8, 8))
+    return both.calls.operators.total()
+
+
 class Layouts(TorchDispatchMode):
     """Context manager that notes the memory formats of what convolutions read.
 
