@@ -22,7 +22,7 @@ class GradientStorage(NamedTuple):
     """Where the gradients of a map are summed.
 
     ``grad`` is ``(N, channels, *spatial)``; ``mean_d`` and ``mean_dx``, the means of the normalised
-    map's gradient and of its product with the map, are vectors ``(channels, 1, …)`` in the
+    map's gradient and of its product with the map, are vectors ``(channels,)`` in the
     statistics' type.
     """
 

@@ -22,10 +22,10 @@ class Saved(NamedTuple):
 
     Attributes:
         features: ``(N, channels, *spatial)``, the input's channels first, in the features' type.
-        statistics: theirs, two vectors ``(channels, 1, …)`` in the statistics' type, written as far
+        statistics: theirs, two vectors ``(channels,)`` in the statistics' type, written as far
             as a norm reads them.
         bottlenecks: ``(N, width, *spatial)`` in the compute type; ``None`` if recomputed or absent.
-        bottleneck_statistics: two vectors ``(width, 1, …)``; ``None`` if there is no bottleneck or
+        bottleneck_statistics: two vectors ``(width,)``; ``None`` if there is no bottleneck or
             its norm uses running statistics.
         random: ``uint8``, the state of the random generators from which an opaque layer drew,
             empty if it drew nothing; ``None`` for other layers.

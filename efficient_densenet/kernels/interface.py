@@ -1,9 +1,8 @@
 """The operations that the passes are written against, and what they exchange.
 
-A map is ``(samples, channels, *spatial)``, of any floating-point type. A vector of one value per
-channel is ``(channels,)``.
-Vectors, and all that is summed over a batch, are in the statistics' type: float32, or float64 where
-maps are.
+A map is ``(samples, channels, *spatial)``, of any floating-point type. A vector, one value per
+channel, is ``(channels,)``. Vectors, and all that is summed over a batch, are in the statistics'
+type: float32, or float64 where maps are.
 """
 
 from __future__ import annotations
