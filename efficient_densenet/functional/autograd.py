@@ -30,9 +30,9 @@ Context = Any
 Inputs = tuple[Any, ...]
 """The arguments of a forward pass."""
 Results = tuple[Tensor, ...]
-"""What it returns, what is kept of it included."""
+"""What a forward pass returns, including what is kept for the backward pass."""
 Gradients = tuple[Tensor | None, ...]
-"""Of each of its arguments, ``None`` where there is none."""
+"""A gradient for each argument of a forward pass, ``None`` where there is none."""
 
 
 def dense_block(
@@ -90,7 +90,7 @@ def stem(x: Tensor, spec: StemSpec, tensors: UnitTensors) -> tuple[Tensor, Stati
     return out, Statistics(*vectors) if vectors else None, count
 
 
-class Recomputing(torch.autograd.Function):
+class RecomputingFunction(torch.autograd.Function):
     """Base of what is computed outside of autograd and of ``torch.func``."""
 
     @staticmethod
@@ -101,7 +101,7 @@ class Recomputing(torch.autograd.Function):
         )
 
 
-class _DenseBlock(Recomputing):
+class _DenseBlock(RecomputingFunction):
     @staticmethod
     def forward(spec: BlockSpec, seeds: Tensor | None, x: Tensor, *flat: Tensor | None) -> Results:
         out, saved = forward_block(spec, seeds, x, flat)
@@ -128,7 +128,7 @@ class _DenseBlock(Recomputing):
         return None, None, *differentiable_once(grad, dx, *grads)
 
 
-class _Stem(Recomputing):
+class _Stem(RecomputingFunction):
     @staticmethod
     def forward(spec: StemSpec, x: Tensor, *flat: Tensor | None) -> Results:
         out, statistics = forward_stem(spec, x, UnitTensors(*flat))
@@ -174,7 +174,7 @@ def _saved(ctx: Context) -> Sequence[Tensor]:
         ) from error
 
 
-class _NoSecondDerivative(Recomputing):
+class _NoSecondDerivative(RecomputingFunction):
     """Hands gradients through, and refuses to be differentiated."""
 
     @staticmethod

@@ -21,9 +21,8 @@ from efficient_densenet.kernels.layout import empty_map, in_dtype
 class GradientStorage(NamedTuple):
     """Where the gradients of a map are summed.
 
-    ``grad`` is ``(N, channels, *spatial)``; ``mean_d`` and ``mean_dx``, the means of the normalised
-    map's gradient and of its product with the map, are vectors ``(channels,)`` in the
-    statistics' type.
+    ``grad`` is ``(N, channels, *spatial)``. ``mean_d`` and ``mean_dx`` are ``S1 / M`` and
+    ``S2 / M`` of docs/derivation.md, section 6: vectors ``(channels,)`` in the statistics' type.
     """
 
     grad: Tensor
@@ -64,7 +63,7 @@ class MapGradient:
         self.grad, self.mean_d, self.mean_dx = storage
         self.count = maps.numel() // maps.shape[1]
         self.written = False
-        self.corrected = 0
+        self.corrected_channels = 0
 
     def ready(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> Unit:
         """A unit that reads the first ``channels``."""
@@ -111,11 +110,13 @@ class MapGradient:
             channels = ready.channels
             totals = self.first(channels, self.mean_d), self.first(channels, self.mean_dx)
             # The first reader has the most channels: it writes all that the others add to.
-            adds = self.corrected > 0
+            adds = self.corrected_channels > 0
             dbeta, dgamma = self.units.ops.collect(
                 sums, ready, 1.0 / self.count, totals if corrects else None, adds
             )
-            self.corrected = max(self.corrected, ready.channels if corrects else 0)
+            self.corrected_channels = max(
+                self.corrected_channels, ready.channels if corrects else 0
+            )
         return UnitTensors(
             weight=gradient_like(dgamma, tensors.weight, needs.weight),
             bias=gradient_like(dbeta, tensors.bias, needs.bias),
@@ -132,7 +133,7 @@ class MapGradient:
         if self.spec:
             channels = self.spec.span(start, stop)
         whole = stop - start == self.maps.shape[1]
-        corrects = self.statistics is not None and start < self.corrected
+        corrects = self.statistics is not None and start < self.corrected_channels
         if whole and (dtype == self.grad.dtype or not corrects):
             out = self.grad
         else:

@@ -12,7 +12,7 @@ from efficient_densenet.functional.autograd import (
     Context,
     Gradients,
     Inputs,
-    Recomputing,
+    RecomputingFunction,
     Results,
     differentiable_once,
 )
@@ -50,7 +50,7 @@ def connect_opaque(maps: Sequence[Tensor], opaque: Opaque, tensors: Sequence[Ten
     return out
 
 
-class _Unit(Recomputing):
+class _Unit(RecomputingFunction):
     @staticmethod
     def forward(spec: BlockSpec, count: int, *tensors: Tensor | None) -> Results:
         x = torch.cat(tensors[:count], 1)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ class _Unit(Recomputing):
         return None, None, *differentiable_once(grad, *parts, *grads)
 
 
-class _Opaque(Recomputing):
+class _Opaque(RecomputingFunction):
     @staticmethod
     def forward(
         opaque: Opaque, surroundings: Surroundings, count: int, *tensors: Tensor

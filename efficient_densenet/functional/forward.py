@@ -140,7 +140,7 @@ def forward_block(
 def draw_seeds(x: Tensor, layers: int) -> Tensor:
     """A seed ``(layers,)`` for the dropout mask of each layer, on the device of ``x``.
 
-    From that device's default generator, so that a graph draws others when it is replayed.
+    From that device's default generator, so that a CUDA graph draws others when it is replayed.
     """
     return torch.randint(2**62, (layers,), device=x.device)
 

@@ -1,4 +1,4 @@
-"""Specifications: what a block or stem computes, without its tensors."""
+"""Specifications: what a block or stem computes, and which implementation runs it."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from efficient_densenet.kernels.aten import convolve, convolve_backward
 from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients
 from efficient_densenet.kernels.layout import empty_map
 
-# A sample of a stem's channels that takes more than this is not computed at once, but so many
-# channels at a time as take half of it, and no fewer than a convolution computes together.
+# If one sample takes more than this, it is computed in groups of channels, each about half of this
+# and at least as many as a convolution computes together.
 LARGE_SAMPLE_BYTES = 4 << 20
 LEAST_CHANNELS = 16
 
@@ -28,8 +28,8 @@ LEAST_CHANNELS = 16
 def stem_groups(spec: StemSpec, x: Tensor, weight: Tensor) -> list[slice]:
     """The channels of a stem that are computed together: all, unless a sample of them is large.
 
-    Up to the pooling a stem works on each channel by itself, so that of a large volume not even one
-    sample has to be there with all its channels.
+    Up to the pooling a stem works on each channel by itself: of a large volume not even one sample
+    has to exist with all its channels.
     """
     channels = len(weight)
     positions = spec.conv.positions(x.shape[2:], weight.shape[2:])

@@ -25,7 +25,7 @@ from efficient_densenet.kernels.workspace import Workspace
 
 
 class UnitRunner:
-    """One pass's operations and the BN storage that they share.
+    """One pass's operations and the scratch that they share.
 
     ``like`` is a map of the samples and the size that the units read, ``widest`` the channels of
     the widest of them.

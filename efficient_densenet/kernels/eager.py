@@ -42,7 +42,7 @@ from efficient_densenet.kernels.workspace import Workspace
 # (12 channels take 4.5 times as long, 132 take 1.7 times: `benchmarks/choices.py`).
 ROW = 128
 AT_ONCE = 16
-FEW = 512
+FEW = 64
 """Positions whose sums are short as they are, and where calls into PyTorch cost more than sums."""
 
 aten = torch.ops.aten

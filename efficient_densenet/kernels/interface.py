@@ -49,10 +49,7 @@ Norm = Any
 """A batch norm ready to apply, as :meth:`Operations.make_norm` made it."""
 
 Sums = Any
-"""``Σ d`` and ``Σ d * (x - mean)`` of each channel, as :meth:`Operations.collect` reads them.
-
-``d`` is the gradient of ``norm(x)``.
-"""
+"""What :meth:`Operations.collect` makes dβ and dγ of, in a form of the implementation's own."""
 
 
 class Geometry(NamedTuple):
@@ -205,7 +202,7 @@ class Operations(Protocol):
         totals: tuple[Tensor, Tensor] | None,
         accumulate: bool,
     ) -> tuple[Tensor, Tensor]:
-        """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``: as vectors, or ``(channels,)``.
+        """``dβ = Σ d`` and ``dγ = invstd * Σ d * (x - mean)``, two vectors.
 
         Both are in the statistics' type. Writes ``share * scale * dβ`` and
         ``share * scale * invstd * dγ`` into the first ``unit.channels`` of ``totals``, two vectors,

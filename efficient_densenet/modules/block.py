@@ -20,7 +20,7 @@ Forward = Callable[..., Tensor]
 
 
 class RecomputingBlock(Recomputing):
-    """What makes a dense block recompute: a base in front of the class whose forward is naive.
+    """Base of dense blocks that recompute, in front of the class whose forward is naive.
 
     The layers are read once a call.
     """

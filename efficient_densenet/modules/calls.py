@@ -157,6 +157,7 @@ class BlockCall:
         exit: what is returned instead of the features: of a transition or a head.
         recompute: as in :class:`BlockSpec`.
         kernels: which implementation of the operations to run on.
+        group: the processes whose batch statistics are joined, ``None`` for this one alone.
         new_first: whether layers put their maps before those that they read.
     """
 

@@ -1,4 +1,4 @@
-"""The parts that a dense layer, a transition or a stem is made of, by their paths below it."""
+"""The parts that a dense layer, a transition or a stem is made of, by name."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Reads ``nn`` modules as what they compute, or says why that is not supported.
 
 Modules are read once a call: what has been replaced, frozen, hooked or switched to evaluation since
-the last call is seen. Whoever asks catches :class:`Unsupported` in one place
-(``recomputing.py``) and takes the naive path.
+the last call is seen. Who asks catches :class:`Unsupported` and takes the naive path: for modules
+``recomputing.py``, for neighbours that may run together ``sequence.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The base in front of a class whose forward is naive: the one place that falls back to it."""
+"""The base in front of a class whose forward is naive: reads, runs, or falls back to it."""
 
 from __future__ import annotations
 

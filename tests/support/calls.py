@@ -79,9 +79,9 @@ def calls_of_layer(recompute: str, autocast: bool) -> tuple[Calls, Calls]:
 def calls_on_cpu(layers: int, recompute: str) -> int:
     """Operators of both passes of such a block on small maps, on the eager operations."""
     block = EfficientDenseBlock(layers, 64, 4, 32, recompute=recompute)  # type: ignore[arg-type]
-    x = torch.randn(2, 64, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(2, 64, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
     with Pass() as both:
-        block(x).backward(torch.ones(2, 64 + 32 * layers, 8, 8))
+        block(x).backward(torch.ones(2, 64 + 32 * layers, 4, 4))
     return both.calls.operators.total()
 
 

@@ -122,7 +122,10 @@ def run(
     stages: int = 1,
     **constants: Any,
 ) -> None:
-    """Every launch there is, on the device of its maps or vectors; of those without values none."""
+    """Launch ``kernel`` on the device of its maps or vectors; all launches go through here.
+
+    Maps without values launch nothing.
+    """
     first = args[0][0] if isinstance(args[0], tuple) else args[0]
     if is_hollow(first):
         return
