@@ -16,7 +16,7 @@ from efficient_densenet.models import (
 )
 from efficient_densenet.modules.block import EfficientDenseBlock
 from efficient_densenet.modules.connections import recompute_connection
-from efficient_densenet.modules.dense_block import recompute_dense_block
+from efficient_densenet.modules.own_layers import recompute_dense_block
 from efficient_densenet.training.plan import plan
 
 __version__ = "0.1.0"

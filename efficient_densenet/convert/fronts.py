@@ -224,7 +224,7 @@ class TransitionFront(Recognised[TransitionMatch], RecomputingTransition):
     def read(self, *args: Nest, **kwargs: Nest) -> BlockCall:
         unit = read_transition(self, self.recognised(args, kwargs))
         (x,) = tensors_in((args, kwargs))
-        return BlockCall.of(x, (), None, "norm", self.kernels).read_by(unit)
+        return BlockCall.of(x, (), None, "norm", self.kernels).with_exit(unit)
 
     def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         return self.run(*args, **kwargs)

@@ -91,7 +91,7 @@ class Alone:
             for module, mode in zip(self.modules, modes, strict=True):
                 assert isinstance(module, Settings)
                 module.recompute = mode
-        return run(self.modules, x, self.kernels, stems=modes[0] != "none")
+        return run(self.modules, x, self.kernels, recompute_stems=modes[0] != "none")
 
 
 def modes_of(model: nn.Module) -> dict[str, Recompute]:

@@ -194,7 +194,7 @@ class BlockCall:
         """Channels of the features."""
         return self.x.shape[1] + sum(layer.spec.growth for layer in self.layers)
 
-    def read_by(self, exit: Unit) -> BlockCall:
+    def with_exit(self, exit: Unit) -> BlockCall:
         """The same call with an exit; raises :class:`Unsupported` if that cannot be."""
         expected = exit.norm.num_features
         if expected != self.channels:
@@ -233,7 +233,7 @@ class BlockCall:
         with undone_if_unfit(self.x, self.layers):
             return on_plain_tensors(self._run, self.x)
 
-    def _read_by(self, layer: Layer, features: Statistics) -> Statistics:
+    def _statistics_for(self, layer: Layer, features: Statistics) -> Statistics:
         """Statistics of which those that a layer reads are the first."""
         if not self.new_first:
             return features
@@ -247,7 +247,7 @@ class BlockCall:
             Seen(unit.norm, statistics)
             for layer, bottleneck in zip(self.layers, bottlenecks, strict=True)
             for unit, statistics in zip(
-                layer.units, (self._read_by(layer, features), bottleneck), strict=False
+                layer.units, (self._statistics_for(layer, features), bottleneck), strict=False
             )
         ]
         if self.exit:

@@ -107,7 +107,7 @@ def _call_of(features: Sequence[Tensor], unit: Unit) -> BlockCall:
     if any(x.dtype != first.dtype for x in features):
         raise Unsupported("the features", "are of several types")
     whole = first.new_empty(()).expand(len(first), channels, *first.shape[2:])
-    return BlockCall.of(whole, (), None, "norm", "auto").read_by(unit)
+    return BlockCall.of(whole, (), None, "norm", "auto").with_exit(unit)
 
 
 def _run_unit(maps: Sequence[Tensor], unit: Unit, call: BlockCall) -> Tensor:

@@ -50,7 +50,7 @@ class RecomputingTransition(Recomputing):
     structure: ClassVar[Structure] = TRANSITION
 
     def read(self, x: Tensor) -> BlockCall:
-        return BlockCall.of(x, (), None, "norm", self.kernels).read_by(self.read_unit())
+        return BlockCall.of(x, (), None, "norm", self.kernels).with_exit(self.read_unit())
 
     def read_unit(self) -> Unit:
         """The transition as what reads all features of a block."""
@@ -80,12 +80,12 @@ class RecomputingSequence(Settings):
         if self.is_naive() or not isinstance(input, Tensor):
             return super().forward(input)
         modules = [module for module in self._modules.values() if module is not None]
-        stems = self.recompute != "none"
+        recompute_stems = self.recompute != "none"
         *before, last = modules
         if not is_patched(last):
-            return in_format_of(input, run(modules, input, self.kernels, stems))
+            return in_format_of(input, run(modules, input, self.kernels, recompute_stems))
         # A hook on the last module holds what the caller gets, and may change in place.
-        return last(in_format_of(input, run(before, input, self.kernels, stems)))
+        return last(in_format_of(input, run(before, input, self.kernels, recompute_stems)))
 
     def is_naive(self) -> bool:
         """Whether its stem, and every child that has a mode, has ``recompute="none"``."""
@@ -119,7 +119,7 @@ class Head:
     def read(self, x: Tensor) -> BlockCall:
         """What a call on ``x`` would run; raises :class:`Unsupported`."""
         check_input(x)
-        return BlockCall.of(x, (), None, "norm", self.kernels).read_by(self.read_unit())
+        return BlockCall.of(x, (), None, "norm", self.kernels).with_exit(self.read_unit())
 
     def __call__(self, x: Tensor) -> Tensor:
         call = supported(self.read, x)
@@ -129,17 +129,17 @@ class Head:
 
 
 def run(
-    modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto", stems: bool = True
+    modules: Sequence[nn.Module], x: Tensor, kernels: Kernels = "auto", recompute_stems: bool = True
 ) -> Tensor:
     """``modules`` one after the other, as :class:`EfficientSequential` runs them.
 
-    ``kernels`` are those of stems, and ``stems`` says whether they recompute; blocks and
+    ``kernels`` are those of stems, and ``recompute_stems`` says whether they recompute; blocks and
     transitions have settings of their own.
     """
     i = 0
     while i < len(modules):
         here, after = modules[i], modules[i + 1] if i + 1 < len(modules) else None
-        stem = read_stem(modules[i:], x, kernels) if stems else None
+        stem = read_stem(modules[i:], x, kernels) if recompute_stems else None
         if stem is not None:
             x, i = stem[0].run(), i + stem[1]
         elif is_plain(here, RecomputingBlock) and _reads_inside(after):
@@ -154,7 +154,7 @@ def run_to_average(
     x: Tensor,
     dims: int,
     kernels: Kernels = "auto",
-    stems: bool = True,
+    recompute_stems: bool = True,
 ) -> Tensor:
     """ReLU and global average, ``(N, channels, 1, ...)``, of what ``modules`` make of ``x``.
 
@@ -165,11 +165,11 @@ def run_to_average(
     *before, block, norm = modules
     naive = isinstance(block, Settings) and block.recompute == "none"
     if naive or is_patched(norm):
-        return global_average(F.relu(run(modules, x, kernels, stems)), dims)
+        return global_average(F.relu(run(modules, x, kernels, recompute_stems)), dims)
     head = Head(norm, dims, kernels)
     if is_plain(block, RecomputingBlock):
-        return _run_block(block, run(before, x, kernels, stems), head)
-    return head(run([*before, block], x, kernels, stems))
+        return _run_block(block, run(before, x, kernels, recompute_stems), head)
+    return head(run([*before, block], x, kernels, recompute_stems))
 
 
 def _run_block(block: RecomputingBlock, x: Tensor, reader: RecomputingTransition | Head) -> Tensor:
@@ -181,7 +181,7 @@ def _run_block(block: RecomputingBlock, x: Tensor, reader: RecomputingTransition
         out = block.run_or_none(call)
         return reader(block.run_naive(x) if out is None else out)
     try:
-        read = call.read_by(reader.read_unit())
+        read = call.with_exit(reader.read_unit())
     except Unsupported:
         out = block.run_or_none(call)
         return reader(block.run_naive(x) if out is None else out)
