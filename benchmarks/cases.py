@@ -69,7 +69,8 @@ COMPETITORS = (
     Competitor("bottleneck"),
     Competitor("bottleneck", channels_last=True),
 )
-
+BRIEF = tuple(c for c in COMPETITORS if not c.compiled and not (c.ours and c.channels_last))
+"""Those whom a user wants to see first: a compiled model takes minutes to compile."""
 
 FLOOR = Competitor("floor")
 """No competitor: the time below which none can go."""

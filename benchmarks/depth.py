@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.cases import DEVICE, KINDS, Competitor, Kind, make_block
-from benchmarks.provenance import publish
+from benchmarks.provenance import Json, publish
 from efficient_densenet.memory.report import StepReport
 from efficient_densenet.memory.step import measure
 
@@ -23,7 +23,7 @@ def measured(kind: Kind, layers: int) -> StepReport:
     return measure(model, x)
 
 
-def main() -> None:
+def found() -> Json:
     bytes_of = {}
     for kind in KINDS:
         reports = [measured(kind, layers) for layers in DEPTHS]
@@ -31,7 +31,11 @@ def main() -> None:
             "kept": [report.kept for report in reports],
             "peak": [report.peak.step for report in reports],
         }
-    publish("depth", {"shape": SHAPE, "growth": GROWTH, "depths": list(DEPTHS), "bytes": bytes_of})
+    return {"shape": SHAPE, "growth": GROWTH, "depths": list(DEPTHS), "bytes": bytes_of}
+
+
+def main() -> None:
+    publish("depth", found())
 
 
 if __name__ == "__main__":

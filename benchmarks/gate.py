@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks import report
+from benchmarks import instruments, report
 from benchmarks.cases import CASES, COMPETITORS, FLOOR
-from benchmarks.instruments import SharpJudge, compete
 from benchmarks.provenance import RESULTS, Json, provenance
 
 BASELINE = RESULTS / "steps.json"
@@ -101,7 +100,7 @@ def run(only: str) -> Json:
     """Ours and the floor on the cases whose name contains ``only``, as ``steps.json``."""
     competitors = [c for c in COMPETITORS if c.ours]
     cases = [case for case in CASES if only in case.name]
-    results = [compete(case, competitors, SharpJudge(case)) for case in cases]
+    results = [instruments.run(case, competitors) for case in cases]
     return {"conditions": provenance(), **report.rows(results)}
 
 

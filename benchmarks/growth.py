@@ -6,15 +6,11 @@ python -m benchmarks.growth    # into docs/results/growth.json
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.cases import COMPETITORS, NAIVE_COMPILED, Case, Competitor, block
-from benchmarks.instruments import Row, SharpJudge, compete
-from benchmarks.provenance import publish
-
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
-OUT = Path(__file__).parent / "out"
+from benchmarks.cases import COMPETITORS, NAIVE_COMPILED, Case, block
+from benchmarks.instruments import Row, Rows, run
+from benchmarks.provenance import Json, publish
 
 
 class Point(NamedTuple):
@@ -60,7 +56,7 @@ class Sample:
 
 def samples() -> list[Sample]:
     """Every competitor at every point of every axis; axes share the point in which they cross."""
-    rows: dict[Point, dict[Competitor, Row]] = {}
+    rows: dict[Point, Rows] = {}
     found = []
     for axis, values in AXES.items():
         for value in values:
@@ -73,18 +69,20 @@ def samples() -> list[Sample]:
     return found
 
 
-def measured(point: Point, with_compiled: bool) -> dict[Competitor, Row]:
-    competitors = [c for c in COMPETITORS if with_compiled or c != NAIVE_COMPILED]
-    case = point.case()
-    return compete(case, competitors, SharpJudge(case))
+def measured(point: Point, with_compiled: bool) -> Rows:
+    return run(point.case(), [c for c in COMPETITORS if with_compiled or c != NAIVE_COMPILED])
 
 
 def _belongs(row: Row, axis: str) -> bool:
     return axis == "layers" or row.competitor != NAIVE_COMPILED
 
 
+def found() -> Json:
+    return {"base": Point()._asdict(), "samples": [asdict(s) for s in samples()]}
+
+
 def main() -> None:
-    publish("growth", {"base": Point()._asdict(), "samples": [asdict(s) for s in samples()]})
+    publish("growth", found())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from statistics import median, quantiles
 from typing import Protocol
 
@@ -17,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import COMPETITORS, DEVICE, FLOOR, NAIVE, Case, Competitor, Subject
+from benchmarks.cases import DEVICE, FLOOR, NAIVE, Case, Competitor, Subject
 from benchmarks.floor import ConvolutionsAlone
-from efficient_densenet.memory.step import measure
+from efficient_densenet.memory.batch import make_batch
+from efficient_densenet.memory.profiler import AllocatorRecord, quiet_profiler
+from efficient_densenet.memory.profiler import phase as allocator_phase
+from efficient_densenet.memory.report import StepReport
+from efficient_densenet.memory.running import RunningStep
 
 SHARP = 1e-9
 """Relative error (2-norm) allowed in the output and each gradient in float64."""
@@ -47,7 +50,7 @@ class Row:
     peak: int = 0
     operator: str = ""
     convolution_share: float | None = None
-    first_seconds: float = 0.0
+    first_seconds: float = 0.0  # its check included
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -94,10 +97,9 @@ Rows = dict[Competitor, Row]
 Tell = Callable[[Rows, Competitor | None], None]
 
 
-@cache
-def run(case: Case) -> Rows:
-    """Every competitor on ``case``, and the floor: the right ones measured, all interleaved."""
-    return compete(case, COMPETITORS, SharpJudge(case))
+def run(case: Case, competitors: Sequence[Competitor]) -> Rows:
+    """Those ``competitors`` and the floor on ``case``, judged sharply."""
+    return compete(case, competitors, SharpJudge(case))
 
 
 # With caches a compile time could be that of a second run.
@@ -135,8 +137,9 @@ def compete(
                 continue
             subject = case.subject(competitor)
             row.failure = judge.before(competitor)
-            row.first_seconds = timed(subject)
+            first = time.perf_counter()
             row.failure = row.failure or judge.after(subject)
+            row.first_seconds = time.perf_counter() - first
             if row.failure is None:
                 round_seconds += weigh(subject, row)
                 subjects[competitor] = subject
@@ -205,20 +208,30 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def weigh(subject: Subject, row: Row) -> float:
-    """Fill in the memory of one step; returns about how many seconds it takes."""
+    """Fill in the memory of a step and what convolutions take of it; returns about its seconds."""
     if DEVICE.type == "cuda":
         row.kept, row.peak = counted(subject)
         return timed(subject)
-    report = measure(subject.model, subject.x, autocast_dtype=subject.autocast)
+    report = allocated(subject)
     row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
-    row.convolution_share = convolution_share(subject)
-    return report.seconds or 0.0
+    row.convolution_share, seconds = profiled(subject)
+    return seconds
+
+
+def allocated(subject: Subject) -> StepReport:
+    """What ``measure`` reports of a step, without its copy of the model and its warm-up."""
+    batch = make_batch((subject.x,), None, DEVICE, subject.x.dtype)
+    step = RunningStep(subject.model, batch, None, subject.autocast)
+    record = AllocatorRecord(lambda: step.run(allocator_phase), DEVICE)
+    report = step.report("CPU allocator (torch.profiler)", record, DEVICE.type)
+    subject.clear()
+    return report
 
 
 def counted(subject: Subject) -> tuple[int, int]:
     """Bytes kept and at the peak of a step, above those before it, by the CUDA allocator's count.
 
-    Unlike :func:`measure` it copies no model and profiles nothing.
+    Unlike ``measure`` it copies no model and profiles nothing.
     """
     subject.clear()
     gc.collect()
@@ -234,13 +247,14 @@ def counted(subject: Subject) -> tuple[int, int]:
     return kept - before, peak - before
 
 
-def convolution_share(subject: Subject) -> float:
-    """The part of a CPU's step that operators spend in convolutions, from ``torch.profiler``."""
+def profiled(subject: Subject) -> tuple[float, float]:
+    """The part of a CPU's step that operators spend in convolutions, and the step's seconds."""
+    quiet_profiler()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        timed(subject)
+        seconds = timed(subject)
     events = profiler.key_averages()
     convolutions = sum(e.self_cpu_time_total for e in events if "convolution" in e.key)
-    return convolutions / sum(e.self_cpu_time_total for e in events)
+    return convolutions / sum(e.self_cpu_time_total for e in events), seconds
 
 
 def rounds(seconds_per_round: float, seconds: float = SECONDS_PER_CASE) -> int:

@@ -33,11 +33,11 @@ Results = Sequence[dict[Competitor, Row]]
 
 
 def markdown(results: Results, conditions: dict[str, str]) -> str:
-    """One table per case and the conditions of the run."""
-    tables = [f"### {name(rows)}\n\n{table(rows)}" for rows in results]
-    goals = f"### Goals\n\n{aligned(table_of_goals(results))}"
-    lines = [f"- {key}: {value}" for key, value in conditions.items()]
-    return "\n\n".join([*tables, goals, "Conditions:\n\n" + "\n".join(lines)]) + "\n"
+    """A section for each case, the goals, and the conditions of the run."""
+    tables = [f"## {name(rows)}\n\n{table(rows)}" for rows in results]
+    goals = f"## Goals\n\n{aligned(filled(table_of_goals(results)))}"
+    lines = "\n".join(f"- {key}: {value}" for key, value in conditions.items())
+    return "\n\n".join([*tables, goals, f"## Conditions\n\n{lines}"]) + "\n"
 
 
 def name(rows: dict[Competitor, Row]) -> str:
@@ -45,7 +45,13 @@ def name(rows: dict[Competitor, Row]) -> str:
 
 
 def table(rows: dict[Competitor, Row]) -> str:
-    return aligned([HEADER, *(cells(row, rows) for row in rows.values())])
+    return aligned(filled([HEADER, *(cells(row, rows) for row in rows.values())]))
+
+
+def filled(rows: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    """Without the columns that hold nothing beneath their head."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return list(zip(*columns, strict=True))
 
 
 def cells(row: Row, rows: dict[Competitor, Row]) -> tuple[str, ...]:

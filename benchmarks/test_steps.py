@@ -1,30 +1,22 @@
-"""Forward and backward of every competitor on every case."""
+"""Forward and backward of the competitors on every case."""
 
 from __future__ import annotations
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.cases import CASES, COMPETITORS, DEVICE, Case, Competitor
-from benchmarks.conftest import MEASURED
-from benchmarks.instruments import run, timed
+from benchmarks.cases import CASES, Case
+from benchmarks.conftest import COMPETING, MEASURED
+from benchmarks.instruments import run
 
 
-@pytest.mark.parametrize("competitor", COMPETITORS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_step(
-    benchmark: BenchmarkFixture, case: Case, competitor: Competitor, pytestconfig: pytest.Config
-) -> None:
-    """The case's first test runs all its competitors interleaved: the report quotes that run.
+def test_step(benchmark: BenchmarkFixture, case: Case, pytestconfig: pytest.Config) -> None:
+    """All competitors interleaved, each once it has been found right; who is wrong fails the test.
 
-    pytest-benchmark's own table is a second look, one competitor after the other.
+    pytest-benchmark records how long all of that takes: the steps' own times are in the report.
     """
-    rows = run(case)
-    pytestconfig.stash[MEASURED][case.name] = rows
-    row = rows[competitor]
-    if row.failure:
-        pytest.fail(row.failure)
-    benchmark.group = case.name
-    benchmark.extra_info.update(kept_bytes=row.kept, peak_bytes=row.peak, device=DEVICE.type)
-    subject = case.subject(competitor)
-    benchmark.pedantic(timed, (subject,), rounds=1)
+    rows = benchmark.pedantic(run, (case, pytestconfig.stash[COMPETING]), rounds=1)
+    pytestconfig.stash[MEASURED].append(rows)
+    if failures := [f"{row.competitor}: {row.failure}" for row in rows.values() if row.failure]:
+        pytest.fail("\n".join(failures), pytrace=False)

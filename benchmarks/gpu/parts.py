@@ -27,6 +27,7 @@ from benchmarks.instruments import (
 )
 from benchmarks.precision import PrecisionJudge
 from benchmarks.provenance import Json
+from efficient_densenet.memory.profiler import quiet_profiler
 from efficient_densenet.training.config import make_optimizer
 from efficient_densenet.training.work import COMPETITORS, Work
 
@@ -289,6 +290,7 @@ def _kernels(run: profile) -> dict[str, tuple[int, float]]:
     """By name, how often each kernel ran and for how many microseconds altogether."""
     on_gpu = DEVICE.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    quiet_profiler()
     synchronize()
     with profile(activities=activities) as profiler:
         run()

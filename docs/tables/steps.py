@@ -58,7 +58,8 @@ def _cells(row: Found) -> tuple[str, str]:
 def page() -> str:
     """Every row, as the suite reports it in a terminal."""
     found = results("steps")
-    return report.markdown(cases_of(found), found["conditions"])
+    cases = report.markdown(cases_of(found), found["conditions"])
+    return f"# Time and memory of a training step\n\n{cases}"
 
 
 def cases_of(found: Found) -> report.Results:

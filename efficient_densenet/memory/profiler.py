@@ -18,6 +18,15 @@ Node = Any
 _MARK = "efficient_densenet: "
 
 
+def quiet_profiler() -> None:
+    """Keep ``torch.profiler`` from telling stderr of every start and stop, and of absent GPUs.
+
+    To be called before a process first profiles. Only Kineto, its library, reads the variable, and
+    what it prints as errors has a lower level than starts and stops.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
 def phase(name: str) -> record_function:
     """Context manager that marks a phase of the step for :func:`record`."""
     return record_function(_MARK + name)
@@ -34,8 +43,7 @@ class AllocatorRecord:
     """
 
     def __init__(self, run: Callable[[], None], device: torch.device) -> None:
-        # Else the profiler tells stderr of every start and stop, and of a GPU that is not there.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        quiet_profiler()
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
