@@ -48,10 +48,10 @@ DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "c
 # DenseNet-121's first block at 224x224.
 LAYER = (64, 56, 224, 128, 32)
 # The same in other sizes: of a growth rate that is no multiple of 16, and of small maps.
-ODD_LAYER, SMALL_LAYER = (64, 56, 240, 48, 12), (64, 14, 224, 128, 32)
+ODD_LAYER, SMALL_LAYER = (64, 56, 252, 48, 12), (64, 14, 224, 128, 32)
 LAYOUTS = {
     "channels last, 256": (LAYER, True),
-    "channels last, 252": (ODD_LAYER, True),
+    "channels last, 264": (ODD_LAYER, True),
     "planes, 56²": (LAYER, False),
     "planes, 14²": (SMALL_LAYER, False),
 }

@@ -52,7 +52,7 @@ def forget():
 
 
 def choose(samples=4, channels=32):
-    x = Matrix(Map(), 0, channels * 49, 1, channels, samples, channels, 49)
+    x = Matrix(Map(), 0, channels * 49, 1, channels, samples, channels, 49, 1)
     return fastest(TILES, x, ("product",), lambda tile: tile)
 
 

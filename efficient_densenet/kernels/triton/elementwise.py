@@ -11,6 +11,7 @@ from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton.launch import elementwise, matrix, quotient, shared
 from efficient_densenet.kernels.triton.tile import (
+    known_multiple,
     load_tile,
     norm_vectors,
     rectified,
@@ -46,6 +47,7 @@ def append(
     BLOCK_N: tl.constexpr,
 ):
     """``into = y`` if ``COPY``; the statistics of the values as ``into`` holds them."""
+    N = known_multiple(N, y.multiple)
     row, m, n = _place(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     tile = load_tile(y, m, n, inside, positions, FLAT, INDEX)
@@ -70,6 +72,7 @@ def rectify(
     BLOCK_N: tl.constexpr,
 ):
     """``out = relu((x - mean) * scale + bias)``."""
+    N = known_multiple(N, x.multiple)
     _, m, n = _place(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     tile = load_tile(x, m, n, inside, positions, FLAT, INDEX)
@@ -101,6 +104,7 @@ def rectify_backward(
     ``d`` is the gradient of the rectified map. Leaves sums as ``store_through_rectifier`` does, in
     the rows of ``pair`` from ``first`` on.
     """
+    N = known_multiple(N, x.multiple)
     row, m, n = _place(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     tile = load_tile(d, m, n, inside, positions, FLAT, INDEX)
@@ -144,6 +148,7 @@ def drop(
 
     With ``WHOLE_MAPS`` the place is that of the map.
     """
+    N = known_multiple(N, y.multiple)
     _, m, n = _place(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     drawn_for = m // positions if WHOLE_MAPS else m
@@ -171,6 +176,7 @@ def correct(
     BLOCK_N: tl.constexpr,
 ):
     """``out = grad - a - (x - mean) * b``; the vectors' channels begin at ``first``."""
+    N, first = known_multiple(N, grad.multiple), known_multiple(first, grad.multiple)
     _, m, n = _place(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     center = tl.load(mean + first + n, mask=n < N, other=0.0)[None, :]

@@ -19,8 +19,10 @@ from efficient_densenet.kernels.triton.launch import (
 )
 from efficient_densenet.kernels.triton.tile import (
     as_factor,
+    known_multiple,
     load_tile,
     norm_vectors,
+    origin,
     rectified,
     row_offsets,
     store_through_rectifier,
@@ -70,6 +72,7 @@ def weight_gradient(
 
     Part ``p`` sums over ``share`` rows of the maps, a multiple of ``BLOCK_M``.
     """
+    N, K = known_multiple(N, grad.multiple), known_multiple(K, x.multiple)
     part = tl.program_id(1)
     across = tl.cdiv(K, BLOCK_K)
     n = (tl.program_id(0) // across) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -80,7 +83,7 @@ def weight_gradient(
         m = start + tl.arange(0, BLOCK_M)
         grad_rows = row_offsets(grad, m, positions, FLAT, INDEX)
         columns = n.to(INDEX)[:, None] * grad.channel
-        place = (grad.data + grad.offset) + grad_rows[None, :] + columns
+        place = origin(grad) + grad_rows[None, :] + columns
         g = tl.load(place, mask=(n < N)[:, None] & (m < M)[None, :], other=0.0)
         g = as_factor(g, DTYPE, PRECISION)
         inside = (m < M)[:, None] & (k < K)[None, :]
@@ -117,6 +120,7 @@ def input_gradient(
 
     Then ``target += scale * d``, and the sums, as in ``store_through_rectifier``.
     """
+    N, K = known_multiple(N, grad.multiple), known_multiple(K, x.multiple)
     across = tl.cdiv(K, BLOCK_K)
     row = tl.program_id(0) // across
     m = row * BLOCK_M + tl.arange(0, BLOCK_M)

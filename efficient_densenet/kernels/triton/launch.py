@@ -26,6 +26,8 @@ DTYPES = {
 TILE_VALUES, TILE_COLUMNS, TILE_WARPS = 4096, 64, 8
 # Multiprocessors to assume where there is no device: those of an H100.
 MULTIPROCESSORS = 132
+# Of an argument Triton sees by itself only whether it is a multiple of this one.
+SEEN_MULTIPLE = 16
 # What a 32-bit offset reaches.
 FAR = 2**31
 
@@ -34,6 +36,8 @@ class Matrix(NamedTuple):
     """Channels of a map as kernels take them: its memory, where it begins there, its strides.
 
     They see a matrix with a row for each position of each sample and a column for each channel.
+    Rows begin at multiples of ``multiple`` values, and have a multiple of them: 2, 4 or 8 where
+    Triton would not see it by itself, and otherwise 1.
     """
 
     data: Tensor
@@ -44,6 +48,7 @@ class Matrix(NamedTuple):
     samples: int
     channels: int
     positions: int
+    multiple: tl.constexpr
 
     @property
     def rows(self) -> int:
@@ -64,7 +69,10 @@ def matrix(x: Tensor, channels: slice | None = None) -> Matrix:
         sample, channel, step = x.stride()
     first, last = (0, width) if channels is None else (channels.start, channels.stop)
     sizes = (samples, last - first, math.prod(spatial))
-    return Matrix(x, first * channel, sample, channel, step, *sizes)
+    multiple = math.gcd(SEEN_MULTIPLE, first, last, sample, step)
+    if channel != 1 or multiple == SEEN_MULTIPLE:
+        multiple = 1
+    return Matrix(x, first * channel, sample, channel, step, *sizes, tl.constexpr(multiple))
 
 
 def position_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:

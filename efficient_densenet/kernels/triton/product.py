@@ -19,6 +19,7 @@ from efficient_densenet.kernels.triton.launch import (
 )
 from efficient_densenet.kernels.triton.tile import (
     as_factor,
+    known_multiple,
     norm_vectors,
     rectified,
     row_offsets,
@@ -66,6 +67,7 @@ def product(
     Plus ``conv_bias[n]`` if ``BIAS``. ``weight`` is dense ``(N, K)``. With ``STATISTICS``, ``pair``
     gets those of ``y`` by ``store_moments``, a row for each row of tiles.
     """
+    N, K = known_multiple(N, y.multiple), known_multiple(K, x.multiple)
     across = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // across
     m = row * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -12,18 +12,33 @@ import triton.language as tl
 
 
 @triton.jit
+def known_multiple(value, OF: tl.constexpr):
+    """The value, which is a multiple of this power of two: so written, the compiler sees it."""
+    if OF > 1:
+        value = value // OF * OF
+    return value
+
+
+@triton.jit
 def row_offsets(x, m, positions, FLAT: tl.constexpr, INDEX: tl.constexpr):
     """Where rows of a matrix begin; ``FLAT``: its samples follow each other like positions."""
+    step = known_multiple(x.position, x.multiple)
     if FLAT:
-        return m.to(INDEX) * x.position
+        return m.to(INDEX) * step
     sample, position = m // positions, m % positions
-    return sample.to(INDEX) * x.sample + position.to(INDEX) * x.position
+    return sample.to(INDEX) * known_multiple(x.sample, x.multiple) + position.to(INDEX) * step
+
+
+@triton.jit
+def origin(x):
+    """A pointer to the first value of a matrix."""
+    return x.data + known_multiple(x.offset, x.multiple)
 
 
 @triton.jit
 def tile_of(x, rows, columns, INDEX: tl.constexpr):
     """Pointers to a tile of a matrix, by the offsets of its rows and the numbers of its columns."""
-    return (x.data + x.offset) + rows[:, None] + columns.to(INDEX)[None, :] * x.channel
+    return origin(x) + rows[:, None] + columns.to(INDEX)[None, :] * x.channel
 
 
 @triton.jit
@@ -126,6 +141,7 @@ def store_through_rectifier(
 
     ``scale`` is the norm's. The sums are ``Σ d`` and ``Σ d * (x - mean)`` of each column.
     """
+    K = known_multiple(K, x.multiple)
     inside = (m < M)[:, None] & (k < K)[None, :]
     x_tile = load_tile(x, m, k, inside, positions, FLAT, INDEX).to(tl.float32)
     mean, scale, bias = norm_vectors(norm, k, k < K)
