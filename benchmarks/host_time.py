@@ -1,15 +1,17 @@
-"""CPU time of a forward pass whose maps are tiny: what Python and small operators take.
+"""CPU time that Python and small operators take: steps whose maps are tiny.
 
     python -m benchmarks.host_time
-    python -m benchmarks.host_time --against FOLDER    # beside another checkout, interleaved
+    python -m benchmarks.host_time --against FOLDER    # beside another checkout, and published
 
-Prints milliseconds of a training forward pass of DenseNet-121 (batch 2 at 32x32, one thread): the
-median of several processes and their range.
+Of DenseNet-121, batch 2 at 32x32, on one thread: a training forward pass on a CPU, and a step by
+Triton's kernels on a GPU that is not there (``benchmarks/step_on_absent_gpu.py``). Medians of
+several processes, which alternate between the checkouts.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -17,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.provenance import ROOT, Json, commit, publish
+
 PROCESSES, REPEATS = 7, 25
 
 # In a process of its own, so that it can import the package of another checkout.
-PROGRAMME = """
-import statistics, sys, time, torch
+FORWARD = """
+import json, statistics, sys, time, torch
 torch.set_num_threads(1)
 from efficient_densenet import densenet121
 model, x, times = densenet121(num_classes=10), torch.randn(2, 3, 32, 32), []
@@ -31,18 +34,22 @@ for _ in range(int(sys.argv[1])):
     y = model(x)
     times.append(time.process_time() - start)
     y.sum().backward()
-print(1e3 * statistics.median(times))
+print(json.dumps({"seconds": statistics.median(times)}))
 """
+PROGRAMMES = {
+    "forward pass on a CPU": FORWARD,
+    "step on a GPU that is not there": (ROOT / "benchmarks/step_on_absent_gpu.py").read_text(),
+}
 
 
-def forward_milliseconds(checkout: Path) -> float:
-    """The median of one process that imports the package in ``checkout``."""
-    command = [sys.executable, "-c", PROGRAMME, str(REPEATS)]
+def run(programme: str, checkout: Path) -> Json:
+    """What one process finds that imports the package in ``checkout``."""
+    command = [sys.executable, "-c", programme, str(REPEATS)]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, cwd=checkout, capture_output=True, text=True, check=True
     )
-    return float(done.stdout)
+    return json.loads(done.stdout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,17 +59,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     other = parser.parse_args(argv).against
     if other is not None:
         checkouts["the other"] = other.resolve()
-    times: dict[str, list[float]] = {name: [] for name in checkouts}
-    for _ in range(PROCESSES):
-        for name, checkout in checkouts.items():
-            times[name].append(forward_milliseconds(checkout))
-    for name, found in times.items():
-        print(f"{name}: {median(found):.1f} ms ({min(found):.1f} to {max(found):.1f})")
+    rows = []
+    for name, programme in PROGRAMMES.items():
+        found: dict[str, list[Json]] = {checkout: [] for checkout in checkouts}
+        for _ in range(PROCESSES):
+            for checkout, folder in checkouts.items():
+                found[checkout].append(run(programme, folder))
+        rows.append({"what": name, **found})
+        for checkout, all_found in found.items():
+            print(f"{name}, {checkout}: {_shown([one['seconds'] * 1e3 for one in all_found])} ms")
+        if other is not None:
+            pairs = zip(found["this"], found["the other"], strict=True)
+            ratios = [mine["seconds"] / theirs["seconds"] for mine, theirs in pairs]
+            print(f"{name}, this / the other: {_shown(ratios)}")
     if other is not None:
-        pairs = zip(times["this"], times["the other"], strict=True)
-        ratios = [mine / theirs for mine, theirs in pairs]
-        print(f"this / the other: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        publish("host_time", {"other": commit(other), "rows": rows})
     return 0
+
+
+def _shown(values: Sequence[float]) -> str:
+    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 if __name__ == "__main__":

@@ -66,6 +66,20 @@ class Launch:
     warps: int
     stages: int
 
+    @classmethod
+    def of(
+        cls,
+        kernel: object,
+        grid: object,
+        *args: object,
+        warps: int = 4,
+        stages: int = 1,
+        **constants: object,
+    ) -> Launch:
+        """Of what ``launch.run`` is given."""
+        names = [name for name in kernel.arg_names if name not in constants]
+        return cls(kernel, dict(zip(names, args, strict=True)) | constants, warps, stages)
+
     @property
     def name(self) -> str:
         return self.kernel.__name__
@@ -95,17 +109,8 @@ def launches(dtype: torch.dtype, last: bool = True, every_tile: bool = False) ->
     """Each kernel of a bottleneck layer, forward and backward, once; or once with each tile."""
     found: dict[tuple[str, str], Launch] = {}
 
-    def record(
-        kernel: object,
-        grid: object,
-        *args: object,
-        warps: int = 4,
-        stages: int = 1,
-        **constants: object,
-    ) -> None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        arguments = dict(zip(names, args, strict=True)) | constants
-        launch = Launch(kernel, arguments, warps, stages)
+    def record(*args: object, **options: object) -> None:
+        launch = Launch.of(*args, **options)
         found.setdefault((launch.name, launch.tile), launch)
 
     def first(

@@ -31,6 +31,8 @@ WRITES = {
     "collect": ("beta_gradient", "gamma_gradient", "totals"),
     "correct": ("out",),
 }
+OPTIONAL = {"into": "COPY", "pair": "STATISTICS", "target": "TARGET", "totals": "TOTALS"}
+"""Arguments in whose place another one stands, unless a constant of the build says so."""
 
 
 def moved(launch: Launch) -> tuple[int, int]:
@@ -38,6 +40,8 @@ def moved(launch: Launch) -> tuple[int, int]:
     read: dict[int, int] = {}
     written: dict[int, int] = {}
     for name, value in launch.arguments.items():
+        if not launch.arguments.get(OPTIONAL.get(name, ""), True):
+            continue
         adds = name == "totals" and launch.arguments["ACCUMULATE"]
         adds |= name == "target" and launch.arguments["ACCUMULATE"]
         if name in WRITES[launch.name]:

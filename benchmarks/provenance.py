@@ -83,19 +83,20 @@ def cuda() -> dict[str, str]:
     }
 
 
-def commit() -> str:
-    """Short hash of the checkout, with ``-dirty`` if tracked files but results differ from it."""
-    short = _answer(["git", "rev-parse", "--short", "HEAD"])
-    changes = _answer(["git", "diff", "--name-only", "HEAD", "--", ":/", ":!/docs/results"], "")
+def commit(checkout: Path = ROOT) -> str:
+    """Short hash of a checkout, with ``-dirty`` if tracked files but results differ from it."""
+    short = _answer(["git", "rev-parse", "--short", "HEAD"], folder=checkout)
+    command = ["git", "diff", "--name-only", "HEAD", "--", ":/", ":!/docs/results"]
+    changes = _answer(command, "", checkout)
     return f"{short}-dirty" if changes else short
 
 
-def _answer(command: list[str], silent: str = "unknown") -> str:
+def _answer(command: list[str], silent: str = "unknown", folder: Path = ROOT) -> str:
     """The first line that a program prints; ``silent`` if there is none."""
     try:
         answer = subprocess.run(
             command,
-            cwd=Path(__file__).parent,
+            cwd=folder,
             capture_output=True,
             text=True,
             check=False,

@@ -8,7 +8,7 @@ in the cache if the slab fits; the rest, whole maps, comes from memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.cases import BN_SIZE, make_block
 from benchmarks.provenance import publish
 from efficient_densenet.kernels import workspace
+from efficient_densenet.memory.shapes import tensors_of
 
 PASSES = ("forward", "backward")
 KINDS = ("naive", "norm", "bottleneck")
@@ -175,8 +176,8 @@ class Traffic(TorchDispatchMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if not _moves_nothing(func):
-            for tensor in _tensors((*_read(func, args, kwargs or {}), result)):
+        if not moves_nothing(func):
+            for tensor in tensors_of((*what_is_read(func, args, kwargs or {}), result)):
                 self._add(tensor)
         return result
 
@@ -189,14 +190,16 @@ class Traffic(TorchDispatchMode):
             self.whole += size
 
 
-def _moves_nothing(func: OpOverload) -> bool:
+def moves_nothing(func: OpOverload) -> bool:
     """Whether an operator makes a view, or a tensor out of nothing."""
     returned = [r.alias_info for r in func._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in returned)
-    return is_view or func.name().startswith(("aten::empty", "aten::new_"))
+    return is_view or func.name().startswith(("aten::empty", "aten::new_", "aten::_unsafe_view"))
 
 
-def _read(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> list[object]:
+def what_is_read(
+    func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
+) -> list[object]:
     """The arguments that an operator reads: those it only writes into are not."""
     arguments = func._schema.arguments
     given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
@@ -204,14 +207,6 @@ def _read(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object])
     if not func.name().startswith(("aten::copy_", "aten::fill_", "aten::zero_")):
         written.discard("self")  # in place: read, then written
     return [value for name, value in given.items() if name not in written]
-
-
-def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from docs.tables import (
     memory,
     outcomes,
     steps,
+    time_model,
     training,
 )
 from docs.tables.markdown import with_block
@@ -39,8 +40,9 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "choices": benchmarks.choices,
     },
     "docs/derivation.md": {"ledger": derivation.ledger},
+    "docs/gpu.md": {"time-model": time_model.time_model},
     "docs/interop.md": {"matrix": outcomes.matrix, "compile": interop.compile_time},
-    "docs/kernels.md": {"kernels": kernels.kernels},
+    "docs/kernels.md": {"kernels": kernels.kernels, "host-time": kernels.host_time},
     "docs/memory.md": {
         "plan": memory.deepest,
         "planned": memory.planned,

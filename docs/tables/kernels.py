@@ -1,8 +1,9 @@
-"""The table of docs/kernels.md: each Triton kernel, what it moves, and what its builds need."""
+"""Tables of docs/kernels.md: each Triton kernel, what it moves, its builds; the host's time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 from docs.tables.markdown import MIB, Found, origin, results, table
 
@@ -49,3 +50,31 @@ def _row(kernel: Found) -> tuple[str, ...]:
 def _build(built: Found) -> str:
     spills = " (spills)" if built["spilled"] else ""
     return f"{built['registers']}, {built['shared'] / KIB:.0f}{spills}"
+
+
+def host_time() -> str:
+    """CPU time of steps whose maps are tiny, before and after."""
+    found = results("host_time")
+    header = (
+        "",
+        "launches",
+        "calls into PyTorch",
+        "ms",
+        "ms at " + found["other"],
+        "ratio (range)",
+    )
+    rows = (_times(row) for row in found["rows"])
+    return "\n\n".join([table(header, rows), origin("host_time", found)])
+
+
+def _times(row: Found) -> tuple[str, ...]:
+    this, other = row["this"], row["the other"]
+    now, before = (median(one["seconds"] for one in runs) * 1e3 for runs in (this, other))
+    pairs = zip(this, other, strict=True)
+    ratios = [mine["seconds"] / theirs["seconds"] for mine, theirs in pairs]
+    counts = (
+        f"{this[0][name]}, before {other[0][name]}" if name in this[0] else ""
+        for name in ("launches", "calls")
+    )
+    spread = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+    return row["what"], *counts, f"{now:.1f}", f"{before:.1f}", spread

@@ -25,6 +25,7 @@ DEPENDS = {
     "fashion_steps": (*STEP, "training"),
     "fit": (*PLANS, "convert", "fit"),
     "growth": STEP,
+    "host_time": STEP,
     "inference": (*STEP, "convert"),
     "kernels": ("kernels",),
     "ledger": (*STEP, "memory"),
@@ -32,6 +33,7 @@ DEPENDS = {
     "planned_peaks": PLANS,
     "plans": PLANS,
     "steps": STEP,
+    "time_model": STEP,
     "traffic": STEP,
 }
 """Files of the package and folders in it, for every file of ``docs/results``."""

@@ -1,0 +1,41 @@
+"""Tables of docs/gpu.md: how long a step would take on each card, by a model."""
+
+from __future__ import annotations
+
+from docs.tables.markdown import Found, origin, results, table
+
+
+def time_model() -> str:
+    found = results("time_model")
+    naive, *ours = found["cards"][0]["seconds"]
+    header = ("modelled ms", "GB/s", "TFLOP/s", "naive")
+    columns = (column for mode in ours for column in (f"`{mode}`", "/ naive"))
+    steps = (_step(step) for step in found["steps"] if step["mode"] != naive)
+    [whole] = [step for step in found["steps"] if step["mode"] == naive][:1]
+    return "\n\n".join(
+        [
+            table((*header, *columns, "measured"), (_card(c, naive, ours) for c in found["cards"])),
+            "The same step on any card:",
+            table(
+                ("", "operations", "launches", "GB", "TFLOP"),
+                [_step(whole | {"mode": "naive", "kernels": ""}), *steps],
+                left=2,
+            ),
+            origin("time_model", found),
+            "Rates: " + "; ".join(f"{c['name']}: {c['source']}" for c in found["cards"]) + ".",
+        ]
+    )
+
+
+def _card(card: Found, naive: str, ours: list[str]) -> list[str]:
+    seconds = card["seconds"]
+    cells = [card["name"], f"{card['bandwidth'] / 1e9:.0f}", f"{card['arithmetic'] / 1e12:.0f}"]
+    cells.append(f"{seconds[naive] * 1e3:.1f}")
+    for mode in ours:
+        cells += [f"{seconds[mode] * 1e3:.1f}", f"{seconds[mode] / seconds[naive]:.2f}"]
+    return [*cells, "not measured"]
+
+
+def _step(step: Found) -> list[str]:
+    rates = f"{step['bytes'] / 1e9:.1f}", f"{step['operations'] / 1e12:.2f}"
+    return [step["mode"], step["kernels"], str(step["launches"]), *rates]
