@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from efficient_densenet.kernels.layout import imagined_on
 from efficient_densenet.memory.batch import Tree, make_batch, make_hollow_batch, tensors_in
 from efficient_densenet.memory.devices import DEVICES, OTHER, check_device
 from efficient_densenet.memory.hollow import copy_hollow
@@ -110,8 +111,10 @@ def estimate(
     """Memory of a training step that is not computed: no data, no arithmetic, no GPU.
 
     The step runs on shapes alone (``meta`` tensors), and the report is what :func:`meter` says of
-    the same step on real tensors on ``device``. It leaves out what operators allocate inside
-    themselves on a GPU (cuBLAS's and cuDNN's workspaces).
+    the same step on real tensors on ``device``: passes take the operations, memory formats and
+    scratch that they would take there, on CUDA those of Triton's kernels where Triton is installed.
+    It leaves out what operators allocate inside themselves on a GPU (cuBLAS's and cuDNN's
+    workspaces).
 
     Args:
         model: left untouched; its parameters may be on any device, ``meta`` too.
@@ -126,7 +129,7 @@ def estimate(
     # Autocast does not know meta tensors: with it, tensors are fake ones that say "cpu".
     world = nullcontext() if autocast_dtype is None else FakeTensorMode()
     place = torch.device("meta" if autocast_dtype is None else "cpu")
-    with uncollected():
+    with uncollected(), imagined_on(torch.device(kind)):
         with world:
             batch = make_hollow_batch(inputs, target, place, _dtype(model))
             hollow = copy_hollow(model, place)

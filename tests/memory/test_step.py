@@ -286,6 +286,32 @@ def test_estimate_dispatches_operators_in_proportion_to_depth_whatever_batch(
     assert dispatched(100, 4096) < 2 * few
 
 
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_estimate_for_cuda_has_scratch_of_gpu(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice: the slab, and the gradient of what a convolution reads of it."""
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    block = EfficientDenseBlock(2, 64, 4, 32, kernels=kernels)  # type: ignore[arg-type]
+    peaks = []
+    for mebibytes in (8, 16):
+        monkeypatch.setattr(workspace, "GPU_WORKSPACE_BYTES", mebibytes << 20)
+        peaks.append(estimate(block, (64, 64, 56, 56), device="cuda").peak.step)
+    small, large = peaks
+    assert large - small == pytest.approx(2 * (8 << 20), rel=0.1)  # slabs are whole samples
+
+
+def test_estimate_for_cuda_copies_no_map_into_layout_of_cpu() -> None:
+    block = EfficientDenseBlock(2, 16, 4, 8, kernels="eager")
+    copies = []
+    for device in ("cpu", "cuda"):
+        report = estimate(block, (4, 16, 32, 32), device=device)
+        born = [e for e in report.events if e.size > 0 and "clone" in e.operator]
+        copies.append(sum(e.size for e in born))
+    assert copies[0] > 0 == copies[1]
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_allocator_is_read() -> None:
