@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import random
 import sys
 import time
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.provenance import RESULTS, Json, commit, publish
+from benchmarks.provenance import Json, publish, resumed
 from efficient_densenet import convert_, densenet121, densenet_cifar, fit_, measure
 from efficient_densenet.fit.units import modes_of, set_modes
 from efficient_densenet.functional.modes import MODES
@@ -175,23 +174,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     rounds = parser.parse_args().rounds
-    done = _done()
+    done = resumed("fit")
     for network in NETWORKS:
         if network.name not in done:
             done[network.name] = examine(network, rounds)
             publish("fit", {"networks": list(done.values())})
     return 0 if all(map(right, done.values())) else 1
-
-
-def _done() -> dict[str, Json]:
-    """What a run of this commit has found so far, by network."""
-    path = RESULTS / "fit.json"
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["conditions"]["commit"] != commit():
-        return {}
-    return {network["name"]: network for network in found["networks"]}
 
 
 if __name__ == "__main__":

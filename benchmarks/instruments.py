@@ -7,17 +7,16 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import DEVICE, FLOOR, NAIVE, Case, Competitor, Subject
-from benchmarks.floor import ConvolutionsAlone
 from efficient_densenet.memory.batch import make_batch
 from efficient_densenet.memory.profiler import AllocatorRecord, quiet_profiler
 from efficient_densenet.memory.profiler import phase as allocator_phase
@@ -123,7 +122,7 @@ def compete(
     """
     torch.compiler.reset()  # compiled code of another case would hide this one's compile time
     rows = {competitor: Row(case.name, competitor) for competitor in (*competitors, FLOOR)}
-    subjects: dict[Competitor, Subject | ConvolutionsAlone] = {}
+    subjects: dict[Competitor, Step] = {}
     round_seconds = slowest = 0.0
     for competitor, row in rows.items():
         tell(rows, competitor)
@@ -212,19 +211,18 @@ def weigh(subject: Subject, row: Row) -> float:
     if DEVICE.type == "cuda":
         row.kept, row.peak = counted(subject)
         return timed(subject)
-    report = allocated(subject)
+    batch = make_batch((subject.x,), None, DEVICE, subject.x.dtype)
+    report = recorded(RunningStep(subject.model, batch, None, subject.autocast))
     row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
     row.convolution_share, seconds = profiled(subject)
     return seconds
 
 
-def allocated(subject: Subject) -> StepReport:
-    """What ``measure`` reports of a step, without its copy of the model and its warm-up."""
-    batch = make_batch((subject.x,), None, DEVICE, subject.x.dtype)
-    step = RunningStep(subject.model, batch, None, subject.autocast)
+def recorded(step: RunningStep) -> StepReport:
+    """What ``measure`` reports of a step on a CPU, without a copy of the model and a warm-up."""
     record = AllocatorRecord(lambda: step.run(allocator_phase), DEVICE)
     report = step.report("CPU allocator (torch.profiler)", record, DEVICE.type)
-    subject.clear()
+    step.clear()
     return report
 
 
@@ -263,29 +261,38 @@ def rounds(seconds_per_round: float, seconds: float = SECONDS_PER_CASE) -> int:
     return min(max(int(seconds / max(seconds_per_round, 1e-9)), fewest), most)
 
 
-def interleaved(
-    subjects: dict[Competitor, Subject | ConvolutionsAlone], count: int
-) -> dict[Competitor, list[float]]:
+Name = TypeVar("Name")
+
+
+class Step(Protocol):
+    """What is timed, and what drops whatever it leaves behind."""
+
+    def step(self) -> object: ...
+
+    def clear(self) -> None: ...
+
+
+def interleaved(subjects: Mapping[Name, Step], count: int) -> dict[Name, list[float]]:
     """Seconds per step, in rounds that each run everybody once, in an order of their own.
 
     Nobody starts cold: the check and the memory measurement have run every step before.
     """
     order = list(subjects)
     shuffle = random.Random(0).shuffle
-    times: dict[Competitor, list[float]] = {competitor: [] for competitor in order}
+    times: dict[Name, list[float]] = {name: [] for name in order}
     gc.collect()
     gc.freeze()  # what lives now is not searched again before every step
     try:
         for _ in range(count):
             shuffle(order)
-            for competitor in order:
-                times[competitor].append(timed(subjects[competitor]))
+            for name in order:
+                times[name].append(timed(subjects[name]))
     finally:
         gc.unfreeze()
     return times
 
 
-def timed(subject: Subject | ConvolutionsAlone) -> float:
+def timed(subject: Step) -> float:
     """Seconds of one step, gradients set to ``None`` before, garbage collected outside."""
     subject.clear()
     gc.collect()
@@ -297,13 +304,13 @@ def timed(subject: Subject | ConvolutionsAlone) -> float:
         subject.clear()
 
 
-def _seconds(subject: Subject | ConvolutionsAlone) -> float:
+def _seconds(subject: Step) -> float:
     start = time.perf_counter()
     subject.step()
     return time.perf_counter() - start
 
 
-def _seconds_cuda(subject: Subject | ConvolutionsAlone) -> float:
+def _seconds_cuda(subject: Step) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

@@ -7,10 +7,19 @@ from efficient_densenet.functional.modes import MODES
 from efficient_densenet.modules.checkpointed import CHECKPOINTED
 
 COLOURS = {
+    "naive, torch.compile": "#7c3aed",
+    "torch.compile, memory budget": "#c084fc",
     **{mode.label: mode.colour for mode in (*MODES.values(), CHECKPOINTED)},
     "torchvision": CHECKPOINTED.colour,
+    "checkpoint per block": "#0f766e",
+    "checkpoint per layer": "#2dd4bf",
+    "save_on_cpu": "#be185d",
+    "accumulation": "#0369a1",
+    "mix": "#15803d",
+    "fit_": "#15803d",
     str(FLOOR): "#111827",
 }
+"""By how names start, the longer ones first."""
 
 
 def colour_of(name: str) -> str:

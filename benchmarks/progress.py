@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from benchmarks.cases import Case, Competitor
-from benchmarks.provenance import RESULTS, Json
+from benchmarks.provenance import Json, read
 
 STEPS = 9
 """How often a case runs the step of each competitor: checked, weighed and timed."""
@@ -18,8 +17,7 @@ UNPUBLISHED = 45.0
 
 def published() -> list[Json]:
     """The rows of the published run."""
-    path = RESULTS / "steps.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return read("steps").get("rows", [])
 
 
 def expected(case: Case, competitors: Sequence[Competitor], rows: Sequence[Json]) -> float:

@@ -36,6 +36,20 @@ def publish(name: str, found: Json, folder: Path = RESULTS) -> None:
     print(f"written: {path}")
 
 
+def read(name: str) -> Json:
+    """What ``benchmarks/NAME.py`` published, empty if it has not."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def resumed(name: str) -> dict[str, Json]:
+    """The networks, by name, that a run of the program at this commit has done already."""
+    found = read(name)
+    if not found or found["conditions"]["commit"] != commit():
+        return {}
+    return {network["name"]: network for network in found["networks"]}
+
+
 def as_json(found: Json) -> str:
     """JSON in which each list of numbers is one line."""
     text = json.dumps(found, indent=1, ensure_ascii=False)

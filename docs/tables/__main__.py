@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.provenance import ROOT
 from docs.tables import (
+    alternatives,
     benchmarks,
     derivation,
     files,
@@ -35,6 +36,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"results": steps.readme, "use-with": outcomes.libraries},
     "docs/architecture.md": {"files": files.files},
     "docs/benchmarks.md": {
+        "alternatives": alternatives.tables,
         "traffic": benchmarks.traffic,
         "any-layer": benchmarks.any_layer,
         "choices": benchmarks.choices,
@@ -65,6 +67,7 @@ PAGES: dict[str, Callable[[], str]] = {
 """Pages that are generated as a whole."""
 
 PICTURES: dict[str, Callable[[Path], None]] = {
+    "docs/results/alternatives.png": alternatives.picture,
     "docs/results/growth.png": growth.picture,
     "docs/results/fit.png": fit.picture,
     "docs/results/memory-against-depth.png": steps.depth_picture,

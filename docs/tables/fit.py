@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from benchmarks.palette import colour_of
 from docs.tables.markdown import MIB, Found, conditions, origin, results, table
 
-MIX_COLOUR = "#15803d"
-
 
 def tables() -> str:
     """A table for each network."""
@@ -72,12 +70,14 @@ def _draw(axes: Axes, network: Found) -> None:
     }
     for name, (peak, ms) in points.items():
         is_mix = name.startswith("mix")
-        colour = MIX_COLOUR if is_mix else colour_of(name)
+        colour = colour_of(name)
         axes.plot(peak, ms, "o" if is_mix else "s", color=colour, zorder=2)
         if not is_mix:
             axes.annotate(name, (peak, ms), xytext=(5, 4), textcoords="offset points", color=colour)
     mixes = [point for name, point in points.items() if name.startswith("mix")]
-    axes.plot(*zip(*frontier(mixes), strict=True), color=MIX_COLOUR, linewidth=1, label="fit_")
+    axes.plot(
+        *zip(*frontier(mixes), strict=True), color=colour_of("mix"), linewidth=1, label="fit_"
+    )
     axes.set_title(network["name"], loc="left", fontsize="medium")
     axes.set(xlabel="peak, MiB", ylabel="step, ms", xlim=(0, None), ylim=(0, None))
     axes.legend(frameon=False, loc="lower right")

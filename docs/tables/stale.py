@@ -16,6 +16,7 @@ from docs.tables.markdown import results
 STEP = ("functional", "kernels", "modules", "models.py")
 PLANS = (*STEP, "memory", "training")
 DEPENDS = {
+    "alternatives": (*STEP, "convert"),
     "any_layer": STEP,
     "choices": ("kernels", "modules"),
     "compile_time": STEP,
