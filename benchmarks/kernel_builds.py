@@ -151,8 +151,9 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         norm = operations.make_norm(Statistics(mean, var), channels, *affine, 1e-5)
         return Unit(norm, RELU, operations.make_tail(tail(leaves, channels, size)), channels)
 
-    features, total = a_map(reads + growth), a_map(reads + growth, torch.float32)
-    new, z, dz = a_map(growth), a_map(width), a_map(width, torch.float32)
+    summed = operations.summed_dtype(dtype, torch.float32)
+    features, total = a_map(reads + growth), a_map(reads + growth, summed)
+    new, z, dz = a_map(growth), a_map(width), a_map(width)
     scratch = workspace.Workspace(features, reads, dtype, memory_format)
     operations.append(new, features, reads, Statistics(*vectors(reads + growth)[:2]))
     for map, reader, target in (

@@ -41,7 +41,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "any-layer": benchmarks.any_layer,
         "choices": benchmarks.choices,
     },
-    "docs/derivation.md": {"ledger": derivation.ledger},
+    "docs/derivation.md": {"ledger": derivation.ledger, "gradients": derivation.gradients},
     "docs/gpu.md": {"time-model": time_model.time_model},
     "docs/interop.md": {"matrix": outcomes.matrix, "compile": interop.compile_time},
     "docs/kernels.md": {"kernels": kernels.kernels, "host-time": kernels.host_time},

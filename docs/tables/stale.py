@@ -25,6 +25,7 @@ DEPENDS = {
     "estimates": (*PLANS, "convert"),
     "fashion_steps": (*STEP, "training"),
     "fit": (*PLANS, "convert", "fit"),
+    "gradient_types": ("functional", "kernels", "modules"),
     "growth": STEP,
     "host_time": STEP,
     "inference": (*STEP, "convert"),

@@ -193,10 +193,8 @@ class BlockBackward:
         memory_format = spec.format(x)
         features = x.contiguous(memory_format=memory_format)
         self.units = UnitRunner(spec, features, spec.widest, memory_format)
-        group, exact = spec.process_group, spec.types.statistics
-        # In the statistics' type: contributions are as many as layers, and rounding them to 16 bits
-        # before the correction would cost the precision that the naive block has.
-        self.total = MapGradient(self.units, features, saved.statistics, group, exact, spec=spec)
+        group, summed = spec.process_group, self.units.summed_dtype
+        self.total = MapGradient(self.units, features, saved.statistics, group, summed, spec=spec)
         # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
         self.bottleneck_storage: GradientStorage | None = None
         # Of each opaque layer, whether it made the same maps again: looked at once, at the end.

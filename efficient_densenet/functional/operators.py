@@ -20,7 +20,13 @@ from efficient_densenet.functional.backward import backward_block
 from efficient_densenet.functional.encoding import decode, encode
 from efficient_densenet.functional.forward import Saved, features_at_border
 from efficient_densenet.functional.precision import Types
-from efficient_densenet.functional.spec import BlockSpec, StemSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.spec import (
+    BlockSpec,
+    StemSpec,
+    UnitSpec,
+    UnitTensors,
+    operations_of,
+)
 from efficient_densenet.kernels.aten import convolve, pooled
 from efficient_densenet.kernels.interface import Conv, Statistics
 from efficient_densenet.kernels.layout import empty_map, outer_format
@@ -130,7 +136,9 @@ def _(
     block = decode(spec)
     features = Saved.of(block, border, kept).features
     inner, _ = _formats(block, features)
-    dx = empty_map(features, block.input_channels, inner, block.types.statistics)
+    ops, types = operations_of(block, features), block.types
+    summed = ops.summed_dtype(types.features, types.statistics)
+    dx = empty_map(features, block.input_channels, inner, summed)
     return [dx] * needs_x + _empty_like(tensors, needs)
 
 

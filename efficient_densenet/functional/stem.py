@@ -169,7 +169,7 @@ class StemBackward:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One slab's gradients of image, weight and bias."""
         y = self.y[rows]
-        dy = empty_map(y, y.shape[1], self.units.memory_format, self.spec.types.statistics)
+        dy = empty_map(y, y.shape[1], self.units.memory_format, self.units.corrected_dtype)
         self._back_through(rows, dy)
         if corrections and self.statistics:
             (mean, _), (mean_d, mean_dx) = self.statistics, corrections

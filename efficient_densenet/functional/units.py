@@ -102,6 +102,11 @@ class UnitRunner:
             self.ops.drop(y, seed, layer.drop_rate, layer.drops_maps, self.memory_format)
 
     @property
+    def summed_dtype(self) -> torch.dtype:
+        """The type in which the gradients of a block's features are summed."""
+        return self.ops.summed_dtype(self.types.features, self.types.statistics)
+
+    @property
     def corrected_dtype(self) -> torch.dtype:
         """The type of a map's gradient when it has been corrected."""
         return self.ops.corrected_dtype(self.types.compute, self.types.statistics)

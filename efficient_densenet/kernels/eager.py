@@ -190,11 +190,17 @@ def correct(
     grad, x = some_channels(grad, channels), some_channels(x, channels)
     mean, a, b = (rows_of(vector, channels) for vector in (mean, a, b))
     constant = per_channel(torch.addcmul(a, mean, b, value=-1), x.dim())
-    return torch.sub(grad, constant, out=out).addcmul_(x, per_channel(b, x.dim()), value=-1)
+    exact = out if out.dtype == mean.dtype else torch.empty_like(out, dtype=mean.dtype)
+    torch.sub(grad, constant, out=exact).addcmul_(x, per_channel(b, x.dim()), value=-1)
+    return exact if exact is out else out.copy_(exact)  # rounded once
 
 
 def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
     return statistics  # centred maps are summed in it
+
+
+def summed_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
+    return statistics  # what is added has been computed in it
 
 
 def corrected_dtype(compute: torch.dtype, statistics: torch.dtype) -> torch.dtype:

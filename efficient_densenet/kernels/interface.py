@@ -249,6 +249,9 @@ class Operations(Protocol):
     def scratch_dtype(self, features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
         """The widest type that the workspace holds where maps are stored in ``features``."""
 
+    def summed_dtype(self, features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
+        """The type in which the gradients of maps stored in ``features`` are summed."""
+
     def corrected_dtype(self, compute: torch.dtype, statistics: torch.dtype) -> torch.dtype:
         """The type of a corrected gradient whose readers compute in ``compute``."""
 

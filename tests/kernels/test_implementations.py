@@ -190,3 +190,15 @@ def test_spec_carries_request(request_, monkeypatch):
     # Stem, block with transition, block with head, forward and backward: layout and operations.
     assert len(asked) == 2 * 2 * 3
     assert set(asked) == {request_}
+
+
+def test_gradients_are_summed_in_type_of_features_unless_named(monkeypatch):
+    """By the Triton kernels; the eager operations add what they have computed in float32."""
+    triton = pytest.importorskip("efficient_densenet.kernels.triton.operations")
+    assert triton.summed_dtype(torch.bfloat16, torch.float32) == torch.bfloat16
+    assert eager.summed_dtype(torch.bfloat16, torch.float32) == torch.float32
+    monkeypatch.setenv(triton.GRADIENTS, "float32")
+    assert triton.summed_dtype(torch.bfloat16, torch.float32) == torch.float32
+    monkeypatch.setenv(triton.GRADIENTS, "bfloat16")
+    with pytest.raises(ValueError, match="must be 'features' or 'float32', got 'bfloat16'"):
+        triton.summed_dtype(torch.bfloat16, torch.float32)

@@ -7,6 +7,7 @@ tile, in float32, and folded by one more kernel in a fixed order: nothing is add
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -44,6 +45,9 @@ if not isinstance(vectors.collect, triton.JITFunction):
 
     interpreted.repair()
 
+GRADIENTS = "EFFICIENT_DENSENET_GRADIENTS"
+"""The environment variable that says in which type gradients of features are summed."""
+
 append, drop = launch_append, launch_drop
 collect, correct = launch_collect, launch_correct
 
@@ -55,6 +59,14 @@ def inner_format(x: Tensor) -> torch.memory_format:
 
 def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
     return features
+
+
+def summed_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
+    """That of the features: docs/derivation.md, section 6, has how exact that is."""
+    named = os.environ.get(GRADIENTS, "features")
+    if named not in ("features", "float32"):
+        raise ValueError(f"{GRADIENTS} must be 'features' or 'float32', got {named!r}")
+    return features if named == "features" else statistics
 
 
 def corrected_dtype(compute: torch.dtype, statistics: torch.dtype) -> torch.dtype:

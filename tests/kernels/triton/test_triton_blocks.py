@@ -120,6 +120,34 @@ def test_nan_is_not_lost(recompute, layout):
         assert torch.equal(found[0][name].isnan(), expected.isnan()), name
 
 
+@pytest.mark.parametrize(("named", "dtype"), [(None, torch.bfloat16), ("float32", torch.float32)])
+def test_gradients_are_summed_in_type_that_is_named(named, dtype, monkeypatch):
+    if named:
+        monkeypatch.setenv(operations.GRADIENTS, named)
+    summed, run = set(), launch.run
+
+    def noting(kernel, grid, *args, **constants):
+        if kernel.__name__ == "input_gradient":
+            summed.add(args[3].data.dtype)
+        run(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(launch, "run", noting)
+    block, _ = block_pair(dtype=torch.bfloat16)
+    x = image(dtype=torch.bfloat16).requires_grad_()
+    block(x).sum().backward()
+    assert summed == {dtype}
+    assert x.grad.dtype == torch.bfloat16
+
+
+def test_compiled_block_of_16_bits_is_that_of_eager_mode():
+    """Its operators say of the input's gradient which type it has."""
+    block, _ = block_pair(dtype=torch.bfloat16)
+    x = image(dtype=torch.bfloat16)
+    compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
+    found = [training_results(b, x.clone().requires_grad_()) for b in (compiled, block)]
+    assert all(torch.equal(a, b) for a, b in zip(*(f.values() for f in found), strict=True))
+
+
 def test_compiled_block_matches_naive_block():
     """By operators, whose results may not share memory."""
     efficient, naive = block_pair(dtype=torch.float32)
