@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.palette import colour_of
-from docs.tables.fit import frontier
+from docs.tables.fit import finish, frontier
 from docs.tables.markdown import MIB, Found, conditions, origin, results, table
 
 MARKERS = {
@@ -84,11 +84,7 @@ def _draw(axes: Axes, network: Found) -> None:
         face = colour if name in sound else "none"
         label = "fit_, its mixes" if name.startswith("fit_") else name
         axes.scatter(peak, ms, marker=marker, s=45, facecolor=face, edgecolor=colour, label=label)
-    axes.set_title(network["name"], loc="left", fontsize="medium")
-    axes.set(xlabel="peak of a training step, MiB", ylabel="time, ms")
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    finish(axes, network["name"], list(points.values()))
 
 
 def _is_sound(row: Found) -> bool:

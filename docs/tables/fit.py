@@ -56,31 +56,44 @@ def picture(path: Path) -> None:
 
 def draw(found: Found, path: Path) -> None:
     networks = found["networks"]
-    figure = Figure(figsize=(5 * len(networks), 4.5), layout="constrained")
+    figure = Figure(figsize=(5 * len(networks), 4.8), layout="constrained")
     columns = figure.subplots(1, len(networks), squeeze=False)[0]
+    entries = {}
     for axes, network in zip(columns, networks, strict=True):
         _draw(axes, network)
-    figure.suptitle(f"Mixes of modes, measured on {conditions(found)}", fontsize="medium")
-    figure.savefig(path, dpi=150)
+        entries |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(
+        f"One training step (float32, SGD with momentum) in mixes of modes, measured on\n"
+        f"{conditions(found)}",
+        fontsize="medium",
+    )
+    figure.savefig(path, dpi=120)
 
 
 def _draw(axes: Axes, network: Found) -> None:
     points = {
         c["name"]: (c["peak"] / MIB, 1000 * median(c["seconds"])) for c in network["candidates"]
     }
-    for name, (peak, ms) in points.items():
+    for name, point in points.items():
         is_mix = name.startswith("mix")
-        colour = colour_of(name)
-        axes.plot(peak, ms, "o" if is_mix else "s", color=colour, zorder=2)
-        if not is_mix:
-            axes.annotate(name, (peak, ms), xytext=(5, 4), textcoords="offset points", color=colour)
+        label = "mixes that fit_ chose" if is_mix else name
+        axes.scatter(*point, marker="o" if is_mix else "s", color=colour_of(name), label=label)
     mixes = [point for name, point in points.items() if name.startswith("mix")]
-    axes.plot(
-        *zip(*frontier(mixes), strict=True), color=colour_of("mix"), linewidth=1, label="fit_"
-    )
-    axes.set_title(network["name"], loc="left", fontsize="medium")
-    axes.set(xlabel="peak, MiB", ylabel="step, ms", xlim=(0, None), ylim=(0, None))
-    axes.legend(frameon=False, loc="lower right")
+    axes.plot(*zip(*frontier(mixes), strict=True), color=colour_of("mix"), linewidth=1)
+    finish(axes, network["name"], list(points.values()))
+
+
+def finish(axes: Axes, title: str, points: Sequence[tuple[float, float]]) -> None:
+    """Linear axes from zero on, for peaks and times."""
+    furthest, highest = (1.08 * max(values) for values in zip(*points, strict=True))
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set(xlabel="peak of a training step, MiB", ylabel="time, ms")
+    axes.set(xlim=(0, furthest), ylim=(0, highest))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -14,6 +14,8 @@ from benchmarks.palette import colour_of, line_of
 from docs.tables.markdown import MIB, Found, conditions, origin, results, table
 
 NAMES = {"layers": "layers L", "batch": "batch", "growth": "growth rate k", "size": "image side"}
+POSITIONS = "size"
+"""The axis of which the square, the positions of an image, is what a cost may be linear in."""
 MEASURES = {"kept": "kept, MiB", "peak": "peak, MiB", "seconds": "time, ms"}
 
 
@@ -99,8 +101,12 @@ def _shown(sample: Sample, measure: str) -> float:
     return sample.seconds * 1e3 if measure == "seconds" else getattr(sample, measure) / MIB
 
 
+def _place(axis: str, value: int) -> int:
+    return value**2 if axis == POSITIONS else value
+
+
 def picture(path: Path) -> None:
-    """Peak and time against every dimension, logarithmic, as PNG."""
+    """Peak and time against every dimension, as PNG."""
     made_of = results("growth")
     found = samples_of(made_of)
     figure = Figure(figsize=(14, 7), layout="constrained")
@@ -113,7 +119,7 @@ def picture(path: Path) -> None:
                     continue
                 along = series(found, axis, competitor)
                 panel.plot(
-                    [s.value for s in along],
+                    [_place(axis, s.value) for s in along],
                     [_shown(s, measure) for s in along],
                     line_of(competitor),
                     color=colour_of(competitor),
@@ -121,18 +127,18 @@ def picture(path: Path) -> None:
                     markersize=3,
                     label=competitor,
                 )
-            panel.set_xscale("log", base=2)
-            panel.set_yscale("log")
-            panel.set_xticks(AXES[axis], [str(v) for v in AXES[axis]])
-            panel.set_xlabel(NAMES[axis])
+            names = [f"{v}²" if axis == POSITIONS else str(v) for v in AXES[axis]]
+            panel.set_xticks([_place(axis, v) for v in AXES[axis]], names)
+            panel.set(xlim=(0, None), ylim=(0, None))
+            panel.set_xlabel("positions of an image" if axis == POSITIONS else NAMES[axis])
             panel.set_ylabel(MEASURES[measure] if column == 0 else "")
             panel.grid(alpha=0.3)
     figure.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     base = made_of["base"]
     figure.suptitle(
         f"Dense block, {base['layers']} layers, c0={base['channels']}, k={base['growth']}, "
-        f"batch {base['batch']}, {base['size']}², float32, one dimension varied\n"
-        f"{conditions(made_of)}",
+        f"batch {base['batch']}, {base['size']}², float32, one dimension varied, "
+        f"measured on\n{conditions(made_of)}",
         fontsize="medium",
     )
     figure.savefig(path, dpi=110)

@@ -87,14 +87,16 @@ def depth_picture(path: Path) -> None:
     found = results("depth")
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = {"kept": "kept after the forward pass", "peak": "peak of a step"}
-    columns = figure.subplots(1, len(panels))
+    columns = figure.subplots(1, len(panels), sharey=True)
     depths = found["depths"]
     for axes, (measure, title) in zip(columns, panels.items(), strict=True):
         for name, taken in found["bytes"].items():
             sizes = [size / MIB for size in taken[measure]]
             axes.plot(depths, sizes, marker="o", color=colour_of(name), label=name)
-        axes.set(title=title, xlabel="layers", ylabel="MiB, log scale", yscale="log", xticks=depths)
+        axes.set(title=title, xlabel="layers", xticks=depths, xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
+    columns[0].set_ylabel("MiB")
+    columns[0].yaxis.set_major_formatter("{x:,.0f}")
     figure.legend(*columns[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     batch, channels, size, _ = found["shape"]
     figure.suptitle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIB = 2**20
+NARROW = 25.0
+"""Percent of a picture's width below which the name of a phase is written upwards."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,9 +78,9 @@ class StepReport:
         }
 
     def plot(self, axes: Axes | None = None, *, colour: str = "#2563eb") -> Axes:
-        """Draw the live bytes after every allocation and release; the dotted line is what is kept.
+        """Draw the live bytes after every allocation and release, the phases of the step marked.
 
-        Needs matplotlib.
+        The dotted line is what is kept for the backward pass. Needs matplotlib.
 
         Args:
             axes: where to draw; by default new ones.
@@ -88,11 +91,12 @@ class StepReport:
 
             axes = Figure(figsize=(6, 4), layout="constrained").subplots()
         live = [size / MIB for size in live_bytes(self.events)]
-        axes.fill_between(range(len(live)), live, step="post", color=colour, linewidth=0)
+        part = [100 * i / len(live) for i in range(len(live))]
+        axes.fill_between(part, live, step="post", color=colour, linewidth=0)
         axes.axhline(self.kept / MIB, color="black", linewidth=0.8, linestyle=":")
-        phases = [event.phase for event in self.events]
-        for name in ("forward", "backward"):
-            start, end = phases.index(name), len(phases) - phases[::-1].index(name)
+        end = 0.0
+        for name, count in Counter(event.phase for event in self.events).items():
+            start, end = end, end + 100 * count / len(live)
             axes.axvline(end, color="black", linewidth=1)
             axes.annotate(
                 name,
@@ -100,6 +104,7 @@ class StepReport:
                 xycoords=("data", "axes fraction"),
                 va="top",
                 ha="center",
+                rotation=90 if end - start < NARROW else 0,
             )
         axes.set_title(
             f"kept {self.kept / MIB:,.0f}, peak {self.peak.step / MIB:,.0f} MiB",
@@ -107,12 +112,12 @@ class StepReport:
             fontsize="medium",
         )
         axes.set(
-            xlabel="allocations and releases",
+            xlabel="% of the step's allocations and releases",
             ylabel="live above parameters and batch, MiB",
-            xlim=(0, len(live)),
+            xlim=(0, 100),
+            xticks=(0, 50, 100),
             ylim=(0, 1.15 * max(live)),  # room for the names of the phases
         )
-        axes.locator_params(axis="x", nbins=4)
         return axes
 
     def _origin(self) -> str:

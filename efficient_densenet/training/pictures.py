@@ -44,7 +44,11 @@ def plan_chart(plan: Plan, path: Path) -> None:
         xycoords="axes fraction",
         ha="right",
     )
-    axes.set(title=plan.title, xlabel=plan.varies, ylabel="estimated peak, GiB")
+    axes.set(
+        title=f"{plan.title},\nestimated for {plan.device}",
+        xlabel=plan.varies,
+        ylabel="peak, GiB, at the sizes that were tried",
+    )
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.12 * room / GIB)
     _finish(axes)
@@ -67,15 +71,14 @@ def fits_chart(plans: Sequence[Plan], path: Path) -> None:
             color=COMPETITORS[mode].colour,
             label=mode,
         )
-        axes.bar_label(bars, fontsize=8, padding=2)
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
     axes.set_xticks(range(len(plans)), [f"{p.budget / 1e9:.0f} GB" for p in plans])
     axes.set(
-        title=f"{plans[0].subject}: largest {plans[0].varies}, estimated",
-        yscale="log",
-        ylabel=f"{plans[0].varies}, log scale",
+        title=f"{plans[0].subject}: largest {plans[0].varies}, estimated for {plans[0].device}",
+        ylabel=f"largest {plans[0].varies}",
         xlabel=f"budget ({format_size(plans[0].reserve)} of it in reserve)",
     )
-    axes.set_ylim(bottom=1)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     _finish(axes)
     axes.legend(frameon=False, ncols=len(modes), loc="upper left")
     figure.savefig(path, dpi=120)
