@@ -26,6 +26,7 @@ NAMES = {
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BN_SIZE = 4
+GRAPHS = "CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Competitor:
     """A kind of model, the memory format of its weights and input, and how it is run.
 
     ``kernels`` names the implementation of our operations, which is chosen for us unless given;
-    ``backend`` is the compiler's.
+    ``backend`` is the compiler's. With ``graphs`` a GPU replays CUDA graphs: those of the compiler
+    (its mode ``"reduce-overhead"``), or of the whole model.
     """
 
     kind: Kind | Literal["floor"]
@@ -41,11 +43,13 @@ class Competitor:
     compiled: bool = False
     kernels: str | None = None
     backend: str = "inductor"
+    graphs: bool = False
 
     def __str__(self) -> str:
         name = NAMES.get(self.kind, self.kind)
         name = f"{name}, {self.kernels}" if self.kernels else name
         name = f"{name}, torch.compile" if self.compiled else name
+        name = f"{name}, {GRAPHS}" if self.graphs else name
         return f"{name}, channels_last" if self.channels_last else name
 
     @property
@@ -53,7 +57,8 @@ class Competitor:
         return self.kind in ("norm", "bottleneck")
 
     def uncompiled(self) -> Competitor:
-        return replace(self, compiled=False)
+        """The same, run operator by operator."""
+        return replace(self, compiled=False, graphs=False)
 
 
 NAIVE = Competitor("naive")
@@ -130,10 +135,14 @@ class Case:
         layout = torch.channels_last if competitor.channels_last else torch.contiguous_format
         model = model.to(dtype or torch.float32, memory_format=layout)
         if competitor.compiled:
-            model = torch.compile(model, backend=competitor.backend)
+            mode = "reduce-overhead" if competitor.graphs and DEVICE.type == "cuda" else None
+            model = torch.compile(model, backend=competitor.backend, mode=mode)
         x = x.to(dtype or (self.precision if self.inner else torch.float32), memory_format=layout)
         autocast = self.autocast if dtype is None else None
-        return Subject(model, x.requires_grad_(self.inner), autocast)
+        subject = Subject(model, x.requires_grad_(self.inner), autocast)
+        if competitor.graphs and not competitor.compiled:
+            subject.capture()
+        return subject
 
 
 @dataclass
@@ -149,6 +158,17 @@ class Subject:
         enabled = self.autocast is not None
         with torch.autocast(DEVICE.type, self.autocast) if enabled else nullcontext():
             return self.model(self.x)
+
+    def capture(self) -> None:
+        """From now on replay CUDA graphs of both passes; elsewhere than on CUDA do nothing."""
+        if DEVICE.type != "cuda":
+            return
+        state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        with torch.autocast(
+            "cuda", self.autocast, enabled=self.autocast is not None, cache_enabled=False
+        ):
+            self.model = torch.cuda.make_graphed_callables(self.model, (self.x,))
+        self.model.load_state_dict(state)  # norms have learnt from the batches that warmed up
 
     def step(self) -> Tensor:
         """Forward and backward; returns the output."""

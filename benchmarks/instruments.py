@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import DEVICE, FLOOR, NAIVE, Case, Competitor, Subject
@@ -40,7 +41,11 @@ ROUNDS = (5, 15)
 
 @dataclass
 class Row:
-    """What one competitor did on one case; bytes are above parameters, buffers and input."""
+    """What one competitor did on one case; bytes are above parameters, buffers and input.
+
+    They are 0 where graphs are replayed, whose memory was taken before. ``busy`` is the part of a
+    step's time in which a GPU ran a kernel; on a CPU, operators stand for kernels.
+    """
 
     case: str
     competitor: Competitor
@@ -49,6 +54,7 @@ class Row:
     peak: int = 0
     operator: str = ""
     convolution_share: float | None = None
+    busy: float | None = None
     first_seconds: float = 0.0  # its check included
     seconds: list[float] = field(default_factory=list)
 
@@ -207,15 +213,21 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def weigh(subject: Subject, row: Row) -> float:
-    """Fill in the memory of a step and what convolutions take of it; returns about its seconds."""
-    if DEVICE.type == "cuda":
+    """Fill in the memory of one step and what it was busy with; returns about its seconds."""
+    if DEVICE.type == "cpu":
+        batch = make_batch((subject.x,), None, DEVICE, subject.x.dtype)
+        report = recorded(RunningStep(subject.model, batch, None, subject.autocast))
+        row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
+    elif not row.competitor.graphs:
         row.kept, row.peak = counted(subject)
-        return timed(subject)
-    batch = make_batch((subject.x,), None, DEVICE, subject.x.dtype)
-    report = recorded(RunningStep(subject.model, batch, None, subject.autocast))
-    row.kept, row.peak, row.operator = report.kept, report.peak.step, report.peak.operator
-    row.convolution_share, seconds = profiled(subject)
-    return seconds
+    taken = [timed(subject)] if DEVICE.type == "cuda" else []
+    found = kernels(lambda: taken.append(timed(subject)))
+    spent = {name: seconds for name, (_, seconds) in found.items()}
+    busy = sum(spent.values())
+    row.busy = busy / taken[0]
+    if DEVICE.type == "cpu":
+        row.convolution_share = sum(s for name, s in spent.items() if "convolution" in name) / busy
+    return taken[0]
 
 
 def recorded(step: RunningStep) -> StepReport:
@@ -245,14 +257,25 @@ def counted(subject: Subject) -> tuple[int, int]:
     return kept - before, peak - before
 
 
-def profiled(subject: Subject) -> tuple[float, float]:
-    """The part of a CPU's step that operators spend in convolutions, and the step's seconds."""
+def kernels(run: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """By name, how often each kernel ran and for how many seconds altogether.
+
+    On a CPU operators stand for kernels. The profiler takes time of the host's.
+    """
+    on_gpu = DEVICE.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     quiet_profiler()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        seconds = timed(subject)
-    events = profiler.key_averages()
-    convolutions = sum(e.self_cpu_time_total for e in events if "convolution" in e.key)
-    return convolutions / sum(e.self_cpu_time_total for e in events), seconds
+    synchronize()
+    with profile(activities=activities) as profiler:
+        run()
+        synchronize()
+    kind, spent = (
+        (DeviceType.CUDA, "self_device_time_total")
+        if on_gpu
+        else (DeviceType.CPU, "self_cpu_time_total")
+    )
+    events = [e for e in profiler.key_averages() if e.device_type == kind]
+    return {e.key: (e.count, getattr(e, spent) / 1e6) for e in events}
 
 
 def rounds(seconds_per_round: float, seconds: float = SECONDS_PER_CASE) -> int:

@@ -138,7 +138,7 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
 
     def vectors(channels: int) -> Sequence[Tensor]:
-        return torch.empty(4, channels, 1, 1, device="meta")
+        return torch.empty(4, channels, device="meta")
 
     def tail(leaves: int, reads: int, size: int) -> Tail:
         weight = torch.empty(leaves, reads, size, size, dtype=dtype, device="meta")
@@ -147,8 +147,7 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
 
     def unit(channels: int, leaves: int, size: int) -> Unit:
         mean, var, weight, bias = vectors(channels)
-        affine = (weight.flatten(), bias.flatten())
-        norm = operations.make_norm(Statistics(mean, var), channels, *affine, 1e-5)
+        norm = operations.make_norm(Statistics(mean, var), channels, weight, bias, 1e-5)
         return Unit(norm, RELU, operations.make_tail(tail(leaves, channels, size)), channels)
 
     summed = operations.summed_dtype(dtype, torch.float32)

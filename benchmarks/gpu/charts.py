@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from benchmarks.cases import FLOOR
 from benchmarks.palette import colour_of
 from benchmarks.provenance import Json
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:  # the machine with the GPU may lack it
     from matplotlib.figure import Figure
 
 MIB = 2**20
-FLOOR_NAME = str(FLOOR)
 HATCHES = {"eager": "//", "torch.compile": "xx"}
 
 
@@ -51,7 +49,7 @@ def steps(found: Json) -> Figure:
     for box, result in zip(boxes, results, strict=True):
         rows = [row for row in result["rows"] if row["seconds"]][::-1]
         names = [row["name"] for row in rows]
-        weighed = [None if row["name"] == FLOOR_NAME else row["peak"] / MIB for row in rows]
+        weighed = [row["peak"] / MIB or None for row in rows]
         left, right = box.subplots(1, 2, sharey=True)
         _bars(left, names, [median(row["seconds"]) * 1e3 for row in rows], "{:.3g}")
         _bars(right, names, weighed, "{:,.4g}")

@@ -24,7 +24,6 @@ from efficient_densenet.kernels.interface import (
     Statistics,
     Tail,
     Unit,
-    per_channel,
 )
 from efficient_densenet.kernels.workspace import Workspace
 
@@ -122,7 +121,7 @@ def calls(site: Site) -> list[Call]:
     value = positions * site.dtype.itemsize
 
     def append(ops: Operations) -> Run:
-        statistics = Statistics(*torch.zeros(2, site.features, 1, 1, device=DEVICE))
+        statistics = Statistics(*torch.zeros(2, site.features, device=DEVICE))
 
         def run() -> Sequence[Tensor]:
             ops.append(new, features, c, statistics)
@@ -131,8 +130,7 @@ def calls(site: Site) -> list[Call]:
         return run
 
     def correct(ops: Operations) -> Run:
-        mean, a, b = (per_channel(vector, 4) for vector in vectors)
-        return lambda: [ops.correct(gradients, features, added, mean, a, b, dnew)]
+        return lambda: [ops.correct(gradients, features, added, *vectors, dnew)]
 
     return [
         Call("append", site, 2 * k * value, 0, append),
@@ -200,8 +198,7 @@ def _unit(ops: Operations, x: Tensor, conv: Conv) -> tuple[Unit, Workspace]:
     channels = conv.weight.shape[1]
     var, mean = torch.var_mean(x[:, :channels].float(), [0, 2, 3], correction=0)
     gamma, beta = torch.ones_like(mean), torch.full_like(mean, 0.1)
-    statistics = Statistics(per_channel(mean, 4), per_channel(var, 4))
-    norm = ops.make_norm(statistics, channels, gamma, beta, EPS)
+    norm = ops.make_norm(Statistics(mean, var), channels, gamma, beta, EPS)
     scratch = ops.scratch_dtype(x.dtype, torch.float32)
     workspace = Workspace(x, channels, scratch, torch.channels_last)
     tail = ops.make_tail(Tail(None, conv, x.dtype))

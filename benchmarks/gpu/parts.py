@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import DEVICE, Case, Competitor
 from benchmarks.edge_of_budget import step_within
@@ -22,12 +20,12 @@ from benchmarks.instruments import (
     Row,
     Rows,
     compete,
+    kernels,
     one_line,
     synchronize,
 )
 from benchmarks.precision import PrecisionJudge
 from benchmarks.provenance import Json
-from efficient_densenet.memory.profiler import quiet_profiler
 from efficient_densenet.training.config import make_optimizer
 from efficient_densenet.training.work import COMPETITORS, Work
 
@@ -216,6 +214,8 @@ def bench(
     Raises:
         PartFailed: if a competitor is wrong, or broke.
     """
+    if DEVICE.type == "cpu":  # whose convolutions round no factor, as the interpreter else would
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     judge = PrecisionJudge(case, judged_batch)
     broken = [c for c in competitors if str(c) in job.without]
     missing = {c: Row(case.name, c, job.without[str(c)]) for c in broken}
@@ -270,13 +270,13 @@ def _launches(case: Case, competitor: Competitor, layers: int) -> Json:
     for _ in range(2):
         subject.step()
         subject.clear()
-    forward, step = _kernels(subject.forward), _kernels(subject.step)
+    forward, step = kernels(subject.forward), kernels(subject.step)
     by_time = sorted(step.items(), key=lambda item: -item[1][1])
     return {
         "forward_per_layer": _count(forward) / layers,
         "backward_per_layer": (_count(step) - _count(forward)) / layers,
         "kernels": [
-            {"name": name[:100], "count": count, "microseconds": time}
+            {"name": name[:100], "count": count, "microseconds": time * 1e6}
             for name, (count, time) in by_time[:MOST_KERNELS]
         ],
     }
@@ -284,21 +284,3 @@ def _launches(case: Case, competitor: Competitor, layers: int) -> Json:
 
 def _count(kernels: dict[str, tuple[int, float]]) -> int:
     return sum(count for count, _ in kernels.values())
-
-
-def _kernels(run: profile) -> dict[str, tuple[int, float]]:
-    """By name, how often each kernel ran and for how many microseconds altogether."""
-    on_gpu = DEVICE.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    quiet_profiler()
-    synchronize()
-    with profile(activities=activities) as profiler:
-        run()
-        synchronize()
-    kind, spent = (
-        (DeviceType.CUDA, "self_device_time_total")
-        if on_gpu
-        else (DeviceType.CPU, "self_cpu_time_total")
-    )
-    events = [e for e in profiler.key_averages() if e.device_type == kind]
-    return {e.key: (e.count, getattr(e, spent)) for e in events}

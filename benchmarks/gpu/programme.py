@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.cases import (
     DENSENET_121,
+    GRAPHS,
     NAIVE,
     NAIVE_CHANNELS_LAST,
     Case,
@@ -161,6 +162,7 @@ def programme(scale: Scale) -> list[Part]:
         Part("memory", partial(parts.memory, works=scale.works), 50),
         bench(second, 40),
         bench(headline, 45),
+        _graphed(scale, headline, 60),
         _compiled(scale, headline, 130),
         Part("launches", launches, 25),
         Part(PLAN, plan, 300, beside=True),
@@ -170,6 +172,7 @@ def programme(scale: Scale) -> list[Part]:
         *(bench(network(name, few, BF16), 45) for name in deeper),
         *(bench(network(name, few, None), 45) for name in deeper),
         _compiled(scale, second, 60),
+        _compiled(scale, headline, 130, graphs=True),
     ]
     return [replace(part, allowance=part.allowance * scale.patience) for part in planned]
 
@@ -185,13 +188,31 @@ def _network(scale: Scale, name: str, batch: int, autocast: torch.dtype | None) 
     return Case(label, shape, scale.networks[name], autocast, inner=False)
 
 
-def _compiled(scale: Scale, case: Case, allowance: float) -> Part:
-    """Few competitors and the compiled one, which comes last: it may be cut off."""
-    compiled = Competitor("naive", channels_last=True, compiled=True, backend=scale.backend)
-    case = replace(case, name=f"{case.name}, with torch.compile")
-    ours = [c for c in scale.ours if c.kernels == "triton"]
-    part = _bench(scale, case, allowance, (NAIVE_CHANNELS_LAST, *ours, compiled))
+def _graphed(scale: Scale, case: Case, allowance: float) -> Part:
+    """Naive and ours as graphs of whole passes, beside the naive network as it is."""
+    case = replace(case, name=f"{case.name}, from {GRAPHS}")
+    graphed = (replace(c, graphs=True) for c in (NAIVE_CHANNELS_LAST, *_with_triton(scale)))
+    part = _bench(scale, case, allowance, (NAIVE_CHANNELS_LAST, *graphed))
     return replace(part, leaves_traces=True)
+
+
+def _compiled(scale: Scale, case: Case, allowance: float, graphs: bool = False) -> Part:
+    """Few competitors and the compiled one, which comes last: it may be cut off.
+
+    With ``graphs`` by the mode "reduce-overhead", ours too.
+    """
+    naive = replace(NAIVE_CHANNELS_LAST, compiled=True, backend=scale.backend, graphs=graphs)
+    ours = _with_triton(scale)
+    if graphs:
+        ours = [replace(c, compiled=True, backend=scale.backend, graphs=True) for c in ours]
+    how = f"torch.compile and {GRAPHS}" if graphs else "torch.compile"
+    case = replace(case, name=f"{case.name}, with {how}")
+    part = _bench(scale, case, allowance, (NAIVE_CHANNELS_LAST, *ours, naive))
+    return replace(part, leaves_traces=True)
+
+
+def _with_triton(scale: Scale) -> list[Competitor]:
+    return [c for c in scale.ours if c.kernels == "triton"]
 
 
 def _bench(

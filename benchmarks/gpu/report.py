@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 
-from benchmarks.cases import FLOOR, NAIVE, NAIVE_CHANNELS_LAST
+from benchmarks.cases import NAIVE, NAIVE_CHANNELS_LAST
 from benchmarks.gpu.charts import draw_all
 from benchmarks.provenance import Json
 from benchmarks.report import aligned
 
 MIB = 2**20
-FLOOR_NAME, NAIVE_NAME, CHANNELS_LAST_NAME = map(str, (FLOOR, NAIVE, NAIVE_CHANNELS_LAST))
+NAIVE_NAME, CHANNELS_LAST_NAME, GRAPHED_NAME = map(
+    str, (NAIVE, NAIVE_CHANNELS_LAST, replace(NAIVE_CHANNELS_LAST, graphs=True))
+)
 COMPILED = "torch.compile"
 NOT_MEASURED = "not measured"
 GOALS = {"time / naive c.l.": 0.60, "time / compiled": 0.85, "peak / naive c.l.": 1 / 6}
@@ -132,6 +135,7 @@ def bench_tables(result: Json) -> list[Table]:
         "competitor",
         "ms (quartiles)",
         "per second",
+        "busy",
         "kept MiB",
         "peak MiB",
         *columns,
@@ -143,14 +147,15 @@ def bench_tables(result: Json) -> list[Table]:
             blanks = [""] * (len(header) - 2)
             rows.append((row["name"], *blanks, _cell(row["failure"] or NOT_MEASURED)))
             continue
-        own, floor = ratios[row["name"]], row["name"] == FLOOR_NAME
+        own, busy = ratios[row["name"]], row["busy"]
         rows.append(
             (
                 row["name"],
                 milliseconds(row["seconds"]),
                 f"{result['batch'] / _time(row):.0f}",
-                "" if floor else mib(row["kept"]),
-                "" if floor else mib(row["peak"]),
+                "" if busy is None else f"{busy:.0%}",
+                mib(row["kept"] or None),
+                mib(row["peak"] or None),
                 *(f"{own[name]:.2f}" if name in own else "" for name in columns),
                 _note(row, own),
             )
@@ -160,14 +165,15 @@ def bench_tables(result: Json) -> list[Table]:
 
 def _ratios(row: Json, timed: dict[str, Json]) -> dict[str, float]:
     """Of a row's time and peak to those of the naive rows, as far as those were measured."""
-    compiled = next((name for name in timed if COMPILED in name), None)
-    others = {"naive": NAIVE_NAME, "naive c.l.": CHANNELS_LAST_NAME, "compiled": compiled}
+    compiled = next((name for name in timed if COMPILED in name and not is_ours(name)), None)
+    others = {"naive": NAIVE_NAME, "naive c.l.": CHANNELS_LAST_NAME, "graphed": GRAPHED_NAME}
+    others["compiled"] = compiled
     found = {
         f"time / {short}": _time(row) / _time(timed[name])
         for short, name in others.items()
         if name in timed
     }
-    if CHANNELS_LAST_NAME in timed and row["name"] != FLOOR_NAME:
+    if CHANNELS_LAST_NAME in timed and row["peak"]:
         found["peak / naive c.l."] = row["peak"] / timed[CHANNELS_LAST_NAME]["peak"]
     return found
 

@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import NAIVE, block
+from benchmarks.cases import GRAPHS, NAIVE, block
 from benchmarks.gpu import limits, report, runner
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.limits import Question
+from benchmarks.gpu.operations import Site, calls
 from benchmarks.gpu.programme import REAL, REHEARSAL, programme
 from benchmarks.gpu.runner import CUT_OFF, FAILED, LEAST, OK, SKIPPED, Part, Record, run_parts
 from benchmarks.instruments import NO_TIME, SharpJudge, compete
 from benchmarks.provenance import Json
+from efficient_densenet.kernels.implementations import load
 from efficient_densenet.training.work import Work
 from support import runner_parts
 from support.commands import ENVIRONMENT, ROOT
@@ -166,6 +168,13 @@ def test_parts_have_names_of_their_own_and_rehearsal_has_all_kinds() -> None:
     assert {p.run.func for p in rehearsal} == {p.run.func for p in real}
 
 
+@pytest.mark.parametrize("site", REHEARSAL.sites, ids=str)
+def test_every_operation_is_called_as_it_wants_to_be(site: Site) -> None:
+    for call in calls(site):
+        found = call.prepare(load("eager"))()
+        assert all(tensor.isfinite().all() for tensor in found), str(call)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_gpu_only_rehearsal_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -204,7 +213,10 @@ def test_rehearsal_times_and_weighs_every_competitor(found: Json) -> None:
     assert {row["failure"] for row in rows} == {None}
     assert all(len(row["seconds"]) >= 5 for row in rows)
     assert all(row["peak"] > 0 for row in rows if not row["name"].startswith("("))
+    assert all(row["busy"] > 0 for row in rows if not row["name"].startswith("("))
     assert any("torch.compile" in row["name"] for row in rows)
+    for how in (f"triton, {GRAPHS}", f"torch.compile, {GRAPHS}", f"naive, {GRAPHS}"):
+        assert any(how in row["name"] for row in rows), how
 
 
 @pytest.mark.slow
@@ -242,6 +254,7 @@ def a_row(name: str, seconds: float, peak: int) -> Json:
         "first_seconds": 40.0,
         "kept": peak // 2,
         "peak": peak,
+        "busy": 0.75,
     }
 
 
@@ -282,6 +295,16 @@ def test_rows_without_times_say_why_and_rows_that_lose_say_where() -> None:
     assert rows["norm, channels_last"]["note"] == "LOSES: time / naive c.l., time / compiled"
     assert rows["naive, torch.compile, channels_last"]["note"] == "first step 40 s"
     assert rows["(its convolutions alone, channels_last)"]["peak MiB"] == ""
+    assert {row["busy"] for row in rows.values()} == {"", "75%"}
+
+
+def test_graphed_rows_are_told_beside_naive_graphs_and_without_memory() -> None:
+    times = {"naive": 0.8, "norm": 0.6}
+    rows = [a_row(f"{kind}, {GRAPHS}, channels_last", time, 0) for kind, time in times.items()]
+    result = a_bench(0.7, 90)["result"]
+    (table,) = report.bench_tables({**result, "rows": [*result["rows"], *rows]})
+    told = dict(zip(table[0], table[-1], strict=True))
+    assert (told["peak MiB"], told["time / graphed"]) == ("", "0.75")
 
 
 def test_pictures_of_nothing_are_removed(tmp_path: Path) -> None:
