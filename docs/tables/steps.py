@@ -13,7 +13,8 @@ from benchmarks.instruments import Row
 from benchmarks.palette import colour_of
 from docs.tables.markdown import MIB, Found, conditions, results, table
 
-CASES = {"DenseNet-121": "DenseNet-121, batch 8, 224²", "deep": "48 layers, k=12, batch 8, 32²"}
+CASES = {"deep": "48 layers, k=12, batch 8, 32²", "DenseNet-121": "DenseNet-121, batch 8, 224²"}
+INSTRUCTION_SETS = ("AVX2", "AVX512")
 ROWS = {
     "naive": "naive",
     "naive, channels_last": "naive, channels_last",
@@ -26,7 +27,10 @@ ROWS = {
 
 def readme() -> str:
     """Peak memory and time of one training step, for each of :data:`CASES`."""
-    found = results("steps")
+    return readme_of(results("steps"))
+
+
+def readme_of(found: Found) -> str:
     by_name = {
         (name, row["competitor"]): row
         for name in CASES
@@ -34,19 +38,38 @@ def readme() -> str:
         if row["case"].startswith(name)
     }
     header = ["", *(head for label in CASES.values() for head in (f"{label}: peak MiB", "ms"))]
+    measured = found["conditions"]["instruction set"]
+    claims = (_claim(CASES[name].split(",")[0], by_name, name) for name in CASES)
     rows = (
         [label, *(cell for name in CASES for cell in _cells(by_name[name, competitor]))]
         for competitor, label in ROWS.items()
     )
     return "\n\n".join(
         [
+            f"The peak of a training step, and its time beside the naive step's, on a CPU with "
+            f"{measured}: {'; '.join(claims)}.",
             table(header, rows),
-            f"One step, forward and backward, float32, on a CPU ({conditions(found)}); medians of "
-            "interleaved runs; bytes above parameters and input, from the allocator. **CUDA: not "
-            "measured.** All rows, spreads and conditions: "
-            "[docs/results/steps.md](docs/results/steps.md).",
+            f"One step, forward and backward, float32 ({conditions(found)}); medians of "
+            "interleaved runs; bytes above parameters and input, from the allocator. "
+            f"**Not measured at this commit: {_missing(measured)}.** All rows, spreads and "
+            "conditions: [docs/results/steps.md](docs/results/steps.md).",
         ]
     )
+
+
+def _claim(label: str, rows: dict[tuple[str, str], Found], name: str) -> str:
+    naive, norm, least = (rows[name, kind] for kind in ("naive", "norm", "bottleneck"))
+    peaks = [f"{row['peak_bytes'] / MIB:,.0f}" for row in (naive, norm, least)]
+    ratios = [f"{median(row['seconds']) / median(naive['seconds']):.2f}" for row in (norm, least)]
+    return (
+        f"**{label}: {peaks[0]} → {peaks[2]} MiB**, {ratios[1]} of the time "
+        f'(`"norm"`: {peaks[1]} MiB, {ratios[0]})'
+    )
+
+
+def _missing(instruction_set: str) -> str:
+    others = [f"CPUs with {name}" for name in INSTRUCTION_SETS if name != instruction_set]
+    return " and ".join([*others, "GPUs"])
 
 
 def _cells(row: Found) -> tuple[str, str]:

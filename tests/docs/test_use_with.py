@@ -1,4 +1,4 @@
-"""Every snippet of the pages on other people's models runs as it is written."""
+"""Every snippet of README and of the pages on other people's models runs as it is written."""
 
 import re
 import runpy
@@ -15,7 +15,7 @@ def snippets(page):
 
 SNIPPETS = {
     f"{page}-{i}": snippet
-    for page in ("use-with.md", "own-connections.md")
+    for page in ("../README.md", "use-with.md", "own-connections.md")
     for i, snippet in enumerate(snippets(page))
 }
 
@@ -30,4 +30,9 @@ def test_snippet_runs(snippet, tmp_path):
 
 
 def test_every_page_has_snippets():
-    assert len(SNIPPETS) >= 5
+    assert len(SNIPPETS) >= 9
+
+
+def test_training_loop_of_readme_is_short():
+    (loop,) = (text for text in snippets("../README.md") if "DataLoader(" in text)
+    assert sum(bool(line) for line in loop.splitlines()) <= 15
