@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+from efficient_densenet.kernels import whole
+
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
@@ -31,6 +33,12 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def most_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' small maps stand for large ones, and so they run slab by slab, unless marked."""
+    monkeypatch.setattr(whole, "MOST_BYTES", getattr(request, "param", 0))
 
 
 @pytest.fixture(autouse=True)

@@ -95,12 +95,13 @@ class MapGradient:
         Returns the gradients of the unit's own tensors.
         """
         corrects = needs_maps and unit.batch_statistics
+        defers = corrects and not self.units.ops.corrects_each_reader()
         weight, bias, sums = self.units.backward(
             grad,
             self.first(ready.channels, self.maps, 1),
             ready,
             needs,
-            need_sums=needs.weight or needs.bias or corrects,
+            need_sums=needs.weight or needs.bias or defers,
             target=self.first(ready.channels, self.grad, 1) if needs_maps else None,
             accumulate=self.written,
         )
@@ -112,11 +113,9 @@ class MapGradient:
             # The first reader has the most channels: it writes all that the others add to.
             adds = self.corrected_channels > 0
             dbeta, dgamma = self.units.ops.collect(
-                sums, ready, 1.0 / self.count, totals if corrects else None, adds
+                sums, ready, 1.0 / self.count, totals if defers else None, adds
             )
-            self.corrected_channels = max(
-                self.corrected_channels, ready.channels if corrects else 0
-            )
+            self.corrected_channels = max(self.corrected_channels, ready.channels if defers else 0)
         return UnitTensors(
             weight=gradient_like(dgamma, tensors.weight, needs.weight),
             bias=gradient_like(dbeta, tensors.bias, needs.bias),

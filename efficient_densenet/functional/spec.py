@@ -98,7 +98,8 @@ class BlockSpec:
     ``kernels`` says which implementation of the operations to try first
     (``kernels/implementations.py``). Batch statistics are those of all processes of
     ``process_group``, if there is one. Opaque layers run in ``surroundings``. With ``new_first``
-    layers put their maps before those that they read: the input's channels are the last.
+    layers put their maps before those that they read: the input's channels are the last. ``small``
+    says whether every map that is normalised takes at most ``whole.MOST_BYTES``.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -110,6 +111,7 @@ class BlockSpec:
     process_group: Any = None
     surroundings: Surroundings | None = None
     new_first: bool = False
+    small: bool = False
 
     def span(self, start: int, stop: int) -> slice:
         """Where the features lie that are the ``start``-th up to the ``stop``-th, by age."""
@@ -192,7 +194,7 @@ class BlockSpec:
 class StemSpec:
     """Convolution - BN - activation - pool: a convolution of the image, and the unit that reads it.
 
-    ``kernels`` and ``process_group`` as in :class:`BlockSpec`.
+    ``kernels``, ``process_group`` and ``small`` as in :class:`BlockSpec`.
     """
 
     conv: Geometry
@@ -200,6 +202,7 @@ class StemSpec:
     types: Types
     kernels: str = "auto"
     process_group: Any = None
+    small: bool = False
 
     @property
     def activations(self) -> tuple[Activation, ...]:
@@ -214,4 +217,5 @@ class StemSpec:
 def operations_of(spec: BlockSpec | StemSpec, like: Tensor) -> Operations:
     """The implementation that runs a pass on a map like this."""
     dtypes = (spec.types.compute, spec.types.features)
-    return implementations.choose(spec.kernels, device_of(like), dtypes, spec.activations)
+    device = device_of(like)
+    return implementations.choose(spec.kernels, device, dtypes, spec.activations, spec.small)

@@ -125,6 +125,7 @@ class StemBackward:
         """The gradients of the image and of all tensors, the convolution's in those of the unit."""
         needs_conv = (needs_x, needs.conv_weight, needs.conv_bias)
         corrects = any(needs_conv) and self.spec.unit.batch_statistics
+        corrects = corrects and not self.units.ops.corrects_each_reader()
         dbeta = dgamma = dx = weight = bias = corrections = None
         if needs.weight or needs.bias or corrects:
             sums = self._back_through(slice(None), None).sums

@@ -58,7 +58,8 @@ class UnitRunner:
             running = (tensors.running_mean, tensors.running_var)
             statistics = Statistics(*(in_dtype(v, self.types.statistics) for v in running))
         norm = self.ops.make_norm(statistics, channels, tensors.weight, tensors.bias, unit.eps)
-        return Unit(norm, unit.activation, self._tail(unit, tensors), channels)
+        tail = self._tail(unit, tensors)
+        return Unit(norm, unit.activation, tail, channels, unit.batch_statistics)
 
     def _tail(self, unit: UnitSpec, tensors: UnitTensors) -> Tail:
         if unit.conv is None:

@@ -133,7 +133,7 @@ def backward_unit(
     target: Tensor | None,
     accumulate: bool,
 ) -> UnitGradients:
-    norm, activation, tail, channels = unit
+    norm, activation, tail, channels, _ = unit
     x = first_channels(x, channels)
     target = None if target is None else first_channels(target, channels)
     scale = per_channel(norm.scale, x.dim())
@@ -193,6 +193,10 @@ def correct(
     exact = out if out.dtype == mean.dtype else torch.empty_like(out, dtype=mean.dtype)
     torch.sub(grad, constant, out=exact).addcmul_(x, per_channel(b, x.dim()), value=-1)
     return exact if exact is out else out.copy_(exact)  # rounded once
+
+
+def corrects_each_reader() -> bool:
+    return False
 
 
 def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:

@@ -15,16 +15,17 @@ from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 
+from efficient_densenet.kernels import whole
 from efficient_densenet.kernels.interface import Activation, Operations
 from efficient_densenet.kernels.triton import support as triton_support
 
-Kernels = Literal["auto", "triton", "eager"]
+Kernels = Literal["auto", "triton", "whole", "eager"]
 """The argument ``kernels``: the implementation to try first, ``"auto"`` for the fastest."""
 
 VARIABLE = "EFFICIENT_DENSENET_KERNELS"
 """The environment variable that stands for ``kernels="auto"``; read when a pass first asks."""
 
-WhyNot = Callable[[torch.device, tuple[torch.dtype, ...], tuple[Activation, ...]], str | None]
+WhyNot = Callable[[torch.device, tuple[torch.dtype, ...], tuple[Activation, ...], bool], str | None]
 
 
 class Implementation(NamedTuple):
@@ -32,8 +33,9 @@ class Implementation(NamedTuple):
 
     It is imported when it is first chosen.
 
-    ``why_not(device, dtypes, activations)`` is the reason why it cannot run a pass on maps on
-    ``device`` that computes and stores in ``dtypes`` and applies ``activations``, or ``None``.
+    ``why_not(device, dtypes, activations, small)`` is the reason why it cannot run a pass on maps
+    on ``device``, all of them ``small`` or not, that computes and stores in ``dtypes`` and applies
+    ``activations``, or ``None``.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS = (
     Implementation("triton", "triton.operations", triton_support.why_not),
+    Implementation("whole", "whole", whole.why_not),
     Implementation("eager", "eager", lambda *_: None),
 )
 """In order of preference. The last one runs everything."""
@@ -60,12 +63,13 @@ def choose(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     activations: tuple[Activation, ...],
+    small: bool = False,
 ) -> Operations:
     """The first implementation, from the one called ``name`` on, that can run such a pass.
 
     Decided once in a process for each case: ``choose.cache_clear()`` forgets.
     """
-    implementation, _ = _decide(name, device, dtypes, activations)
+    implementation, _ = _decide(name, device, dtypes, activations, small)
     return load(implementation.name)
 
 
@@ -74,12 +78,13 @@ def explain_choice(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     activations: tuple[Activation, ...],
+    small: bool = False,
 ) -> str:
     """Which implementation :func:`choose` returns, and why none that is preferred to it.
 
     Such as ``"eager runs; triton does not: Triton is not installed"``.
     """
-    chosen, declined = _decide(name, device, dtypes, activations)
+    chosen, declined = _decide(name, device, dtypes, activations, small)
     reasons = (f"{other} does not: {reason}" for other, reason in declined.items())
     return "; ".join([f"{chosen.name} runs", *reasons])
 
@@ -95,6 +100,7 @@ def _decide(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     activations: tuple[Activation, ...],
+    small: bool,
 ) -> tuple[Implementation, dict[str, str]]:
     """The implementation to take, and the reason against each one before it."""
     check_kernels(name)
@@ -107,7 +113,7 @@ def _decide(
     declined: dict[str, str] = {}
     for implementation in IMPLEMENTATIONS:
         asked = asked or implementation.name == wanted
-        reason = implementation.why_not(device, dtypes, activations) if asked else source
+        reason = implementation.why_not(device, dtypes, activations, small) if asked else source
         if reason is None:
             return implementation, declined
         declined[implementation.name] = reason

@@ -109,12 +109,16 @@ class Tail(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What the first ``channels`` of a map go through: ``tail(activation(norm(x)))``."""
+    """What the first ``channels`` of a map go through: ``tail(activation(norm(x)))``.
+
+    ``batch_statistics`` says whether the norm's are those of the map itself.
+    """
 
     norm: Norm
     activation: Activation
     tail: Tail
     channels: int
+    batch_statistics: bool = True
 
 
 class UnitGradients(NamedTuple):
@@ -186,7 +190,10 @@ class Operations(Protocol):
         target: Tensor | None,
         accumulate: bool,
     ) -> UnitGradients:
-        """Gradients of :meth:`forward_unit`; batch norm's correction is left to :meth:`correct`.
+        """Gradients of :meth:`forward_unit`.
+
+        Batch norm's two batch terms are left to :meth:`correct`, but for implementations that
+        correct each reader: what those write is the whole gradient of ``x``.
 
         ``grad`` is the gradient of ``y``. With ``a = (x - mean) * scale + bias`` and
         ``d = ∂L/∂activation(a) * activation'(a)``, writes ``scale * d`` into ``target``, a map as
@@ -242,6 +249,9 @@ class Operations(Protocol):
         ``memory_format`` and the shape of ``y`` are the same. Its value is not read on the host:
         other values may lie there when a recorded graph is replayed.
         """
+
+    def corrects_each_reader(self) -> bool:
+        """Whether :meth:`backward_unit` subtracts batch norm's batch terms by itself."""
 
     def inner_format(self, x: Tensor) -> torch.memory_format:
         """The memory format of maps inside a pass on ``x``."""

@@ -30,7 +30,7 @@ def tail_of_slabs(
     out: Tensor | None = None
     for rows in workspace.distinct_slabs(x, stored):
         slab = rows_of(x, rows)
-        y = _tail(activate(slab, workspace.scratch(slab, tail.dtype)), tail)
+        y = apply_tail(activate(slab, workspace.scratch(slab, tail.dtype)), tail)
         if y.shape[0] == x.shape[0]:
             return y
         if out is None:
@@ -78,7 +78,8 @@ def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     return part if total is None or part is None else total + part
 
 
-def _tail(a: Tensor, tail: Tail) -> Tensor:
+def apply_tail(a: Tensor, tail: Tail) -> Tensor:
+    """``tail(a)``."""
     a = pooled(a, tail.pool) if tail.pool else a
     return convolve(a, tail.conv) if tail.conv else a
 

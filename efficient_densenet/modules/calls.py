@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +24,7 @@ from efficient_densenet.functional.opaque import (
 from efficient_densenet.functional.precision import Types, is_autocast, pools_to_float32, types_of
 from efficient_densenet.functional.spec import BlockSpec, StemSpec
 from efficient_densenet.functional.synchronise import joined_count
+from efficient_densenet.kernels import whole
 from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.kernels.layout import is_hollow, outer_format
 from efficient_densenet.modules.opaque import check_not_refused, refuse
@@ -147,6 +148,16 @@ def common_group(norms: Iterable[_BatchNorm], values: int) -> ProcessGroup | Non
     return groups[0] if groups else None
 
 
+def are_small(values: int, dtype: torch.dtype, group: ProcessGroup | None) -> bool:
+    """Whether maps of at most so many values may be normalised whole.
+
+    Not where sizes are not known yet, or where batch norm's sums are those of several processes.
+    """
+    if torch.compiler.is_compiling() or group is not None:
+        return False
+    return values * dtype.itemsize <= whole.MOST_BYTES
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """Dense layers one after the other, and then an exit that reads all features, on ``x``.
@@ -204,7 +215,7 @@ class BlockCall:
     @property
     def spec(self) -> BlockSpec:
         """What is computed, without modules."""
-        return BlockSpec(
+        spec = BlockSpec(
             layers=tuple([layer.spec for layer in self.layers]),
             exit=self.exit.spec if self.exit else None,
             input_channels=self.x.shape[1],
@@ -215,6 +226,8 @@ class BlockCall:
             surroundings=Surroundings.of(self.x, outer_format(self.x)) if self.has_opaque else None,
             new_first=self.new_first,
         )
+        values = self.x.numel() // self.x.shape[1] * spec.widest
+        return replace(spec, small=are_small(values, spec.types.features, self.group))
 
     @property
     def has_opaque(self) -> bool:
@@ -281,14 +294,17 @@ class StemCall:
     @property
     def spec(self) -> StemSpec:
         """What is computed, without modules."""
-        compute = types_of(self.x).compute
+        compute, conv = types_of(self.x).compute, self.conv
+        positions = geometry(conv).positions(self.x.shape[2:], conv.weight.shape[2:])
+        values = len(self.x) * positions * len(conv.weight)
         return StemSpec(
-            conv=geometry(self.conv),
+            conv=geometry(conv),
             unit=self.unit.spec,
             # The result of a convolution has the type in which it computes, and so has the rest.
             types=Types(compute, compute),
             kernels=self.kernels,
             process_group=self.group,
+            small=are_small(values, compute, self.group),
         )
 
     def run(self) -> Tensor:

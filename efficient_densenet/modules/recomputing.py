@@ -125,8 +125,14 @@ class Recomputing(Settings):
     def why_kernels(self, x: Tensor) -> str:
         """Which kernels the efficient path would run ``x`` on, and why not on faster ones."""
         call = supported(self.read_call, x)
-        types, activations = types_of(x), (RELU,) if call is None else call.spec.activations
-        return explain_choice(self.kernels, x.device, (types.compute, types.features), activations)
+        types, spec = types_of(x), None if call is None else call.spec
+        return explain_choice(
+            self.kernels,
+            x.device,
+            (types.compute, types.features),
+            (RELU,) if spec is None else spec.activations,
+            small=spec is not None and spec.small,
+        )
 
     def run_naive(self, *args: Any, **kwargs: Any) -> Any:
         """The forward function of the class behind."""

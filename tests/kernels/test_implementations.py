@@ -42,22 +42,25 @@ def gpu_with_triton(monkeypatch):
 def three(monkeypatch):
     """The table with one implementation more in its middle: for CPUs, in float32 only."""
 
-    def why_not(device, dtypes, activations):
+    def why_not(device, dtypes, activations, small):
         if device.type != "cpu":
             return f"this one never runs on {device.type}"
         return None if set(dtypes) == set(SINGLE) else "this one computes in float32"
 
-    first, last = IMPLEMENTATIONS
+    first, _, last = IMPLEMENTATIONS
     table = (first, Implementation("native", "eager", why_not), last)
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", table)
-    monkeypatch.setattr(implementations, "Kernels", Literal[(*NAMES, "native")])
+    monkeypatch.setattr(implementations, "Kernels", Literal["auto", "triton", "native", "eager"])
 
 
 NAMES = ("auto", *(implementation.name for implementation in IMPLEMENTATIONS))
 
 
-def explain(name="auto", device=CUDA, dtypes=SINGLE, activations=ONLY_RELU):
-    return explain_choice(name, device, dtypes, activations)
+LARGE = "whole does not: its maps are not small"
+
+
+def explain(name="auto", device=CUDA, dtypes=SINGLE, activations=ONLY_RELU, small=False):
+    return explain_choice(name, device, dtypes, activations, small)
 
 
 def test_argument_takes_every_name_of_table():
@@ -80,7 +83,7 @@ def test_implementation_has_every_operation(name):
 
 
 def test_last_implementation_runs_everything():
-    everything = (META, (torch.complex64,), (Activation("unheard of"),))
+    everything = (META, (torch.complex64,), (Activation("unheard of"),), False)
     assert IMPLEMENTATIONS[-1].why_not(*everything) is None
 
 
@@ -104,25 +107,42 @@ def test_triton_runs_on_cuda(name):
     ids=["request", "cpu", "meta", "float64", "activation"],
 )
 def test_reason_against_triton_is_given(case, reason):
-    assert explain(**case) == f"eager runs; triton does not: {reason}"
+    assert explain(**case).startswith(f"eager runs; triton does not: {reason}; whole does not: ")
     arguments = {"name": "auto", "device": CUDA, "dtypes": SINGLE, "activations": ONLY_RELU} | case
     assert choose(**arguments) is eager
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"small": False}, "its maps are not small"),
+        ({"dtypes": (torch.bfloat16, torch.bfloat16)}, "it computes in one type"),
+        ({"dtypes": (torch.bfloat16, torch.float32)}, "it computes in one type"),
+        ({"name": "eager"}, "kernels='eager'"),
+    ],
+    ids=["size", "bfloat16", "autocast", "request"],
+)
+def test_small_maps_run_whole_on_cpu(case, reason):
+    assert explain("whole", CPU, SINGLE, small=True).startswith("whole runs")
+    arguments = {"name": "auto", "device": CPU, "small": True} | case
+    assert f"whole does not: {reason}" in explain(**arguments)
 
 
 def test_old_gpu_runs_eager(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     reason = "the GPU has compute capability (7, 5), below (8, 0)"
-    assert explain() == f"eager runs; triton does not: {reason}"
+    assert explain() == f"eager runs; triton does not: {reason}; {LARGE}"
 
 
 def test_without_triton_eager_runs(monkeypatch):
     monkeypatch.setattr(support, "find_spec", lambda name: None)
-    assert explain("triton") == "eager runs; triton does not: Triton is not installed"
+    assert explain("triton") == f"eager runs; triton does not: Triton is not installed; {LARGE}"
 
 
 def test_environment_decides_what_arguments_leave_open(monkeypatch):
     monkeypatch.setenv(VARIABLE, "eager")
-    assert explain("auto") == f"eager runs; triton does not: {VARIABLE}=eager"
+    asked = f"{VARIABLE}=eager"
+    assert explain("auto") == f"eager runs; triton does not: {asked}; whole does not: {asked}"
     assert explain("triton") == "triton runs"
 
 

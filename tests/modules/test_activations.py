@@ -17,6 +17,9 @@ from support.compare import (
     block_pair,
     image,
 )
+from support.marks import slabs_and_whole
+
+pytestmark = slabs_and_whole
 
 ACTIVATIONS = {
     "leaky-relu": nn.LeakyReLU(0.2),

@@ -18,7 +18,9 @@ from support.compare import (
     training_results,
     upstream_for,
 )
-from support.marks import both_kinds, either_mode
+from support.marks import both_kinds, either_mode, slabs_and_whole
+
+pytestmark = slabs_and_whole
 
 VIEWS = {
     "transposed": lambda t: t.transpose(2, 3),

@@ -20,6 +20,9 @@ from support.compare import (
     image,
     randomise_,
 )
+from support.marks import slabs_and_whole
+
+pytestmark = slabs_and_whole
 
 LAYOUTS = [
     pytest.param(dims, memory_format, id=f"{dims}d-{memory_format}".replace("torch.", ""))

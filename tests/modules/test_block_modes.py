@@ -20,9 +20,9 @@ from support.compare import (
     norms,
     training_results,
 )
-from support.marks import both_kinds
+from support.marks import both_kinds, slabs_and_whole
 
-pytestmark = pytest.mark.parametrize("recompute", MODES)
+pytestmark = [slabs_and_whole, pytest.mark.parametrize("recompute", MODES)]
 
 
 def set_all(**values):

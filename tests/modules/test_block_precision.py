@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from support.compare import assert_efficient, block_pair, image, norms
-from support.marks import both_kinds, either_mode
+from support.marks import both_kinds, either_mode, slabs_and_whole
 from support.precision import DRAWS, DTYPES, assert_as_precise, assert_training_as_precise, truth_of
+
+pytestmark = slabs_and_whole
 
 
 @either_mode

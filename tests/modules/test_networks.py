@@ -18,7 +18,10 @@ from support.compare import (
     assert_same_training,
     training_results,
 )
+from support.marks import slabs_and_whole
 from support.stages import no_change, pair, stages
+
+pytestmark = slabs_and_whole
 
 
 def model_pair(change=no_change, **options):

@@ -15,7 +15,9 @@ from support.compare import (
     image,
     training_results,
 )
-from support.marks import both_kinds, clause, every_mode
+from support.marks import both_kinds, clause, every_mode, slabs_and_whole
+
+pytestmark = slabs_and_whole
 
 
 @clause("6 · saved_tensors_hooks")

@@ -16,7 +16,9 @@ from support.compare import (
     training_results,
     upstream_for,
 )
-from support.marks import both_kinds, clause, every_mode, recomputing
+from support.marks import both_kinds, clause, every_mode, recomputing, slabs_and_whole
+
+pytestmark = slabs_and_whole
 
 
 @clause("5 · torch.func.functional_call")

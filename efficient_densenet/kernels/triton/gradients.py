@@ -159,7 +159,7 @@ def input_gradient(
 
 def launch_weight_gradient(grad: Tensor, x: Tensor, unit: Unit) -> Tensor:
     """The weight's gradient, in its shape and in the type of the norm."""
-    norm, _, tail, reads = unit
+    norm, _, tail, reads, _ = unit
     source, arriving = matrix(x, slice(0, reads)), matrix(grad)
     leaves = arriving.channels
     constants = product_constants(tail.dtype) | shared(source, arriving)
@@ -203,7 +203,7 @@ def launch_input_gradient(
     accumulate: bool,
 ) -> TileSums:
     """Writes or adds the input's gradient, if there is a target; the sums by tile."""
-    norm, _, tail, reads = unit
+    norm, _, tail, reads, _ = unit
     weight, _ = factors(tail)
     leaves = len(weight)
     source, arriving = matrix(x, slice(0, reads)), matrix(grad)

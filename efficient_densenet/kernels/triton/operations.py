@@ -57,6 +57,10 @@ def inner_format(x: Tensor) -> torch.memory_format:
     return CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
 
 
+def corrects_each_reader() -> bool:
+    return False
+
+
 def scratch_dtype(features: torch.dtype, statistics: torch.dtype) -> torch.dtype:
     return features
 
@@ -109,7 +113,7 @@ def backward_unit(
     target: Tensor | None,
     accumulate: bool,
 ) -> UnitGradients:
-    norm, _, tail, channels = unit
+    norm, _, tail, channels, _ = unit
     needs_input = need_sums or target is not None
     if is_product(tail):
         weight = launch_weight_gradient(grad, x, unit) if need_weight else None

@@ -96,7 +96,7 @@ def launch_product(
     x: Tensor, unit: Unit, workspace: Workspace, need_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
     """The product, and if needed its statistics."""
-    norm, _, tail, reads = unit
+    norm, _, tail, reads, _ = unit
     weight, conv_bias = factors(tail)
     leaves = len(weight)
     y = empty_map(x, leaves, workspace.memory_format, tail.dtype)

@@ -16,7 +16,10 @@ LEAST_CAPABILITY = (8, 0)
 
 
 def why_not(
-    device: torch.device, dtypes: Iterable[torch.dtype], activations: Iterable[Activation]
+    device: torch.device,
+    dtypes: Iterable[torch.dtype],
+    activations: Iterable[Activation],
+    small: bool = False,
 ) -> str | None:
     """Why these kernels cannot run such a pass, or ``None``. The cheapest question comes first."""
     if device.type != "cuda" and not (device.type == "cpu" and _is_interpreted()):
