@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.provenance import publish
 from efficient_densenet import EfficientDenseBlock
-from efficient_densenet.kernels import eager, workspace
+from efficient_densenet.kernels import eager, whole, workspace
 from efficient_densenet.modules.naive import DenseBlock
 
 ROUNDS = 15
@@ -175,6 +175,35 @@ def small_operators() -> Choice:
     )
 
 
+def whole_or_slabs(batch: int, size: int) -> Choice:
+    """Maps whole, whatever their size, and slab by slab, beside the naive block."""
+    most = whole.MOST_BYTES
+
+    def whole_step(step: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            whole.MOST_BYTES = 1 << 40
+            try:
+                step()
+            finally:
+                whole.MOST_BYTES = most
+
+        return run
+
+    x = image(24, size=size)[:batch]
+    slabs = EfficientDenseBlock(24, 24, 4, NEW, recompute="norm", kernels="eager")
+    wholes = EfficientDenseBlock(24, 24, 4, NEW, recompute="norm", kernels="whole")
+    small = slabs(x).nbytes <= most
+    return Choice(
+        f"24 layers, k={NEW}, {batch} maps of {size}²",
+        "whole" if small else "slab by slab",
+        {
+            "naive": training_step(DenseBlock(24, 24, 4, NEW), x),
+            "whole": whole_step(training_step(wholes, x)),
+            "slab by slab": training_step(slabs, x),
+        },
+    )
+
+
 def training_step(block: nn.Module, x: Tensor) -> Callable[[], object]:
     """Forward and backward, with the channels last."""
     block.to(memory_format=torch.channels_last)
@@ -197,6 +226,8 @@ def choices() -> Iterator[Choice]:
     yield rectification()
     yield workspaces()
     yield small_operators()
+    for batch, size in ((2, 16), (8, 16), (16, 16)):
+        yield whole_or_slabs(batch, size)
 
 
 def timed(choice: Choice) -> dict[str, float]:

@@ -10,7 +10,10 @@ from torch import nn
 
 from efficient_densenet import convert_
 from support.compare import assert_same_training, randomise_
+from support.marks import slabs_and_whole
 from support.random_networks import RandomNetwork, change_later
+
+pytestmark = slabs_and_whole
 
 SEEDS = range(500)
 QUICK = SEEDS[::100]
