@@ -21,6 +21,7 @@ from efficient_densenet.kernels.eager import corrected_dtype as corrected_dtype
 from efficient_densenet.kernels.eager import drop as drop
 from efficient_densenet.kernels.eager import make_tail as make_tail
 from efficient_densenet.kernels.eager import scratch_dtype as scratch_dtype
+from efficient_densenet.kernels.eager import summed_dtype as summed_dtype
 from efficient_densenet.kernels.interface import Activation, Statistics, Unit, UnitGradients
 from efficient_densenet.kernels.layout import first_channels, is_hollow, outer_format, some_channels
 from efficient_densenet.kernels.slabs import apply_tail, tail_backward
