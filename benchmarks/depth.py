@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 
 from benchmarks.cases import DEVICE, KINDS, Competitor, Kind, make_block
+from benchmarks.instruments import recorded
 from benchmarks.provenance import Json, publish
+from efficient_densenet.memory.batch import make_batch
 from efficient_densenet.memory.report import StepReport
-from efficient_densenet.memory.step import measure
+from efficient_densenet.memory.running import RunningStep
 
 DEPTHS = range(12, 97, 12)
 SHAPE = (8, 24, 32, 32)
@@ -20,7 +22,7 @@ GROWTH = 12
 def measured(kind: Kind, layers: int) -> StepReport:
     with DEVICE:
         model, x = make_block(kind, layers, SHAPE[1], GROWTH), torch.randn(SHAPE)
-    return measure(model, x)
+    return recorded(RunningStep(model, make_batch((x,), None, DEVICE, x.dtype), None, None))
 
 
 def found() -> Json:

@@ -19,8 +19,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["tables"]
 root_doc = "index"
 myst_heading_anchors = 3
-# Generated pages are read on their own too, and in others.
-suppress_warnings = ["myst.header"]
 
 html_theme = "furo"
 html_title = "efficient_densenet"

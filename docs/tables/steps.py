@@ -69,7 +69,7 @@ def _claim(label: str, rows: dict[tuple[str, str], Found], name: str) -> str:
 
 def _missing(instruction_set: str) -> str:
     others = [f"CPUs with {name}" for name in INSTRUCTION_SETS if name != instruction_set]
-    return " and ".join([*others, "GPUs"])
+    return ", ".join([*others, "GPUs"])
 
 
 def _cells(row: Found) -> tuple[str, str]:
