@@ -4,7 +4,7 @@
     python -m benchmarks.alternatives --rounds 9    # more interleaved rounds
     python -m benchmarks.alternatives --all         # compiled wherever it can be: hours more
 
-About 25 minutes on two idle CPU cores, most of them the compiler's. A way is timed only if loss and
+Some 25 minutes on two idle CPU cores, most of them the compiler's. A way is timed only if loss and
 gradients are the naive network's; what else is wrong with it is noted. What is done for a network
 is written at once; what a run of the same commit has done is not done again.
 """
@@ -81,7 +81,7 @@ NETWORKS = (
         "MONAI's DenseNet-121 in 3-D, batch 2, 64³",
         monai,
         (2, 1, 64, 64, 64),
-        ("naive, torch.compile", "torch.compile, memory budget 0.5"),
+        ("naive, torch.compile",),
     ),
 )
 

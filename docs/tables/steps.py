@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import median
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import report
@@ -15,6 +16,7 @@ from docs.tables.markdown import MIB, Found, conditions, results, table
 
 CASES = {"deep": "48 layers, k=12, batch 8, 32²", "DenseNet-121": "DenseNet-121, batch 8, 224²"}
 INSTRUCTION_SETS = ("AVX2", "AVX512")
+NAMED_DEPTH = 48
 ROWS = {
     "naive": "naive",
     "naive, channels_last": "naive, channels_last",
@@ -116,8 +118,10 @@ def depth_picture(path: Path) -> None:
         for name, taken in found["bytes"].items():
             sizes = [size / MIB for size in taken[measure]]
             axes.plot(depths, sizes, marker="o", color=colour_of(name), label=name)
-        axes.set(title=title, xlabel="layers", xticks=depths, xlim=(0, None), ylim=(0, None))
+        axes.set(title=title, xlabel="layers", xticks=depths, xlim=(0, None))
         axes.grid(alpha=0.3)
+    _name_peaks(columns[-1], found)
+    columns[0].set_ylim(0, 1.05 * max(found["bytes"]["naive"]["peak"]) / MIB)
     columns[0].set_ylabel("MiB")
     columns[0].yaxis.set_major_formatter("{x:,.0f}")
     figure.legend(*columns[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -128,3 +132,16 @@ def depth_picture(path: Path) -> None:
         fontsize="medium",
     )
     figure.savefig(path, dpi=120)
+
+
+def _name_peaks(axes: Axes, found: Found) -> None:
+    """Say what the naive block and ours take at the depth of README's table."""
+    place = found["depths"].index(NAMED_DEPTH)
+    naive, ours = (found["bytes"][name]["peak"][place] / MIB for name in ("naive", "bottleneck"))
+    axes.annotate(
+        f"{NAMED_DEPTH} layers:\n{naive:,.0f} → {ours:,.0f} MiB",
+        (NAMED_DEPTH, naive),
+        xytext=(-12, 12),
+        textcoords="offset points",
+        ha="right",
+    )
