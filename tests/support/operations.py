@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efficient_densenet.kernels import eager
 from efficient_densenet.kernels.interface import (
     RELU,
     Activation,
@@ -126,6 +127,31 @@ def doubled(value: object) -> object:
         fields = [doubled(field) for field in value]
         return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
     return torch.float64 if isinstance(value, torch.dtype) else value
+
+
+def assert_as_precise_as_eager(
+    ops: Operations,
+    compute: Callable[..., Sequence[Tensor]],
+    dtype: torch.dtype,
+    *inputs: object,
+) -> None:
+    """The error against float64 is at most 1.5 times that of eager operations, plus some slack.
+
+    ``compute(ops, *inputs)`` returns tensors; what it writes to it has to copy first.
+    """
+    truth = compute(eager, *map(doubled, inputs))
+    ours, twin = (compute(o, *inputs) for o in (ops, eager))
+    assert len(ours) == len(twin) == len(truth)
+    slack = (32 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+    for i, (found, expected, exact) in enumerate(zip(ours, twin, truth, strict=True)):
+        assert found.shape == expected.shape, i
+        assert found.dtype == expected.dtype, i
+        errors = [(t.double() - exact).norm() for t in (found, expected)]
+        assert errors[0] <= 1.5 * errors[1] + slack * max(1.0, exact.norm()), (
+            i,
+            errors,
+            exact.norm(),
+        )
 
 
 class noted:

@@ -1,5 +1,7 @@
 """Each operation in Triton against its eager twin and float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from support.operations import (
     SHAPES,
     a_map,
     a_unit,
-    doubled,
+    assert_as_precise_as_eager,
     layout,
     noted,
     tails,
@@ -37,24 +39,7 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_case = pytest.mark.parametrize(("shape", "dtype", "last"), CASES.values(), ids=CASES)
 
 
-def assert_precise(compute, dtype, *inputs):
-    """Triton's error against float64 is at most 1.5 times eager's, plus the type's slack.
-
-    ``compute(ops, *inputs)`` returns tensors; what it writes to it has to copy first.
-    """
-    truth = compute(eager, *map(doubled, inputs))
-    ours, twin = (compute(ops, *inputs) for ops in (triton, eager))
-    assert len(ours) == len(twin) == len(truth)
-    slack = (32 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
-    for i, (found, expected, exact) in enumerate(zip(ours, twin, truth, strict=True)):
-        assert found.shape == expected.shape, i
-        assert found.dtype == expected.dtype, i
-        errors = [(t.double() - exact).norm() for t in (found, expected)]
-        assert errors[0] <= 1.5 * errors[1] + slack * max(1.0, exact.norm()), (
-            i,
-            errors,
-            exact.norm(),
-        )
+assert_precise = partial(assert_as_precise_as_eager, triton)
 
 
 @every_case
