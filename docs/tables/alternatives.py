@@ -23,8 +23,9 @@ MARKERS = {
 
 
 def tables() -> str:
-    """A table for each network."""
-    return tables_of(results("alternatives"))
+    """The picture, and a table for each network."""
+    found = tables_of(results("alternatives"))
+    return f"![peak against time of every way to train](results/alternatives.png)\n\n{found}"
 
 
 def tables_of(found: Found) -> str:

@@ -15,8 +15,9 @@ from docs.tables.markdown import MIB, Found, conditions, origin, results, table
 
 
 def tables() -> str:
-    """A table for each network."""
-    return tables_of(results("fit"))
+    """The picture, and a table for each network."""
+    found = tables_of(results("fit"))
+    return f"![peak against time of mixes of modes](results/fit.png)\n\n{found}"
 
 
 def tables_of(found: Found) -> str:
