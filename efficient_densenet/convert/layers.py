@@ -16,7 +16,6 @@ from efficient_densenet.convert.match import (
     TransitionMatch,
     UnitMatch,
 )
-from efficient_densenet.functional.spec import LayerSpec
 from efficient_densenet.modules.opaque import read_opaque
 from efficient_densenet.modules.reading import (
     Layer,
@@ -89,8 +88,7 @@ def _read_units(block: nn.Module, layer: LayerMatch, name: str, channels: int) -
         reads = conv.weight.shape[0]
     if reads != layer.growth:
         raise Misfit(name, f"adds {reads} channels, and not {layer.growth} as it did")
-    specs, width = tuple([unit.spec for unit in units]), convs[0].weight.shape[0]
-    return Layer(LayerSpec(specs, channels, width, reads, last.rate, last.drops_maps), units)
+    return Layer.of(units, channels, convs[0].weight.shape[0], reads, last)
 
 
 def _read_unit(block: nn.Module, unit: UnitMatch) -> Unit:

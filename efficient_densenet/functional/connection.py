@@ -18,7 +18,7 @@ from efficient_densenet.functional.autograd import (
 )
 from efficient_densenet.functional.backward import backward_block
 from efficient_densenet.functional.forward import Saved, forward_block
-from efficient_densenet.functional.opaque import Opaque, Surroundings, run_again, run_once
+from efficient_densenet.functional.opaque import Opaque, Surroundings, rebuild, run_once
 from efficient_densenet.functional.spec import BlockSpec, UnitTensors
 from efficient_densenet.kernels.interface import Statistics
 
@@ -102,8 +102,8 @@ class _Opaque(RecomputingFunction):
         random, *tensors = ctx.saved_tensors
         maps, own = tensors[: ctx.count], tensors[ctx.count :]
         needs = ctx.needs_input_grad[3:]
-        grads, _y = run_again(ctx.opaque, ctx.surroundings, maps, own, random, grad, needs)
-        return None, None, None, *differentiable_once(grad, *grads)
+        rebuilt = rebuild(ctx.opaque, ctx.surroundings, maps, own, random, needs)
+        return None, None, None, *differentiable_once(grad, *rebuilt.gradients(grad))
 
 
 def _parts(dx: Tensor | None, maps: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from efficient_densenet.functional.opaque import Expected, run_once
+from efficient_densenet.functional.opaque import Expected, Opaque, Unfit, run_once
 from efficient_densenet.functional.precision import outside_autocast
 from efficient_densenet.functional.spec import BlockSpec, LayerSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_statistics
@@ -25,10 +25,10 @@ class Saved(NamedTuple):
         statistics: theirs, two vectors ``(channels,)`` in the statistics' type, written as far
             as a norm reads them.
         bottlenecks: ``(N, width, *spatial)`` in the compute type; ``None`` if recomputed or absent.
-        bottleneck_statistics: two vectors ``(width,)``; ``None`` if there is no bottleneck or
-            its norm uses running statistics.
-        random: ``uint8``, the state of the random generators from which an opaque layer drew,
-            empty if it drew nothing; ``None`` for other layers.
+        bottleneck_statistics: two vectors ``(width,)``; ``None`` if they are not kept
+            (``LayerSpec.keeps_bottleneck_statistics``).
+        random: ``uint8``, the state of the random generators from which an opaque part drew,
+            empty if it drew nothing; ``None`` for layers of units.
     """
 
     features: Tensor
@@ -51,13 +51,12 @@ class Saved(NamedTuple):
         tensors = iter(flat)
         features = next(tensors) if border is None else border
         statistics = Statistics(next(tensors), next(tensors))
-        seconds = [layer.units[1] if len(layer.units) == 2 else None for layer in spec.layers]
         bottleneck_statistics = [
-            Statistics(next(tensors), next(tensors)) if unit and unit.batch_statistics else None
-            for unit in seconds
+            Statistics(next(tensors), next(tensors)) if layer.keeps_bottleneck_statistics else None
+            for layer in spec.layers
         ]
         bottlenecks = [
-            next(tensors) if unit and spec.keeps_bottlenecks else None for unit in seconds
+            next(tensors) if spec.keeps_bottleneck(layer) else None for layer in spec.layers
         ]
         random = [next(tensors) if layer.opaque else None for layer in spec.layers]
         return cls(features, statistics, bottlenecks, bottleneck_statistics, random)
@@ -114,16 +113,26 @@ class FeatureBuffer:
         return self.units.forward(maps, ready, need_statistics)
 
     def run(
-        self, layer: LayerSpec, tensors: Sequence[Tensor], learns: bool
+        self, opaque: Opaque, channels: int, tensors: Sequence[Tensor], learns: bool
     ) -> tuple[Tensor, Tensor]:
-        """The new maps of an opaque layer, and the random state that it drew from."""
+        """The ``channels`` maps of an opaque part that reads all so far, and what it drew from."""
+        maps = self.maps[:, self._spec.span(0, self._filled)].split(opaque.channels, 1)
+        return self.run_on(maps, opaque, channels, tensors, learns)
+
+    def run_on(
+        self,
+        maps: Sequence[Tensor],
+        opaque: Opaque,
+        channels: int,
+        tensors: Sequence[Tensor],
+        learns: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The same of one that reads ``maps``."""
         surroundings = self._spec.surroundings
-        assert layer.opaque is not None and surroundings is not None
-        prefix = self.maps[:, self._spec.span(0, self._filled)]
-        shape = torch.Size([len(prefix), layer.growth, *prefix.shape[2:]])
-        expected = Expected(shape, prefix.dtype)
-        maps = prefix.split(layer.opaque.channels, 1)
-        return run_once(layer.opaque, surroundings, maps, tensors, learns, expected)
+        assert surroundings is not None
+        shape = torch.Size([len(self.maps), channels, *self.maps.shape[2:]])
+        expected = Expected(shape, self.maps.dtype)
+        return run_once(opaque, surroundings, maps, tensors, learns, expected)
 
 
 def forward_block(
@@ -158,12 +167,8 @@ def _forward_block(
     buffer = FeatureBuffer(spec, x)
     saved = Saved(buffer.maps, buffer.statistics, [], [], [])
     for layer, tensors, seed in zip(spec.layers, layers, seeds, strict=True):
-        random = bottleneck = statistics = None
-        if layer.opaque:
-            y, random = buffer.run(layer, tensors[0], learns)
-        else:
-            y, bottleneck, statistics = _run_units(buffer, spec, layer, tensors)
-        saved.bottlenecks.append(bottleneck if spec.keeps_bottlenecks else None)
+        y, bottleneck, statistics, random = _run_layer(buffer, spec, layer, tensors, learns)
+        saved.bottlenecks.append(bottleneck if spec.keeps_bottleneck(layer) else None)
         saved.bottleneck_statistics.append(statistics)
         saved.random.append(random)
         if seed is not None:
@@ -176,16 +181,39 @@ def _forward_block(
     return features, saved._replace(features=features)
 
 
-def _run_units(
-    buffer: FeatureBuffer, spec: BlockSpec, layer: LayerSpec, tensors: Sequence[UnitTensors]
-) -> tuple[Tensor, Tensor | None, Statistics | None]:
-    """The new maps of a layer, its bottleneck map, and that one's batch statistics."""
-    first, *second = layer.units
-    wanted = any(unit.batch_statistics for unit in second)
-    y, statistics = buffer.read(first, tensors[0], wanted)
+class _Made(NamedTuple):
+    """What a layer makes: new maps, and what :class:`Saved` may keep of it."""
+
+    y: Tensor
+    bottleneck: Tensor | None = None
+    statistics: Statistics | None = None
+    random: Tensor | None = None
+
+
+def _run_layer(
+    buffer: FeatureBuffer,
+    spec: BlockSpec,
+    layer: LayerSpec,
+    tensors: Sequence[Any],
+    learns: bool,
+) -> _Made:
+    first, *second = layer.parts
+    random = statistics = None
+    if isinstance(first, Opaque):
+        y, random = buffer.run(first, layer.width, tensors[0], learns)
+    else:
+        y, statistics = buffer.read(first, tensors[0], layer.keeps_bottleneck_statistics)
     if not second:
-        return y, None, None
+        return _Made(y, random=random)
+    if isinstance(second[0], Opaque):
+        new, random = buffer.run_on([y], second[0], layer.growth, tensors[1], learns)
+        return _Made(new, y, random=random)
+    if isinstance(first, Opaque):
+        if y.dtype not in (spec.types.compute, spec.types.features):
+            raise Unfit(first.name, f"hands {y.dtype} to a norm")
+        y = y.contiguous(memory_format=buffer.units.memory_format)
+        statistics = buffer.units.ops.batch_statistics(y, spec.types.statistics)
     if statistics is not None:
         statistics = joined_statistics(statistics, y, spec.process_group)
     ready = buffer.units.ready(second[0], tensors[1], statistics, y.shape[1])
-    return buffer.units.forward(y, ready)[0], y, statistics
+    return _Made(buffer.units.forward(y, ready)[0], y, statistics, random)

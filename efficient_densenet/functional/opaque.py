@@ -1,7 +1,8 @@
-"""Layers of which nothing is known: run without keeping anything, and run again by autograd.
+"""Parts of which nothing is known: run without keeping anything, and run again by autograd.
 
-The forward pass drops the graph that a layer makes; the backward pass runs the layer again on a
-copy of what it read, and differentiates that. ``docs/derivation.md`` says what it costs.
+A part is a layer or half of one. The forward pass drops the graph that it makes; the backward pass
+runs it again on a copy of what it read, and differentiates that. ``docs/derivation.md`` says what
+that costs.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ is set for a while.
 
 @dataclass(frozen=True, eq=False)
 class Opaque:
-    """A layer that makes new maps of those before it, in a way that only running it tells.
+    """What makes maps of those before it, in a way that only running it tells.
+
+    That is a dense layer, or half of one beside a unit.
 
     Attributes:
         channels: of each part of the features that it reads apart from the others.
         arrange: makes of these parts, the oldest first, the tensors that the layer takes, in a
             memory format, or in that of ``torch.cat``.
-        run: ``run(taken, None)`` is the layer; the result is its new maps. ``run(taken, tensors)``
+        run: ``run(taken, None)`` is the call; the result is what it makes. ``run(taken, tensors)``
             is the same with ``tensors`` in the place of its own, and in the modes that it had.
         tensors: how many tensors it has: parameters, and copies of buffers as they were.
         name: what it is called in a reason.
@@ -125,18 +128,33 @@ def run_once(
     return y, before
 
 
-def run_again(
+class Rebuilt(NamedTuple):
+    """What ran again: its result, with the graph from the ``leaves``, its maps and then tensors."""
+
+    y: Tensor
+    leaves: list[Tensor]
+
+    def gradients(self, grad: Tensor) -> list[Tensor | None]:
+        """Those of the leaves that need one, from that of the result; the graph is lost."""
+        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
+        if not wanted or not self.y.requires_grad:
+            return [None] * len(self.leaves)
+        grad = grad.to(self.y.dtype)
+        found = iter(torch.autograd.grad(self.y, wanted, grad, allow_unused=True))
+        return [next(found) if leaf.requires_grad else None for leaf in self.leaves]
+
+
+def rebuild(
     opaque: Opaque,
     surroundings: Surroundings,
     maps: Sequence[Tensor],
     tensors: Sequence[Tensor],
     random: Tensor,
-    grad: Tensor,
     needs: Sequence[bool],
-) -> tuple[list[Tensor | None], Tensor]:
-    """The gradients of ``maps`` and of ``tensors`` from that of what :func:`run_once` returned.
+) -> Rebuilt:
+    """The graph that :func:`run_once` dropped; ``needs`` of each leaf whether it needs a gradient.
 
-    ``needs`` says of each whether it needs one. Returns what the layer returned this time, too.
+    ``random`` is the state that was drawn from.
     """
     inputs = [*maps, *tensors]
     leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
@@ -148,20 +166,20 @@ def run_again(
     ):
         taken = opaque.arrange(leaves[: len(maps)], surroundings.format)
         y = opaque.run(taken, leaves[len(maps) :])
-    del taken
     _check_leaves(opaque, y, leaves)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    if not wanted or not y.requires_grad:
-        return [None] * len(leaves), y.detach()
-    found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), allow_unused=True))
-    return [next(found) if leaf.requires_grad else None for leaf in leaves], y.detach()
+    return Rebuilt(y, leaves)
 
 
-def is_same(y: Tensor, kept: Tensor) -> Tensor:
-    """Whether a layer made the maps ``kept`` again, up to rounding; nobody waits for the answer."""
+def is_same(y: Tensor, kept: Tensor, size: Tensor | None = None) -> Tensor:
+    """Whether what was made again is what was ``kept``, up to rounding; no device is waited for.
+
+    ``size`` is that of the values that were rounded, by default of the largest that was kept.
+    """
     least = max(torch.finfo(y.dtype).eps, torch.finfo(kept.dtype).eps)
     y = y.to(kept.dtype)
-    near = (y - kept).abs() <= least**0.5 * kept.abs().max()
+    if y.is_cpu and not is_hollow(y) and torch.equal(y, kept):  # nearly always, and in one pass
+        return torch.ones((), dtype=torch.bool)
+    near = (y - kept).abs() <= least**0.5 * (kept.abs().max() if size is None else size)
     return (near | (y == kept) | (y.isnan() & kept.isnan())).all()
 
 

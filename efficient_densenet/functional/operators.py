@@ -91,12 +91,11 @@ def _(
     if block.layers:
         format = inner if block.exit else outer
         returned.append(empty_map(x, block.channels, format, types.features))
-    seconds = [(layer.width, layer.units[1]) for layer in block.layers if len(layer.units) == 2]
-    widths = [block.channels, *(width for width, unit in seconds if unit.batch_statistics)]
+    seen = [layer.width for layer in block.layers if layer.keeps_bottleneck_statistics]
+    widths = [block.channels, *seen]
     returned += [_vector(x, width, types.statistics) for width in widths for _ in range(2)]
-    if block.keeps_bottlenecks:
-        returned += [empty_map(x, width, inner, types.compute) for width, _ in seconds]
-    return returned
+    kept = [layer.width for layer in block.layers if block.keeps_bottleneck(layer)]
+    return returned + [empty_map(x, width, inner, types.compute) for width in kept]
 
 
 @torch.library.custom_op("efficient_densenet::block_backward", mutates_args=())

@@ -64,28 +64,69 @@ class UnitTensors(NamedTuple):
         return cls(*islice(values, len(cls._fields)))
 
 
+Part = UnitSpec | Opaque
+
+
 @dataclass(frozen=True)
 class LayerSpec:
-    """A dense layer: one unit (basic) or two (bottleneck), reading the first ``channels`` features.
+    """A dense layer: one part (basic) or two (bottleneck), reading the first ``channels`` features.
 
-    The first unit leaves ``width`` channels, the last one ``growth``. Dropout zeroes single values,
-    or with ``drops_maps`` whole maps of a sample. Where a layer is anything else, it has no units
-    and is ``opaque``.
+    A part is a unit, or ``Opaque`` where it is anything else; of two at most one is. The first of
+    two leaves a bottleneck map of ``width`` channels, the last one ``growth``. Dropout zeroes
+    single values, or with ``drops_maps`` whole maps of a sample.
     """
 
-    units: tuple[UnitSpec, ...]
+    parts: tuple[Part, ...]
     channels: int
     width: int
     growth: int
     drop_rate: float
     drops_maps: bool = False
-    opaque: Opaque | None = None
+
+    @property
+    def first_unit(self) -> UnitSpec | None:
+        """The unit that reads the features, if it is one that does."""
+        return self.parts[0] if isinstance(self.parts[0], UnitSpec) else None
+
+    @property
+    def second_unit(self) -> UnitSpec | None:
+        """The unit that reads a bottleneck map, if it is one that does."""
+        last = self.parts[-1]
+        return last if len(self.parts) == 2 and isinstance(last, UnitSpec) else None
+
+    @property
+    def units(self) -> tuple[UnitSpec, ...]:
+        """Those of its parts that are units."""
+        return tuple([part for part in self.parts if isinstance(part, UnitSpec)])
+
+    @property
+    def opaque(self) -> Opaque | None:
+        """The part that is not a unit, if there is one."""
+        return next((part for part in self.parts if isinstance(part, Opaque)), None)
+
+    @property
+    def widest(self) -> int:
+        """Channels of the widest map that one of its norms reads; 1 if it has none."""
+        reads = zip(self.parts, (self.channels, self.width), strict=False)
+        return max((width for part, width in reads if isinstance(part, UnitSpec)), default=1)
+
+    @property
+    def keeps_bottleneck_statistics(self) -> bool:
+        """Whether its norm reads those of its bottleneck map, or only they tell if it is the same.
+
+        The latter if an opaque part makes the map, and makes it again in the backward pass.
+        """
+        unit = self.second_unit
+        return unit is not None and (unit.batch_statistics or self.first_unit is None)
 
     def take(self, values: Iterator[Any]) -> list[tuple[Any, ...]]:
-        """The next values of its units, or those of an opaque layer as if it were one unit."""
-        if self.opaque is not None:
-            return [tuple(islice(values, self.opaque.tensors))]
-        return [UnitTensors.take(values) for _ in self.units]
+        """The next values of its parts."""
+        return [
+            UnitTensors.take(values)
+            if isinstance(part, UnitSpec)
+            else tuple(islice(values, part.tensors))
+            for part in self.parts
+        ]
 
 
 @dataclass(frozen=True)
@@ -97,7 +138,7 @@ class BlockSpec:
     ``recompute`` is ``"norm"`` or ``"bottleneck"``: a naive block has no specification.
     ``kernels`` says which implementation of the operations to try first
     (``kernels/implementations.py``). Batch statistics are those of all processes of
-    ``process_group``, if there is one. Opaque layers run in ``surroundings``. With ``new_first``
+    ``process_group``, if there is one. Opaque parts run in ``surroundings``. With ``new_first``
     layers put their maps before those that they read: the input's channels are the last. ``small``
     says whether every map that is normalised takes at most ``whole.MOST_BYTES``.
     """
@@ -137,21 +178,24 @@ class BlockSpec:
     def format(self, like: Tensor) -> torch.memory_format:
         """The memory format of the features inside, by the input or the features.
 
-        Without units in its layers nothing is faster in another format than that of ``like``.
+        Opaque parts take that of ``like``: only layers of units are faster in another one.
         """
-        if any(layer.units for layer in self.layers):
-            return operations_of(self, like).inner_format(like)
-        return outer_format(like)
+        if all(layer.opaque for layer in self.layers):
+            return outer_format(like)
+        return operations_of(self, like).inner_format(like)
 
     @property
     def drops(self) -> bool:
         """Whether any layer applies dropout."""
         return any(layer.drop_rate > 0 for layer in self.layers)
 
-    @property
-    def keeps_bottlenecks(self) -> bool:
-        """Whether bottleneck maps are kept rather than convolved again."""
-        return MODES[self.recompute].keeps_bottlenecks
+    def keeps_bottleneck(self, layer: LayerSpec) -> bool:
+        """Whether the layer's bottleneck map is kept rather than convolved again.
+
+        One that an opaque part makes is not, since its graph is made again in any case.
+        """
+        has_one = len(layer.parts) == 2 and layer.first_unit is not None
+        return has_one and MODES[self.recompute].keeps_bottlenecks
 
     @property
     def channels(self) -> int:
@@ -168,24 +212,22 @@ class BlockSpec:
     @property
     def widest(self) -> int:
         """Channels of the widest map that is normalised; 1 if none is."""
-        widths = [max(self.channels, layer.width) for layer in self.layers if layer.units]
-        return max([*widths, self.channels if self.exit else 1])
+        return max(self.widest_in_layers, self.channels if self.exit else 1)
 
     @property
     def widest_in_layers(self) -> int:
         """Channels of the widest map that a layer's norm reads."""
-        units = (layer for layer in self.layers if layer.units)
-        return max((max(layer.channels, layer.width) for layer in units), default=1)
+        return max((layer.widest for layer in self.layers), default=1)
 
     @property
     def maps_with_statistics(self) -> int:
         """How many maps, the input first, a norm reads the batch statistics of."""
-        readers = [*(next(iter(layer.units), None) for layer in self.layers), self.exit]
+        readers = [*(layer.first_unit for layer in self.layers), self.exit]
         reading = [i for i, unit in enumerate(readers) if unit and unit.batch_statistics]
         return max(reading, default=-1) + 1
 
     def nested(self, flat: Sequence[Any]) -> tuple[list[list[Any]], UnitTensors]:
-        """Values of all units, given flat, as those of each layer's units and those of the exit."""
+        """Values of all parts, given flat, as those of each layer's parts and those of the exit."""
         values = iter(flat)
         return [layer.take(values) for layer in self.layers], UnitTensors.take(values)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from efficient_densenet.functional.backward import gradient_like
+from efficient_densenet.functional.gradients import gradient_like
 from efficient_densenet.functional.precision import outside_autocast
 from efficient_densenet.functional.spec import StemSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means, joined_statistics

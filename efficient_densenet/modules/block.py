@@ -103,8 +103,8 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
         layers = self.read_layers(x.shape[1])
         return BlockCall.of(x, layers, None, self.recompute, self.kernels)
 
-    def read_layers(self, channels: int | None) -> list[Layer]:
-        """Every layer; ``channels`` enter the block, ``None``: as many as it expects."""
+    def read_layers(self, channels: int) -> list[Layer]:
+        """Every layer; ``channels`` enter the block."""
         layers: list[Layer] = []
         for path, module in self.items():
             try:
@@ -112,8 +112,6 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
             except Misfit:
                 raise
             except Unsupported:
-                if channels is None or self.growth_rate is None:
-                    raise
                 growths = [layer.spec.growth for layer in layers]
                 form = Form("list", (channels - sum(growths), *growths))
                 if type(module).forward in self.structures and not is_patched(module):
@@ -123,9 +121,9 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
             layers.append(layer)
         return layers
 
-    def read_known(self, path: str, module: nn.Module, channels: int | None) -> Layer:
-        """A layer by its parts."""
+    def read_known(self, path: str, module: nn.Module, channels: int) -> Layer:
+        """A layer by its parts, one of which may be anything."""
         structure = self.structures.get(type(module).forward)
         if structure is None:
             raise Unsupported(path, f"is a {type(module).__name__}, whose forward is not known")
-        return read_layer(module, structure, path, channels)
+        return read_layer(module, structure, path, channels, self.growth_rate)

@@ -31,6 +31,7 @@ from efficient_densenet.modules.opaque import check_not_refused, refuse
 from efficient_densenet.modules.reading import (
     Declined,
     Layer,
+    OpaquePart,
     Unit,
     Unsupported,
     geometry,
@@ -91,24 +92,22 @@ def check_dtypes(x: Tensor, units: Iterable[Unit]) -> None:
             raise Unsupported("the input", f"is {x.dtype}, and a norm is {norm.dtype}")
 
 
-def check_opaque(x: Tensor, layer: Layer) -> None:
-    """Raise :class:`Unsupported` if a layer could not be run by its tensors, or run again."""
-    opaque = layer.spec.opaque
-    if opaque is None:
-        return
+def check_opaque(x: Tensor, part: OpaquePart) -> None:
+    """Raise :class:`Unsupported` if a part could not be run by its tensors, or run again."""
+    name = part.spec.name
     if torch._C._are_functorch_transforms_active():
-        raise Unsupported(opaque.name, "is not of known parts, and is transformed by torch.func")
+        raise Unsupported(name, "is not of known parts, and is transformed by torch.func")
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise Unsupported(opaque.name, "is not of known parts, and is captured in a CUDA graph")
-    check_not_refused(layer, x)
-    for tensor in layer.tensors:
+        raise Unsupported(name, "is not of known parts, and is captured in a CUDA graph")
+    check_not_refused(part, x)
+    for tensor in part.tensors:
         if tensor.device != x.device and tensor.dim():
-            raise Unsupported(opaque.name, f"has tensors on {tensor.device}")
+            raise Unsupported(name, f"has tensors on {tensor.device}")
 
 
 @contextmanager
-def undone_if_unfit(x: Tensor, layers: Iterable[Layer]) -> Iterator[None]:
-    """A context in which opaque layers run on ``x``.
+def undone_if_unfit(x: Tensor, parts: Iterable[OpaquePart]) -> Iterator[None]:
+    """A context in which opaque parts run on ``x``.
 
     Raises:
         Unsupported: if one turns out not to fit; all buffers and random generators are then as
@@ -118,10 +117,10 @@ def undone_if_unfit(x: Tensor, layers: Iterable[Layer]) -> Iterator[None]:
     try:
         yield
     except Unfit as reason:
-        for layer in layers:
-            layer.undo()
-            if layer.spec.opaque and layer.spec.opaque.name == reason.args[0]:
-                refuse(layer, x, reason)
+        for part in parts:
+            part.undo()
+            if part.spec.name == reason.args[0]:
+                refuse(part, x, reason)
         if state is not None:
             set_random_state(state, x.device)
         raise Unsupported(*reason.args) from reason
@@ -196,7 +195,8 @@ class BlockCall:
         units += [exit] if exit else []
         check_dtypes(x, units)
         for layer in layers:
-            check_opaque(x, layer)
+            for part in layer.opaque:
+                check_opaque(x, part)
         group = common_group([unit.norm for unit in units], x.numel() // x.shape[1])
         return cls(x, layers, exit, recompute, kernels, group, new_first)
 
@@ -223,27 +223,27 @@ class BlockCall:
             types=types_of(self.x),
             kernels=self.kernels,
             process_group=self.group,
-            surroundings=Surroundings.of(self.x, outer_format(self.x)) if self.has_opaque else None,
+            surroundings=Surroundings.of(self.x, outer_format(self.x)) if self.opaque else None,
             new_first=self.new_first,
         )
         values = self.x.numel() // self.x.shape[1] * spec.widest
         return replace(spec, small=are_small(values, spec.types.features, self.group))
 
     @property
-    def has_opaque(self) -> bool:
-        """Whether any layer is not of known parts."""
-        return any(layer.spec.opaque for layer in self.layers)
+    def opaque(self) -> list[OpaquePart]:
+        """The parts of its layers that are not known."""
+        return [part for layer in self.layers for part in layer.opaque]
 
     def run(self) -> Tensor:
         """The features, or the result of the exit; buffers learn once.
 
         Raises:
-            Unsupported: if an opaque layer turned out to be no dense layer; its buffers and the
-                random generators are as they were before.
+            Unsupported: if an opaque part turned out not to fit; its buffers and the random
+                generators are as they were before.
         """
-        if not self.has_opaque:
+        if not self.opaque:
             return on_plain_tensors(self._run, self.x)
-        with undone_if_unfit(self.x, self.layers):
+        with undone_if_unfit(self.x, self.opaque):
             return on_plain_tensors(self._run, self.x)
 
     def _statistics_for(self, layer: Layer, features: Statistics) -> Statistics:
@@ -253,15 +253,16 @@ class BlockCall:
         return features.of(slice(self.channels - layer.spec.channels, None))
 
     def _run(self, x: Tensor) -> Tensor:
-        tensors = [tensors for layer in self.layers for tensors in layer.inputs]
+        tensors = [part.tensors for layer in self.layers for part in layer.parts]
         tensors += [self.exit.tensors] if self.exit else []
         out, features, bottlenecks = autograd.dense_block(x, self.spec, tensors)
         seen = [
-            Seen(unit.norm, statistics)
+            Seen(part.norm, statistics)
             for layer, bottleneck in zip(self.layers, bottlenecks, strict=True)
-            for unit, statistics in zip(
-                layer.units, (self._statistics_for(layer, features), bottleneck), strict=False
+            for part, statistics in zip(
+                layer.parts, (self._statistics_for(layer, features), bottleneck), strict=False
             )
+            if isinstance(part, Unit)
         ]
         if self.exit:
             seen.append(Seen(self.exit.norm, features))

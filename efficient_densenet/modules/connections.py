@@ -20,7 +20,7 @@ from efficient_densenet.modules.calls import (
     on_plain_tensors,
     undone_if_unfit,
 )
-from efficient_densenet.modules.opaque import read_opaque
+from efficient_densenet.modules.opaque import read_part
 from efficient_densenet.modules.reading import (
     Declined,
     Unit,
@@ -119,13 +119,12 @@ def _run_unit(maps: Sequence[Tensor], unit: Unit, call: BlockCall) -> Tensor:
 
 def _run_any(features: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
     modules = [part if isinstance(part, nn.Module) else _Function(part) for part in parts]
-    layer = read_opaque(nn.Sequential(*modules), "the connection", 0, 0)
-    check_opaque(features[0], layer)
-    opaque = layer.spec.opaque
-    assert opaque is not None
-    with undone_if_unfit(features[0], [layer]):
+    chain = nn.Sequential(*modules)
+    part = read_part(chain, "the connection", tuple(x.shape[1] for x in features), chain)
+    check_opaque(features[0], part)
+    with undone_if_unfit(features[0], [part]):
         return on_plain_tensors(
-            lambda *maps: connect_opaque(maps, opaque, layer.tensors), *features
+            lambda *maps: connect_opaque(maps, part.spec, part.tensors), *features
         )
 
 

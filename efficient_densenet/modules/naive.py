@@ -119,7 +119,7 @@ class DenseBlock(nn.ModuleDict):
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
         if not 0.0 <= drop_rate <= 1.0:
             raise ValueError(f"drop_rate must be between 0 and 1, got {drop_rate!r}")
-        self.growth_rate: int | None = growth_rate
+        self.growth_rate = growth_rate
         for i in range(num_layers):
             channels = num_input_features + i * growth_rate
             layer: nn.Module

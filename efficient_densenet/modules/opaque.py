@@ -1,4 +1,4 @@
-"""Reads any module as a dense layer that is run again in the backward pass."""
+"""Reads any module as a dense layer, or a part of one, that is run again in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from torch.nn.utils import parametrize
 
 from efficient_densenet.functional.opaque import ONE_AT_A_TIME, Opaque, Unfit
 from efficient_densenet.functional.precision import autocast_now
-from efficient_densenet.functional.spec import LayerSpec
 from efficient_densenet.kernels.layout import is_hollow, outer_format
 from efficient_densenet.modules.hooks import Hooks
-from efficient_densenet.modules.reading import Layer, Unsupported, group_of
+from efficient_densenet.modules.reading import Layer, OpaquePart, Unsupported, group_of
 
 
 @dataclass(frozen=True)
@@ -84,60 +83,80 @@ def read_opaque(
     Raises:
         Unsupported: if that cannot be the same training.
     """
+    owner = layer if isinstance(layer, nn.Module) else nn.Module()
+    part = read_part(layer, path, form.parts(channels), owner, form, growth)
+    return Layer.of([part], channels, growth, growth)
+
+
+def read_part(
+    part: Callable[..., Any],
+    path: str,
+    channels: tuple[int, ...],
+    layer: nn.Module,
+    form: Form = TENSOR,
+    growth: int = 0,
+) -> OpaquePart:
+    """The same of a part of ``layer``, which reads parts of so many ``channels``.
+
+    ``growth`` is what it leaves, if ``form`` has to know.
+    """
     if torch.compiler.is_compiling():
         raise Unsupported(path, "is not of known parts, and is being compiled")
     with ONE_AT_A_TIME:
-        return _read(layer, path, channels, growth, form)
+        _check_part(layer, path)
+        return _read(part, path, channels, layer, form, growth)
 
 
-def _read(layer: Callable[..., Any], path: str, channels: int, growth: int, form: Form) -> Layer:
-    module = layer if isinstance(layer, nn.Module) else nn.Module()
-    for name, part in module.named_modules():
-        _check_part(part, f"{path}.{name}" if name else path)
+def _read(
+    part: Callable[..., Any],
+    path: str,
+    channels: tuple[int, ...],
+    layer: nn.Module,
+    form: Form,
+    growth: int,
+) -> OpaquePart:
+    module = part if isinstance(part, nn.Module) else nn.Module()
+    for name, child in module.named_modules():
+        _check_part(child, f"{path}.{name}" if name else path)
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
         if type(parameter) not in (nn.Parameter, Tensor) and not is_hollow(parameter):
             raise Unsupported(f"{path}.{name}", f"is a {type(parameter).__name__}")
     buffers = dict(module.named_buffers())
     names = (*parameters, *buffers)
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(child, child.training) for child in module.modules()]
     hooks = Hooks(module)
 
     def run(taken: list[Tensor], tensors: Sequence[Tensor] | None) -> Any:
-        if module is not layer:
-            return form.call(layer, taken, growth)
+        if module is not part:
+            return form.call(part, taken, growth)
         if tensors is None:
             with hooks.watched() if torch.is_grad_enabled() else nullcontext():
-                return form.call(layer, taken, growth)
+                return form.call(part, taken, growth)
         own = dict(zip(names, tensors, strict=True))
         own |= {name: own[name].clone() for name in buffers}  # another backward pass may follow
         with _in_modes(modes), hooks.acting_only():
             return form.call(lambda *args: functional_call(module, own, args), taken, growth)
 
     copies = [buffer.detach().clone() for buffer in buffers.values()]
-    opaque = Opaque(form.parts(channels), form.arrange, run, len(names), path)
-    spec = LayerSpec((), channels, growth, growth, 0.0, opaque=opaque)
+    opaque = Opaque(channels, form.arrange, run, len(names), path)
     changed = tuple(zip(buffers.values(), copies, strict=True))
-    return Layer(spec, (), (*parameters.values(), *copies), changed, module)
+    return OpaquePart(opaque, (*parameters.values(), *copies), changed, layer)
 
 
 _refused: WeakKeyDictionary[nn.Module, tuple[object, tuple[str, ...]]] = WeakKeyDictionary()
 """Layers that turned out not to fit: how they were then, and why."""
 
 
-def refuse(layer: Layer, x: Tensor, reason: Unfit) -> None:
-    """Remember that a layer did not fit in a call on ``x``, so that it does not run twice again."""
-    if layer.module is not None:
-        _refused[layer.module] = _state(layer.module, x), reason.args
+def refuse(part: OpaquePart, x: Tensor, reason: Unfit) -> None:
+    """Remember that a part did not fit in a call on ``x``, so that it does not run twice again."""
+    _refused[part.layer] = _state(part.layer, x), reason.args
 
 
-def check_not_refused(layer: Layer, x: Tensor) -> None:
-    """Raise :class:`Unsupported` if a layer did not fit before, and nothing has changed since."""
-    module = layer.module
-    if module is None or module not in _refused:
-        return
-    state, reason = _refused[module]
-    if state == _state(module, x):
+def check_not_refused(part: OpaquePart, x: Tensor) -> None:
+    """Raise :class:`Unsupported` if a part did not fit before, and nothing has changed since."""
+    state, reason = _refused.get(part.layer, (None, ()))
+    if state is not None and state == _state(part.layer, x):
         raise Unsupported(*reason)
 
 

@@ -66,9 +66,10 @@ def recompute_dense_block(
     whatever a layer makes on its way.
 
     Layers that are an ``nn.Sequential`` of batch norm, activation, convolution (once or twice) and
-    perhaps dropout run as in :class:`EfficientDenseBlock`. Any other one is run again by autograd:
-    the peak is near that of one layer. Its buffers learn once, and it draws the random numbers of
-    the forward pass again, in the modes and under the autocast of the forward pass.
+    perhaps dropout run as in :class:`EfficientDenseBlock`. Any other one is run again by autograd,
+    or of two such halves the one that is not known: the peak is near that of one layer. Its buffers
+    learn once, and it draws the random numbers of the forward pass again, in the modes and under
+    the autocast of the forward pass.
 
     Args:
         layers: modules, each called once with the concatenation so far; or functions that read no
@@ -116,7 +117,7 @@ def _read_layer(layer: Callable[[Tensor], Tensor], path: str, channels: int, gro
     if structure is not None:
         assert isinstance(layer, nn.Module)
         try:
-            found = read_layer(layer, structure, path, channels)
+            found = read_layer(layer, structure, path, channels, growth)
             if found.spec.growth == growth:
                 return found
         except Misfit:

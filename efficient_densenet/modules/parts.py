@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from efficient_densenet.functional.spec import LayerSpec
 from efficient_densenet.kernels.interface import Activation, Pool
+from efficient_densenet.modules.opaque import read_part
 from efficient_densenet.modules.reading import (
+    NO_DROPOUT,
     Dropout,
     Layer,
     Misfit,
+    OpaquePart,
     Unit,
     Unsupported,
     check_plain,
@@ -27,8 +31,6 @@ from efficient_densenet.modules.reading import (
     read_pool,
     unit_of,
 )
-
-NO_DROPOUT = Dropout()
 
 
 @dataclass
@@ -84,6 +86,23 @@ def add_pool(module: nn.Module, path: str, found: Found) -> None:
     found.pools.append(read_pool(module, path))
 
 
+class Child(NamedTuple):
+    """A part of a module by its name, its path, and how it is read."""
+
+    name: str
+    path: str
+    module: nn.Module
+    read: Read
+
+
+def found_in(children: Iterable[Child]) -> Found:
+    """What these parts are; raises :class:`Unsupported` if one is not known."""
+    found = Found()
+    for child in children:
+        child.read(child.module, child.path, found)
+    return found
+
+
 @dataclass(frozen=True)
 class Structure:
     """The parts of a module by name, in the order of registration and of use.
@@ -98,7 +117,11 @@ class Structure:
     def read(self, module: nn.Module, path: str) -> Found:
         """The parts of ``module``, which is called ``path`` in a reason."""
         check_plain(module, path)
-        found = Found()
+        return found_in(self.children(module, path))
+
+    def children(self, module: nn.Module, path: str) -> list[Child]:
+        """The parts of ``module`` before they are read."""
+        children = []
         prefix = f"{path}." if path else ""
         expected = iter(self.parts.items())
         for name, part in module._modules.items():
@@ -109,13 +132,17 @@ class Structure:
                 raise Unsupported(prefix + name, f"is a {type(part).__name__}")
             if known != name:
                 raise Unsupported(path, f"has {name!r} where {known!r} is expected")
-            read(part, prefix + name, found)
+            children.append(Child(name, prefix + name, part, read))
         missing = next(expected, None)
         if missing is not None:
             raise Unsupported(path, f"has no {missing[0]!r}")
-        if self.drop_rate is not None and module.training:
-            found.dropout = Dropout(float(getattr(module, self.drop_rate)))
-        return found
+        return children
+
+    def dropout(self, layer: nn.Module, last: Sequence[Child]) -> Dropout:
+        """The dropout of a layer, whose ``last`` parts may be one."""
+        if self.drop_rate is not None and layer.training:
+            return Dropout(float(getattr(layer, self.drop_rate)))
+        return found_in(last).dropout
 
 
 BOTTLENECK = Structure(
@@ -137,20 +164,69 @@ TRANSITION = Structure(
 )
 
 
-def read_layer(module: nn.Module, structure: Structure, path: str, channels: int | None) -> Layer:
-    """A dense layer that reads ``channels`` channels, ``None``: as many as it expects."""
-    found = structure.read(module, path)
-    for conv in found.convs:
-        if not keeps_size(conv):
-            raise Misfit(path, "has a convolution that changes the size of the map")
-    expected = found.norms[0].num_features
-    if channels is not None and expected != channels:
-        raise Misfit(path, f"expects {expected} channels and gets {channels}")
-    units = tuple(map(unit_of, found.norms, found.activations, found.convs))
-    rate, drops_maps = found.dropout
-    width, growth = found.convs[0].out_channels, found.convs[-1].out_channels
-    specs = tuple(unit.spec for unit in units)
-    return Layer(LayerSpec(specs, expected, width, growth, rate, drops_maps), units)
+UNIT_SIZE = 3
+"""Norm, activation, convolution."""
+
+
+def read_layer(
+    module: nn.Module, structure: Structure, path: str, channels: int, growth: int
+) -> Layer:
+    """A dense layer that reads ``channels`` channels.
+
+    Where one of two units is not known, its parts are run again as they are. A second one is taken
+    to leave ``growth`` channels.
+
+    Raises:
+        Unsupported: if no unit is known.
+    """
+    check_plain(module, path)
+    children = structure.children(module, path)
+    rest = len(children) - len(children) % UNIT_SIZE
+    groups = [children[i : i + UNIT_SIZE] for i in range(0, rest, UNIT_SIZE)]
+    dropout = structure.dropout(module, children[rest:])
+    units = [_unit_or_reason(group, path) for group in groups]
+    known = _known(units)
+    first, last = units[0], units[-1]
+    if isinstance(first, Unit) and first.norm.num_features != channels:
+        raise Misfit(path, f"expects {first.norm.num_features} channels and gets {channels}")
+    growth = last.leaves if isinstance(last, Unit) else growth
+    width = first.leaves if isinstance(first, Unit) else known[0].norm.num_features
+    parts = [
+        unit if isinstance(unit, Unit) else _opaque_part(module, path, group, reads)
+        for unit, group, reads in zip(units, groups, (channels, width), strict=False)
+    ]
+    return Layer.of(parts, channels, width, growth, dropout)
+
+
+def _unit_or_reason(children: Sequence[Child], path: str) -> Unit | Unsupported:
+    """What norm, activation and convolution are, or why it is not known."""
+    try:
+        found = found_in(children)
+    except Unsupported as reason:
+        return reason
+    (norm,), (activation,), (conv,) = found.norms, found.activations, found.convs
+    if not keeps_size(conv):
+        return Misfit(path, "has a convolution that changes the size of the map")
+    return unit_of(norm, activation, conv)
+
+
+def _known(units: Sequence[Unit | Unsupported]) -> list[Unit]:
+    """Those that are known, at least one; raises why the others are not if none is."""
+    known = [unit for unit in units if isinstance(unit, Unit)]
+    reasons = [unit for unit in units if isinstance(unit, Unsupported)]
+    misfits = [reason for reason in reasons if isinstance(reason, Misfit)]
+    if misfits and len(misfits) == len(reasons):
+        raise misfits[0]
+    if not known:  # what is not known may be of any size inside
+        raise next(reason for reason in reasons if reason not in misfits)
+    return known
+
+
+def _opaque_part(
+    layer: nn.Module, path: str, children: Sequence[Child], channels: int
+) -> OpaquePart:
+    chain = nn.Sequential(OrderedDict((child.name, child.module) for child in children))
+    return read_part(chain, path, (channels,), layer)
 
 
 def stem_of(found: Found) -> tuple[_ConvNd, Unit]:

@@ -7,7 +7,7 @@ the last call is seen. Who asks catches :class:`Unsupported` and takes the naive
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from efficient_densenet.functional.opaque import Opaque
 from efficient_densenet.functional.spec import LayerSpec, UnitSpec, UnitTensors
 from efficient_densenet.kernels.interface import Activation, Geometry, Pool
 
@@ -158,6 +159,9 @@ class Dropout(NamedTuple):
     drops_maps: bool = False
 
 
+NO_DROPOUT = Dropout()
+
+
 def keeps_size(conv: _ConvNd) -> bool:
     """Whether a convolution leaves maps as large as they were."""
     stride, padding, dilation, _ = geometry(conv)
@@ -211,30 +215,64 @@ class Unit(NamedTuple):
     spec: UnitSpec
     tensors: UnitTensors
 
+    @property
+    def leaves(self) -> int:
+        """Channels that its convolution leaves, or its norm if it has none."""
+        weight: Tensor | None = self.tensors.conv_weight
+        return self.norm.num_features if weight is None else weight.shape[0]
 
-class Layer(NamedTuple):
-    """A dense layer as it is now: what it computes, and the units that it is made of.
 
-    An opaque layer has no units but ``tensors``, ``buffers`` beside copies of them, and the
-    ``module`` that it is.
+class OpaquePart(NamedTuple):
+    """What is run as it is, in the state in which it is now.
+
+    Attributes:
+        spec: how it is run.
+        tensors: its parameters, and copies of its buffers.
+        buffers: each buffer beside its copy.
+        layer: the module of which it is a part, or all.
     """
 
-    spec: LayerSpec
-    units: tuple[Unit, ...]
-    tensors: tuple[Tensor, ...] = ()
-    buffers: tuple[tuple[Tensor, Tensor], ...] = ()
-    module: nn.Module | None = None
-
-    @property
-    def inputs(self) -> list[tuple[Tensor | None, ...]]:
-        """Its tensors as the recomputing functions take them."""
-        return [self.tensors] if self.spec.opaque else [unit.tensors for unit in self.units]
+    spec: Opaque
+    tensors: tuple[Tensor, ...]
+    buffers: tuple[tuple[Tensor, Tensor], ...]
+    layer: nn.Module
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Let the buffers of an opaque layer be what they were when it was read."""
+        """Let its buffers be what they were when it was read."""
         for buffer, copy in self.buffers:
             buffer.resize_(copy.shape).copy_(copy)
+
+
+class Layer(NamedTuple):
+    """A dense layer as it is now: what it computes, and the parts that it is made of."""
+
+    spec: LayerSpec
+    parts: tuple[Unit | OpaquePart, ...]
+
+    @classmethod
+    def of(
+        cls,
+        parts: Iterable[Unit | OpaquePart],
+        channels: int,
+        width: int,
+        growth: int,
+        dropout: Dropout = NO_DROPOUT,
+    ) -> Layer:
+        """The layer of these parts; the numbers as in :class:`LayerSpec`."""
+        parts = tuple(parts)
+        specs = tuple([part.spec for part in parts])
+        return cls(LayerSpec(specs, channels, width, growth, *dropout), parts)
+
+    @property
+    def units(self) -> list[Unit]:
+        """Those of its parts that are units."""
+        return [part for part in self.parts if isinstance(part, Unit)]
+
+    @property
+    def opaque(self) -> list[OpaquePart]:
+        """Those of its parts that are none."""
+        return [part for part in self.parts if isinstance(part, OpaquePart)]
 
 
 def unit_of(

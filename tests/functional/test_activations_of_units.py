@@ -41,7 +41,7 @@ def block_spec(names, training, recompute="bottleneck"):
 
     layers = tuple(
         LayerSpec(
-            units=(unit(names[2 * i], POINTWISE), unit(names[2 * i + 1], PADDED)),
+            parts=(unit(names[2 * i], POINTWISE), unit(names[2 * i + 1], PADDED)),
             channels=ENTERING + i * GROWTH,
             width=WIDTH,
             growth=GROWTH,

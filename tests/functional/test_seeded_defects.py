@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from efficient_densenet.functional import backward, opaque
+from efficient_densenet.functional import opaque
 from efficient_densenet.kernels import eager, slabs
 from efficient_densenet.modules import calls
 from efficient_densenet.modules import opaque as opaque_modules
@@ -103,13 +103,13 @@ def draw_other_numbers(monkeypatch):
 
 
 def forget_what_flows_on(monkeypatch):
-    again = backward.run_again
+    gradients = opaque.Rebuilt.gradients
 
-    def without(opaque, surroundings, maps, *rest):
-        grads, y = again(opaque, surroundings, maps, *rest)
-        return [*[None] * len(maps), *grads[len(maps) :]], y
+    def without(rebuilt, grad):
+        _, *rest = gradients(rebuilt, grad)
+        return [None, *rest]
 
-    monkeypatch.setattr(backward, "run_again", without)
+    monkeypatch.setattr(opaque.Rebuilt, "gradients", without)
 
 
 def forget_the_modes(monkeypatch):

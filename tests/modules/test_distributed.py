@@ -82,7 +82,13 @@ def test_two_processes_train_as_one(results, scenario, mode, took):
 
 @recomputing
 @pytest.mark.parametrize(
-    "scenario", ["any layers", "any layers, two forwards", "any layers, FSDP2"]
+    "scenario",
+    [
+        "any layers",
+        "any layers, two forwards",
+        "any layers, FSDP2",
+        "half-known layers, SyncBatchNorm",
+    ],
 )
 def test_layers_of_any_kind_train_in_two_processes_as_in_one(results, scenario, mode):
     assert_trains_as_one(results, scenario, mode)

@@ -22,13 +22,13 @@ from efficient_densenet.modules.reading import (
 
 def test_densenet121_reads_each_layer_once_forward(monkeypatch):
     model, reads = densenet121(num_classes=2), Counter()
-    read = Structure.read
+    children = Structure.children
 
     def counted(self, module, path):
         reads[id(module)] += 1
-        return read(self, module, path)
+        return children(self, module, path)
 
-    monkeypatch.setattr(Structure, "read", counted)
+    monkeypatch.setattr(Structure, "children", counted)
     model(torch.randn(2, 3, 32, 32))
     assert len(reads) == 58 + 3  # layers and transitions
     assert set(reads.values()) == {1}

@@ -51,6 +51,16 @@ def network_of_any_layers(mode: str) -> DenseNet:
     return model.double()
 
 
+def network_of_half_known_layers(mode: str) -> DenseNet:
+    """The same with layers of which the first or the second half is not known."""
+    model = network(mode)
+    for block in (model.features.denseblock1, model.features.denseblock2):
+        first, second = block["denselayer1"], block["denselayer2"]
+        first.norm1 = nn.InstanceNorm2d(first.norm1.num_features)
+        second.norm2 = nn.InstanceNorm2d(second.norm2.num_features)
+    return model.double()
+
+
 def batch(seed: int) -> tuple[Tensor, Tensor]:
     """Seven images, and the gradient that arrives at their logits."""
     generator = torch.Generator().manual_seed(seed)
@@ -289,6 +299,9 @@ SCENARIOS: dict[str, Callable[[str], dict]] = {
     "any layers, FSDP2": lambda mode: joined(sharded_frozen, mode, make=network_of_any_layers),
     "frozen norms": lambda mode: joined(frozen, mode),
     "SyncBatchNorm": lambda mode: joined(synchronised, mode),
+    "half-known layers, SyncBatchNorm": lambda mode: joined(
+        synchronised, mode, make=network_of_half_known_layers
+    ),
     "traffic": traffic,
     "mixed groups": mixed,
     "FSDP2": lambda mode: joined(sharded_frozen, mode),

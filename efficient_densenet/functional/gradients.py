@@ -1,0 +1,162 @@
+"""Gradients of maps that many units read, and of a unit's own tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.synchronise import joined_means
+from efficient_densenet.functional.units import UnitRunner
+from efficient_densenet.kernels.interface import Statistics, Unit
+from efficient_densenet.kernels.layout import empty_map, in_dtype
+
+
+class GradientStorage(NamedTuple):
+    """Where the gradients of a map are summed.
+
+    ``grad`` is ``(N, channels, *spatial)``. ``mean_d`` and ``mean_dx`` are ``S1 / M`` and
+    ``S2 / M`` of docs/derivation.md, section 6: vectors ``(channels,)`` in the statistics' type.
+    """
+
+    grad: Tensor
+    mean_d: Tensor
+    mean_dx: Tensor
+
+
+class MapGradient:
+    """Gradient of a map, summed over the units that read it: ``G``, ``S1 / M`` and ``S2 / M``.
+
+    Batch norm's correction is the same for every reader, so it waits until the map is finished
+    (docs/derivation.md, section 6). ``maps`` is ``(N, channels, *spatial)``, ``G`` of its shape and
+    of ``dtype``; ``statistics`` are those of ``maps``, ``None`` if no reader uses any. The sums are
+    written into ``storage`` if it has the map's shape. The channels of a block's features are
+    counted by age; ``spec`` says where they lie.
+    """
+
+    def __init__(
+        self,
+        units: UnitRunner,
+        maps: Tensor,
+        statistics: Statistics | None,
+        process_group: Any,
+        dtype: torch.dtype,
+        storage: GradientStorage | None = None,
+        spec: BlockSpec | None = None,
+    ) -> None:
+        self.units, self.maps, self.statistics = units, maps, statistics
+        self.process_group = process_group
+        self.spec = spec if spec and spec.new_first else None
+        if storage is None or storage.grad.shape != maps.shape:
+            exact = units.types.statistics
+            means = [maps.new_empty(maps.shape[1], dtype=exact) for _ in range(2)]
+            storage = GradientStorage(
+                empty_map(maps, maps.shape[1], units.memory_format, dtype), *means
+            )
+        self.storage = storage
+        self.grad, self.mean_d, self.mean_dx = storage
+        self.count = maps.numel() // maps.shape[1]
+        self.written = False
+        self.corrected_channels = 0
+
+    def ready(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> Unit:
+        """A unit that reads the first ``channels``."""
+        statistics = self.statistics
+        if self.spec and statistics:
+            statistics = self.spec.oldest_statistics(statistics, channels)
+        return self.units.ready(unit, tensors, statistics, channels)
+
+    def first(self, channels: int, vector: Tensor, dim: int = 0) -> Tensor:
+        """A vector (or map, ``dim=1``) seen so that the first ``channels`` are those by age."""
+        return vector if self.spec is None else self.spec.oldest(vector, channels, dim)
+
+    def start(self, grad: Tensor) -> None:
+        """Begin with the gradient that arrives from outside the block."""
+        self.grad.copy_(grad)
+        self.written = True
+
+    def back_through(
+        self,
+        grad: Tensor,
+        ready: Unit,
+        unit: UnitSpec,
+        tensors: UnitTensors,
+        needs: UnitTensors,
+        needs_maps: bool,
+    ) -> UnitTensors:
+        """Add the gradient through ``unit``, which reads the channels of its norm.
+
+        Returns the gradients of the unit's own tensors.
+        """
+        corrects = needs_maps and unit.batch_statistics
+        defers = corrects and not self.units.ops.corrects_each_reader()
+        weight, bias, sums = self.units.backward(
+            grad,
+            self.first(ready.channels, self.maps, 1),
+            ready,
+            needs,
+            need_sums=needs.weight or needs.bias or defers,
+            target=self.first(ready.channels, self.grad, 1) if needs_maps else None,
+            accumulate=self.written,
+        )
+        self.written = self.written or needs_maps
+        dbeta = dgamma = None
+        if sums is not None:
+            channels = ready.channels
+            totals = self.first(channels, self.mean_d), self.first(channels, self.mean_dx)
+            # The first reader has the most channels: it writes all that the others add to.
+            adds = self.corrected_channels > 0
+            dbeta, dgamma = self.units.ops.collect(
+                sums, ready, 1.0 / self.count, totals if defers else None, adds
+            )
+            self.corrected_channels = max(self.corrected_channels, ready.channels if defers else 0)
+        return UnitTensors(
+            weight=gradient_like(dgamma, tensors.weight, needs.weight),
+            bias=gradient_like(dbeta, tensors.bias, needs.bias),
+            conv_weight=gradient_like(weight, tensors.conv_weight, needs.conv_weight),
+            conv_bias=gradient_like(bias, tensors.conv_bias, needs.conv_bias),
+        )
+
+    def finish(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The gradient of the channels ``[start, stop)``, whose readers have all been walked.
+
+        In ``dtype``, by default in the type of corrected gradients.
+        """
+        dtype, channels = dtype or self.units.corrected_dtype, slice(start, stop)
+        if self.spec:
+            channels = self.spec.span(start, stop)
+        whole = stop - start == self.maps.shape[1]
+        corrects = self.statistics is not None and start < self.corrected_channels
+        if whole and (dtype == self.grad.dtype or not corrects):
+            out = self.grad
+        else:
+            out = empty_map(self.grad, stop - start, self.units.memory_format, dtype)
+        if self.statistics is None or not corrects:
+            return out if whole else out.copy_(self.grad[:, channels])
+        if self.process_group is not None:
+            self._join(channels)
+        vectors = (self.statistics.mean, self.mean_d, self.mean_dx)
+        return self.units.ops.correct(self.grad, self.maps, channels, *vectors, out)
+
+    def _join(self, channels: slice) -> None:
+        """Take the means over all processes, of channels that are finished."""
+        means = [self.mean_d[channels], self.mean_dx[channels]]
+        joined = joined_means(means, self.count, self.process_group)
+        for mean, of_all in zip(means, joined, strict=True):
+            mean.copy_(of_all)
+
+
+def gradient_like(gradient: Tensor | None, tensor: Tensor | None, needed: bool) -> Tensor | None:
+    """The gradient as autograd takes it for ``tensor``, ``None`` where none is needed."""
+    if gradient is None or tensor is None or not needed:
+        return None
+    if gradient.shape != tensor.shape:
+        gradient = gradient.view_as(tensor)
+    gradient = in_dtype(gradient, tensor.dtype)
+    # As the tensor lies in memory: autograd would make a copy, and both would live for a while.
+    lies = zip(gradient.shape, gradient.stride(), tensor.stride(), strict=True)
+    if all(here == there for size, here, there in lies if size > 1):
+        return gradient
+    return torch.empty_like(tensor).copy_(gradient)
