@@ -113,25 +113,25 @@ class FeatureBuffer:
         return self.units.forward(maps, ready, need_statistics)
 
     def run(
-        self, opaque: Opaque, channels: int, tensors: Sequence[Tensor], learns: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The ``channels`` maps of an opaque part that reads all so far, and what it drew from."""
-        maps = self.maps[:, self._spec.span(0, self._filled)].split(opaque.channels, 1)
-        return self.run_on(maps, opaque, channels, tensors, learns)
-
-    def run_on(
         self,
-        maps: Sequence[Tensor],
         opaque: Opaque,
         channels: int,
         tensors: Sequence[Tensor],
         learns: bool,
+        z: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The same of one that reads ``maps``."""
-        surroundings = self._spec.surroundings
+        """The ``channels`` maps that an opaque part makes, and the random state it drew from.
+
+        It reads all maps so far, or a bottleneck map ``z``.
+        """
+        surroundings, prefix = (
+            self._spec.surroundings,
+            self.maps[:, self._spec.span(0, self._filled)],
+        )
         assert surroundings is not None
-        shape = torch.Size([len(self.maps), channels, *self.maps.shape[2:]])
-        expected = Expected(shape, self.maps.dtype)
+        shape = torch.Size([len(prefix), channels, *prefix.shape[2:]])
+        expected = Expected(shape, prefix.dtype, shares=z is None)
+        maps = prefix.split(opaque.channels, 1) if z is None else [z]
         return run_once(opaque, surroundings, maps, tensors, learns, expected)
 
 
@@ -206,7 +206,7 @@ def _run_layer(
     if not second:
         return _Made(y, random=random)
     if isinstance(second[0], Opaque):
-        new, random = buffer.run_on([y], second[0], layer.growth, tensors[1], learns)
+        new, random = buffer.run(second[0], layer.growth, tensors[1], learns, y)
         return _Made(new, y, random=random)
     if isinstance(first, Opaque):
         if y.dtype not in (spec.types.compute, spec.types.features):

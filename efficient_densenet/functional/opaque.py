@@ -75,10 +75,14 @@ class Unfit(RuntimeError):
 
 
 class Expected(NamedTuple):
-    """What a layer has to return: a shape, and the type that holds all features."""
+    """What a part has to return: a shape, and a type that fits the one that holds all features.
+
+    ``shares`` says whether others read what it takes, so that it must not overwrite that.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
+    shares: bool
 
 
 OVERWRITES = "overwrites maps that others read"
@@ -92,9 +96,9 @@ def run_once(
     learns: bool,
     expected: Expected | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What a layer makes of ``maps``, and the random state that it drew from, empty if it did not.
+    """What a part makes of ``maps``, and the random state that it drew from, empty if it did not.
 
-    What is ``expected`` is expected of a dense layer, which must not overwrite what it reads.
+    Nothing is ``expected`` of what is no part of a block.
 
     Raises:
         Unfit: if its result cannot be recomputed, or is not as expected.
@@ -118,7 +122,7 @@ def run_once(
         raise Unfit(opaque.name, f"returns a {type(y).__name__}")
     if expected is not None:
         _check_dense(opaque, y, expected)
-        if [x._version for x in taken] != versions:
+        if expected.shares and [x._version for x in taken] != versions:
             raise Unfit(opaque.name, OVERWRITES)
     _check_leaves(opaque, y, [*leaves, *tensors])
     y, kept = y.detach(), [weakref.ref(leaf) for leaf in leaves]

@@ -355,6 +355,16 @@ def test_map_of_a_half_that_escapes_takes_naive_path(place):
     assert "perhaps through a hook" in efficient.why_naive(x)
 
 
+@pytest.mark.parametrize("recompute", MODES)
+def test_second_half_may_overwrite_its_map(recompute, recwarn):
+    def change(layer):
+        layer.norm2 = nn.Identity()  # the activation after it works in place
+
+    efficient, naive = pair(each(change), recompute=recompute)
+    assert_same_training(efficient, naive, image(), rtol=1e-8)
+    assert not recwarn.list
+
+
 def test_halves_of_other_sizes_run_as_one():
     """The two together leave the map as it is, but neither does alone."""
 
