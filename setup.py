@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
+# On a package's page there are no files to show or to link to: what is linked is named.
+PICTURES, LINKS = r"!\[[^\]]*\]\([^)]*\)\n+", r"\[([^\]]+)\]\((?!https://)[^)]+\)"
+DESCRIPTION = re.sub(LINKS, r"\1", re.sub(PICTURES, "", README))
 PACKAGE = (HERE / "efficient_densenet" / "__init__.py").read_text(encoding="utf-8")
 
 setup(
@@ -15,8 +18,7 @@ setup(
     description="DenseNets trained in O(kL) memory: only the features themselves are kept",
     author="efficient_densenet contributors",
     keywords="densenet, pytorch, deep learning, memory, recomputation, activation checkpointing",
-    # On a package's page there are no files to refer to.
-    long_description=re.sub(r"!?\[([^\]]+)\]\((?!https://)[^)]+\)", r"\1", README),
+    long_description=DESCRIPTION,
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",

@@ -66,8 +66,10 @@ def test_description_refers_to_no_file(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-    links = re.findall(r"\]\(([^)]*)\)", archive.read(metadata).decode())
+    description = archive.read(metadata).decode()
+    links = re.findall(r"\]\(([^)]*)\)", description)
     assert links and all(link.startswith("https://") for link in links)
+    assert "![" not in description and "docs/limitations.md" in description  # named, not linked
 
 
 def test_wheel_works_in_fresh_environment(built: Path, tmp_path: Path) -> None:
