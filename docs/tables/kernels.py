@@ -26,7 +26,8 @@ def kernels() -> str:
             "instructions there are in the code for sm_90 (vectors and weights included), by what "
             "the block's features are:",
             table(("kernel", *found["widths"]), _widths(found["widths"]), left=1),
-            "264 channels, of which 252 are read, are those of a growth rate of 12: multiples of 4, not of 16.",
+            "264 channels, of which 252 are read, are those of a growth rate of 12: multiples of "
+            "4, not of 16.",
         ]
     )
 
