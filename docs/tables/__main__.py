@@ -55,7 +55,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "estimated-edge": memory.estimated_edge,
     },
     "docs/use-with.md": {"structures": outcomes.structures},
-    "docs/training.md": {"steps": training.fashion_steps},
+    "docs/training.md": {"steps": training.fashion_steps, "experiment": training.experiment},
 }
 """Generated blocks inside pages that are written by hand."""
 
