@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +23,10 @@ _ONEDNN_BLOCK = 16  # channels; 8 where the CPU has no AVX-512
 def cpu_scratch(func: OpOverload, args: Arguments, result: Result) -> int:
     """About the most that an operator allocates and frees internally on a CPU, in bytes.
 
-    That is :func:`onednn_scratch` or :func:`cast_scratch`, where one of them applies.
+    That is :func:`convolution_scratch` or :func:`cast_scratch`, where one of them applies.
     """
     if func is _CONVOLUTION or func is _CONVOLUTION_BACKWARD:
-        return onednn_scratch(func, args, result)
+        return convolution_scratch(func, args, result)
     return cast_scratch(func, args, result)
 
 
@@ -58,40 +59,110 @@ def _is_elementwise(func: OpOverload) -> bool:
     return casts and func.overloadpacket not in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
 
 
-def onednn_scratch(func: OpOverload, args: Arguments, result: Result) -> int:
-    """About the most that oneDNN allocates and frees inside an operator, in bytes.
+class Convolution(NamedTuple):
+    """What an operator convolves: its maps, the weight, and whether it computes gradients."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+    stride: Sequence[int]
+    padding: Sequence[int]
+    groups: int
+    backward: bool
+    needs_x: bool
+
+    @classmethod
+    def of(cls, func: OpOverload, args: Arguments, result: Result) -> Convolution:
+        if func is _CONVOLUTION_BACKWARD:
+            y, x, weight, _, stride, padding, *_, groups, mask = args
+            return cls(x, y, weight, stride, padding, groups, True, mask[0])
+        x, weight, _, stride, padding, *_, groups = args
+        return cls(x, result, weight, stride, padding, groups, False, False)
+
+    @property
+    def kernel(self) -> torch.Size:
+        return self.weight.shape[2:]
+
+    @property
+    def is_pointwise(self) -> bool:
+        return set(self.kernel) == set(self.stride) == {1}
+
+    @property
+    def last(self) -> bool:
+        """Whether maps have their channels last."""
+        return self.x.stride(1) == 1
+
+    @property
+    def columns(self) -> int:
+        """Values that all positions of the result read of one sample, each its own copy."""
+        return self.weight[0].numel() * (self.y.numel() // (len(self.y) * self.y.shape[1]))
+
+
+def convolution_scratch(func: OpOverload, args: Arguments, result: Result) -> int:
+    """About the most that a convolution allocates and frees on a CPU, in bytes.
+
+    oneDNN computes it, but not all in 64 bits, and in 32 bits not small ones of a single sample,
+    nor with one thread 1x1 convolutions of less than 16.
+
+    Source: ``ConvParams::use_mkldnn`` in PyTorch's ``aten/src/ATen/native/Convolution.cpp``.
+    """
+    it = Convolution.of(func, args, result)
+    narrow = it.groups == 1 and not all(size > 3 for size in it.kernel[-2:])
+    single = len(it.x) == 1 and it.x.shape[:4].numel() <= 20480 and narrow
+    alone = it.is_pointwise and torch.get_num_threads() == 1 and len(it.x) < 16
+    by_torch = it.x.itemsize > 4 or (it.x.itemsize == 4 and (single or alone))
+    return it.x.itemsize * (torch_scratch(it) if by_torch else onednn_scratch(it))
+
+
+def torch_scratch(it: Convolution) -> int:
+    """The same of PyTorch's own convolutions, in values: a product of columns, of all samples.
+
+    For a 1x1 convolution the map itself is the columns, whose gradient is a copy in three
+    dimensions. Channels-last maps are copied in three dimensions, otherwise the weight is.
+
+    Source: measured with torch 2.14.
+    """
+    volume = len(it.kernel) == 3
+    if it.is_pointwise and not any(it.padding):
+        return it.x.numel() if volume and (it.backward or it.last) else 0
+    copied = (it.x if volume else it.weight).numel() if it.last else 0
+    return len(it.x) * it.columns + copied
+
+
+def onednn_scratch(it: Convolution) -> int:
+    """The same of oneDNN, in values.
 
     A convolution of contiguous maps copies weight, input and output to and from blocks of channels,
-    the last one padded; the weight twice unless it is 1x1. One of channels-last maps makes copies
-    of the weight only: 2 for 1x1, 3 for others. In 16 bits the weight's gradient is summed in 32
-    bits, which is one copy more, but for channels-last 1x1: there each thread transposes some
-    channels of a sample, 128 of the input and 256 of the output. With a single thread PyTorch
-    itself computes 1x1 convolutions in 32 bits of less than 16 samples, and copies nothing. For
-    other operators it is 0.
+    the last one padded; the weight twice unless it is 1x1. One that reads up to 3 channels, as an
+    image has, and needs no gradient of them copies either the output or the weight. One of
+    channels-last maps makes copies of the weight only: 2 for 1x1, 3 for others. In 16 bits the
+    weight's gradient is summed in 32 bits, which is one copy more, but for channels-last 1x1: there
+    each thread transposes some channels of a sample, 128 of the input and 256 of the output. Where
+    a volume is not as deep as the kernel without its padding, each thread that computes the
+    weight's gradient has 4 of them, and the columns of a plane.
 
-    Source: measured with torch 2.14 on AVX-512; the last rule is ``ConvParams::use_mkldnn`` in
-    PyTorch's ``aten/src/ATen/native/Convolution.cpp``.
+    Source: measured with torch 2.14 on AVX-512.
     """
-    if func is _CONVOLUTION:
-        x, y, weight, stride = args[0], result, args[1], args[3]
-    elif func is _CONVOLUTION_BACKWARD:
-        y, x, weight, _, stride = args[:5]
-    else:
-        return 0
-    pointwise = all(size == 1 for size in weight.shape[2:])
-    last = x.stride(1) == 1
-    sums = x.itemsize < 4 and func is _CONVOLUTION_BACKWARD
-    threads = torch.get_num_threads()
-    if pointwise and set(stride) == {1} and x.itemsize >= 4 and threads == 1 and len(x) < 16:
-        return 0
-    values = (1 + last + (not pointwise)) * weight.numel()
-    if not last:
-        values += _blocked(x) + _blocked(y)
-    if sums and last and pointwise:
-        values += threads * (_of_sample(x, 128) + _of_sample(y, 256))
-    elif sums:
-        values += weight.numel()
-    return values * x.itemsize
+    pointwise = all(size == 1 for size in it.kernel)
+    size, threads = it.weight.numel(), torch.get_num_threads()
+    if it.x.shape[1] <= 3 and it.x.itemsize == 4 and not (it.last or it.needs_x):
+        return max(_blocked(it.y), size)
+    values = (1 + it.last + (not pointwise)) * size
+    if not it.last:
+        values += _blocked(it.x) + _blocked(it.y)
+    if it.backward and it.x.itemsize < 4:
+        transposed = threads * (_of_sample(it.x, 128) + _of_sample(it.y, 256))
+        values += transposed if it.last and pointwise else size
+    elif it.backward and _is_shallow(it):
+        planes = 4 * size + it.columns // it.y.shape[2]
+        values = max(values, threads * planes + it.last * size)
+    return values
+
+
+def _is_shallow(it: Convolution) -> bool:
+    """Whether a kernel of a volume reaches from the padding before it to that behind it."""
+    volume = len(it.kernel) == 3 and it.kernel[0] > 1
+    return volume and it.x.shape[2] + it.padding[0] <= it.kernel[0]
 
 
 def _blocked(maps: Tensor) -> int:

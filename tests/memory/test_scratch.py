@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from efficient_densenet.kernels.layout import CHANNELS_LAST
 from efficient_densenet.memory.events import live_bytes
 from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.memory.scratch import cast_scratch, cpu_scratch
@@ -39,6 +42,52 @@ def test_scratch_of_convolution(samples, kernel, layout, dtype) -> None:
         # Several threads may have a sum of the weight's gradient each.
         sums = (torch.get_num_threads() - 1) * 4 * weight.numel()
         assert 0.95 * seen - 1024 - sums <= told <= 2.2 * seen
+
+
+# Samples, channels read and left, sizes, kernel, stride.
+CONVOLUTIONS = {
+    "image": (2, 3, 32, (32, 32), 7, 2, {}),
+    "volume of one channel": (2, 1, 32, (16, 16, 16), 7, 2, {}),
+    "one sample": (1, 64, 16, (8, 8), 3, 1, {}),
+    "one volume": (1, 64, 16, (8, 8, 8), 3, 1, {}),
+    "one volume, strided": (1, 64, 16, (8, 8, 8), 3, 2, {}),
+    "one large volume": (1, 16, 16, (16, 40, 16), 3, 1, {}),
+    "one signal": (1, 64, 16, (64,), 3, 1, {}),
+    "float64": (4, 64, 16, (8, 8), 3, 1, {"dtype": torch.float64}),
+    "float64 volumes": (4, 64, 16, (8, 8, 8), 3, 1, {"dtype": torch.float64}),
+    "shallow volumes": (2, 64, 16, (2, 4, 4), 3, 1, {}),
+    "small volumes": (4, 128, 32, (2, 2, 2), 3, 1, {}),
+    "volumes, 1x1": (4, 64, 16, (8, 8, 8), 1, 1, {}),
+    "volumes": (4, 64, 16, (8, 8, 8), 3, 1, {}),
+}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "last"])
+@pytest.mark.parametrize("sizes", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_scratch_of_backward_convolution(sizes, last, threads) -> None:
+    samples, reads, leaves, size, kernel, stride, options = sizes
+    dims = len(size)
+    if last and dims + 2 not in CHANNELS_LAST:
+        pytest.skip("there is no such format")
+    x = torch.randn(samples, reads, *size, **options)
+    x = x.contiguous(memory_format=CHANNELS_LAST[dims + 2]) if last else x
+    weight = torch.randn(leaves, reads, *[kernel] * dims, **options)
+    geometry = ([stride] * dims, [kernel // 2] * dims, [1] * dims, False, [0] * dims, 1)
+    grad = torch.ones_like(aten.convolution(x, weight, None, *geometry))
+    func = aten.convolution_backward.default
+    args = (grad, x, weight, None, *geometry, [reads > 3, True, False])
+    seen, result = inside(lambda: func(*args))
+    # Several threads may have a sum of the weight's gradient each.
+    sums = (threads - 1) * 4 * weight.numel()
+    assert 0.98 * seen - 1024 - sums <= cpu_scratch(func, args, result) <= 2.2 * seen + 1024
 
 
 MAPS = torch.randn(4, 16, 8, 8).contiguous(memory_format=torch.channels_last)
