@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from efficient_densenet.convert.graph import Call, Node, Recording, Value, values_in
+from efficient_densenet.convert.halves import match_half
 from efficient_densenet.convert.match import (
     DenseMatch,
     LayerCall,
@@ -110,9 +111,10 @@ def _layer(
             for note in region.recording.notes_in(run):
                 raise region.refusal(note)
     except Unsupported as why:
-        if call is None:
+        if run is None:
             raise
-        return _Layer(LayerMatch(growth, (), call, why.args), (), run)
+        half = match_half(region, run, value, prefix)
+        return _Layer(LayerMatch(growth, (), call, why.args, half), (), run)
     return _Layer(LayerMatch(growth, units, call), nodes, run)
 
 

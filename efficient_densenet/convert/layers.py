@@ -11,12 +11,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from efficient_densenet.convert.match import (
     DenseMatch,
+    LayerCall,
     LayerMatch,
     StemMatch,
     TransitionMatch,
     UnitMatch,
 )
-from efficient_densenet.modules.opaque import read_opaque
+from efficient_densenet.modules.opaque import read_opaque, read_part
 from efficient_densenet.modules.reading import (
     Layer,
     Misfit,
@@ -53,9 +54,26 @@ def read_layers(block: nn.Module, match: DenseMatch) -> Iterator[Layer]:
         except Unsupported:
             if layer.call is None:
                 raise
-            module = part(block, layer.call.path)
-            yield read_opaque(module, name, channels, layer.growth, layer.call.form)
+            yield _read_opaque(block, layer, layer.call, name, channels)
         channels += layer.growth
+
+
+def _read_opaque(
+    block: nn.Module, layer: LayerMatch, call: LayerCall, name: str, channels: int
+) -> Layer:
+    """A layer of which half is known, or nothing."""
+    module, half = part(block, call.path), layer.half
+    if half is None or not keeps_size(part(block, half.unit.conv)):
+        return read_opaque(module, name, channels, layer.growth, call.form)
+    unit = _read_unit(block, half.unit)
+    width = unit.leaves if half.unit_first else unit.norm.num_features
+    reads, leaves = (channels, width) if half.unit_first else (width, layer.growth)
+    if (unit.norm.num_features, unit.leaves) != (reads, leaves):
+        raise Misfit(name, f"has a unit that does not read {reads} channels and leave {leaves}")
+    calls = nn.Sequential(*(part(block, path) for path in half.calls))
+    other = read_part(calls, name, (width if half.unit_first else channels,), module)
+    parts = (unit, other) if half.unit_first else (other, unit)
+    return Layer.of(parts, channels, width, layer.growth, half.unit.dropout)
 
 
 def run_again(block: nn.Module, match: DenseMatch) -> Iterator[str]:

@@ -43,6 +43,15 @@ class LayerCall:
 
 
 @dataclass(frozen=True)
+class HalfMatch:
+    """A layer of two halves: a unit, and calls of the modules at ``calls`` one after the other."""
+
+    unit: UnitMatch
+    calls: tuple[str, ...]
+    unit_first: bool
+
+
+@dataclass(frozen=True)
 class LayerMatch:
     """A dense layer that adds ``growth`` channels.
 
@@ -50,12 +59,14 @@ class LayerMatch:
         units: what it is made of, if that is known; otherwise there are none.
         call: the module whose call is this layer, if there is one. A layer without units has one.
         why_opaque: why there are no units: subject and predicate of a sentence.
+        half: what of a layer without units is known in spite of that.
     """
 
     growth: int
     units: tuple[UnitMatch, ...]
     call: LayerCall | None
     why_opaque: tuple[str, str] | None = None
+    half: HalfMatch | None = None
 
 
 @dataclass(frozen=True)
