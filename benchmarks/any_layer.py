@@ -39,6 +39,21 @@ class SqueezeExcitation(nn.Module):
         return y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
 
 
+class LoRA(nn.Module):
+    """A frozen convolution, and a learnt one of rank 4 beside it."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv.requires_grad_(False)
+        padding = conv.padding
+        self.down = nn.Conv2d(conv.in_channels, 4, conv.kernel_size, 1, padding, bias=False)  # type: ignore[arg-type]
+        self.up = nn.Conv2d(4, conv.out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x) + self.up(self.down(x))
+        return y
+
+
 def group_norm(layer: nn.Module) -> None:
     layer.norm1 = nn.GroupNorm(4, layer.norm1.num_features)  # type: ignore[union-attr, arg-type]
     layer.norm2 = nn.GroupNorm(4, layer.norm2.num_features)  # type: ignore[union-attr, arg-type]
@@ -58,11 +73,25 @@ def weight_norm(layer: nn.Module) -> None:
     parametrizations.weight_norm(layer.conv1)
 
 
+def lora(layer: nn.Module) -> None:
+    assert isinstance(layer.conv1, nn.Conv2d)
+    assert isinstance(layer.conv2, nn.Conv2d)
+    layer.conv1, layer.conv2 = LoRA(layer.conv1), LoRA(layer.conv2)
+
+
+def hook(layer: nn.Module) -> None:
+    """One that only looks, as those that watch activations."""
+    assert isinstance(layer.relu2, nn.Module)
+    layer.relu2.register_forward_hook(lambda module, args, out: None)
+
+
 CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "GroupNorm": group_norm,
     "InstanceNorm": instance_norm,
     "squeeze-and-excitation": squeeze,
     "weight norm": weight_norm,
+    "LoRA": lora,
+    "hook": hook,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from efficient_densenet.convert.stand_ins import stand_in
 from efficient_densenet.convert.state import CHOICES
 from efficient_densenet.convert.survey import Found, Survey
 from efficient_densenet.convert.twin import Unrecordable
+from efficient_densenet.modules.block import EfficientDenseBlock
 from efficient_densenet.modules.reading import CONVS, NORMS, POOLS, Unsupported
 from efficient_densenet.modules.recomputing import Settings
 from efficient_densenet.modules.sequence import RecomputingSequence
@@ -131,8 +132,11 @@ class _Candidate:
             self.module.recompute = recompute
 
     def finding(self, naive: int | None, kept: int | None) -> Finding:
-        is_block = isinstance(self.found.match, DenseMatch)
-        again = run_again(self.module, self.found.match) if is_block else ()
+        again: Iterable[str] = ()
+        if isinstance(self.module, EfficientDenseBlock):
+            again = self.module.why_run_again()
+        elif isinstance(self.found.match, DenseMatch):
+            again = run_again(self.module, self.found.match)
         return Finding(
             path=self.path,
             kind=self.kind,

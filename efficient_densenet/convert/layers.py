@@ -77,7 +77,7 @@ def _read_opaque(
 
 
 def run_again(block: nn.Module, match: DenseMatch) -> Iterator[str]:
-    """Why layers of a recognised block are run again as they are."""
+    """Why layers of a recognised block, or halves of them, are run again as they are."""
     channels = match.input_channels
     for number, layer in enumerate(match.layers):
         try:

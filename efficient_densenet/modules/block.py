@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, NoReturn
 
 from torch import Tensor, nn
@@ -123,7 +123,18 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
 
     def read_known(self, path: str, module: nn.Module, channels: int) -> Layer:
         """A layer by its parts, one of which may be anything."""
+        return read_layer(module, self._structure(path, module), path, channels, self.growth_rate)
+
+    def _structure(self, path: str, module: nn.Module) -> Structure:
         structure = self.structures.get(type(module).forward)
         if structure is None:
             raise Unsupported(path, f"is a {type(module).__name__}, whose forward is not known")
-        return read_layer(module, structure, path, channels, self.growth_rate)
+        return structure
+
+    def why_run_again(self) -> Iterator[str]:
+        """Why the backward pass runs layers of it again, or halves of them: a reason for each."""
+        for path, module in self.items():
+            try:
+                self._structure(path, module).read(module, path)
+            except Unsupported as reason:
+                yield str(reason)

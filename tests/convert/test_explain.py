@@ -90,6 +90,20 @@ def test_layers_that_are_run_again_are_named(name):
     assert "3 layers are run again: denselayers.0" in str(explain(block))
 
 
+def test_layers_of_blocks_of_this_package_that_are_run_again_are_named():
+    model = densenet_cifar(16, 4)
+    block = model.features.denseblock2
+    block["denselayer1"].norm1 = nn.InstanceNorm2d(block["denselayer1"].norm1.num_features)
+    block["denselayer2"].register_forward_hook(lambda *args: None)
+    report = explain(model)
+    assert report["features.denseblock1"].run_again == ()
+    assert report["features.denseblock2"].run_again == (
+        "denselayer1.norm1 is a InstanceNorm2d",
+        "denselayer2 has hooks or a forward of its own",
+    )
+    assert "2 layers are run again" in str(report)
+
+
 class Iterating(nn.Module):
     """Calls the children of a sequence one by one, as encoders do."""
 
