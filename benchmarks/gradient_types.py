@@ -25,7 +25,7 @@ from efficient_densenet.kernels import eager
 DEPTHS = (10, 24, 64)
 DTYPES = (torch.bfloat16, torch.float16)
 CHANNELS, GROWTH = 24, 12
-SHAPE = (8, CHANNELS, 16, 16)
+SHAPE = (8, CHANNELS, 8, 8)
 POSITIONS = ("different", "alike")
 DRAWS = 5
 
