@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from efficient_densenet.memory.batch import Batch, Tree, tensors_in
@@ -182,12 +184,28 @@ def check_step(model: nn.Module, loss_fn: Loss | None, autocast_dtype: torch.dty
     """Raise ``TypeError`` unless these can make a step; the message names the one and quotes it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {_described(model)}")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise TypeError(
+            "model must be the module that a DistributedDataParallel wraps, got the wrapper, which "
+            "holds every gradient once more"
+        )
+    if any(map(_is_sharded, model.parameters())):
+        raise TypeError(
+            "model must be whole, got one whose parameters are shards: give it as it was before "
+            "fully_shard"
+        )
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of output and target, got {loss_fn!r}")
     if autocast_dtype not in (None, torch.bfloat16, torch.float16):
         raise TypeError(
             f"autocast_dtype must be torch.bfloat16 or torch.float16, got {autocast_dtype!r}"
         )
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    # Where nobody has imported the module, which takes seconds, there is no such tensor.
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(parameter, tensors.DTensor)
 
 
 def _cross_entropy(output: Tree, target: Tree) -> Tensor:
