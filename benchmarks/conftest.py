@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from _pytest.terminal import TerminalReporter
 
 from benchmarks import report
@@ -12,7 +13,7 @@ from benchmarks.cases import BRIEF, CASES, COMPETITORS, Case, Competitor
 from benchmarks.curves import CURVES, Curve
 from benchmarks.instruments import Rows
 from benchmarks.progress import Progress, duration, expected, published
-from benchmarks.provenance import RESULTS, Json, provenance, publish
+from benchmarks.provenance import RESULTS, Json, limits, provenance, publish
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
@@ -30,14 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--publish",
         action="store_true",
-        help="with --full: write what was measured to docs/results/ instead of benchmarks/out/",
+        help="with --full, or with AVX2 alone: write to docs/results/ instead of benchmarks/out/",
     )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
     full = config.getoption("full")
-    if config.getoption("publish") and not full:
+    if config.getoption("publish") and not full and not limits():
         raise pytest.UsageError("--publish needs --full: what is published has every row")
     config.stash[COMPETING] = COMPETITORS if full else BRIEF
     config.stash[MEASURED] = []
@@ -101,7 +102,8 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.C
         return
     terminalreporter.section("memory and time of one training step")
     terminalreporter.write_line(report.markdown(results, provenance()))
-    publish("steps", report.rows(results), folder_of(config))
+    name = f"steps_{torch.backends.cpu.get_cpu_capability().lower()}" if limits() else "steps"
+    publish(name, report.rows(results), folder_of(config))
     if not config.getoption("full"):
         terminalreporter.write_line(f"--full adds {_more()}")
 

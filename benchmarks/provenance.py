@@ -23,6 +23,8 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+"""Variables by which a CPU's instructions are used only in part: PyTorch's own, and oneDNN's."""
 
 
 def publish(name: str, found: Json, folder: Path = RESULTS) -> None:
@@ -60,7 +62,7 @@ def provenance() -> dict[str, str]:
     """Conditions of a run, in the order in which a reader asks for them."""
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu(),
-        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "instruction set": _instruction_set(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -71,6 +73,16 @@ def provenance() -> dict[str, str]:
         "date": date.today().isoformat(),
         **(cuda() if DEVICE.type == "cuda" else {}),
     }
+
+
+def limits() -> list[str]:
+    """What the environment says of :data:`LIMITS`."""
+    return [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+
+
+def _instruction_set() -> str:
+    used = torch.backends.cpu.get_cpu_capability()
+    return f"{used} by {' '.join(limits())}" if limits() else used
 
 
 def cpu() -> str:

@@ -63,6 +63,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/results/growth.md": growth.page,
     "docs/results/inference.md": inference.page,
     "docs/results/steps.md": steps.page,
+    "docs/results/steps_avx2.md": steps.page_avx2,
 }
 """Pages that are generated as a whole."""
 

@@ -35,6 +35,7 @@ DEPENDS = {
     "planned_peaks": PLANS,
     "plans": PLANS,
     "steps": STEP,
+    "steps_avx2": STEP,
     "time_model": STEP,
     "traffic": STEP,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -12,10 +13,13 @@ from benchmarks import report
 from benchmarks.cases import COMPETITORS, FLOOR
 from benchmarks.instruments import Row
 from benchmarks.palette import colour_of
+from benchmarks.provenance import RESULTS
 from docs.tables.markdown import MIB, Found, conditions, results, table
 
 CASES = {"deep": "48 layers, k=12, batch 8, 32²", "DenseNet-121": "DenseNet-121, batch 8, 224²"}
-INSTRUCTION_SETS = ("AVX2", "AVX512")
+INSTRUCTION_SETS = ("AVX512", "AVX2")
+RUNS = ("steps", "steps_avx2")
+"""The suite's published runs: as the CPU is, and told to use no more than AVX2."""
 NAMED_DEPTH = 48
 ROWS = {
     "naive": "naive",
@@ -29,62 +33,95 @@ ROWS = {
 
 def readme() -> str:
     """Peak memory and time of one training step, for each of :data:`CASES`."""
-    return readme_of(results("steps"))
+    return readme_of([results(name) for name in RUNS if (RESULTS / f"{name}.json").exists()])
 
 
-def readme_of(found: Found) -> str:
-    by_name = {
-        (name, row["competitor"]): row
-        for name in CASES
-        for row in found["rows"]
-        if row["case"].startswith(name)
-    }
-    header = ["", *(head for label in CASES.values() for head in (f"{label}: peak MiB", "ms"))]
-    measured = found["conditions"]["instruction set"]
-    claims = (_claim(CASES[name].split(",")[0], by_name, name) for name in CASES)
-    rows = (
-        [label, *(cell for name in CASES for cell in _cells(by_name[name, competitor]))]
-        for competitor, label in ROWS.items()
-    )
+def readme_of(runs: Sequence[Found]) -> str:
+    """The same of runs on several kinds of CPUs; the first one says the bytes."""
+    rows = [rows_of(run) for run in runs]
+    header = [""]
+    for label in CASES.values():
+        header += [f"{label}: peak MiB", *(f"ms, {_instructions(run)}" for run in runs)]
+    kinds = [_instructions(run) for run in runs]
+    claims = (_claim(CASES[name].split(",")[0], rows, name) for name in CASES)
+    missing = [f"CPUs with {kind}" for kind in INSTRUCTION_SETS if kind not in kinds]
     return "\n\n".join(
         [
-            f"The peak of a training step, and its time beside the naive step's, on a CPU with "
-            f"{measured}: {'; '.join(claims)}.",
-            table(header, rows),
-            f"One step, forward and backward, float32 ({conditions(found)}); medians of "
-            "interleaved runs; bytes above parameters and input, from the allocator. "
-            f"**Not measured at this commit: {_missing(measured)}.** All rows, spreads and "
+            "The peak of a training step, and its time beside the naive step's, on a CPU with "
+            f"{' or '.join(kinds)}: {'; '.join(claims)}.",
+            table(
+                header,
+                (
+                    [label, *(cell for name in CASES for cell in _cells(rows, name, competitor))]
+                    for competitor, label in ROWS.items()
+                ),
+            ),
+            "One step, forward and backward, float32; medians of interleaved runs; bytes above "
+            f"parameters and input, from the allocator. {'. '.join(map(conditions, runs))}. "
+            f"**Not measured: {', '.join([*missing, 'GPUs'])}.** All rows, spreads and "
             "conditions: [docs/results/steps.md](docs/results/steps.md).",
         ]
     )
 
 
-def _claim(label: str, rows: dict[tuple[str, str], Found], name: str) -> str:
-    naive, norm, least = (rows[name, kind] for kind in ("naive", "norm", "bottleneck"))
-    peaks = [f"{row['peak_bytes'] / MIB:,.0f}" for row in (naive, norm, least)]
-    ratios = [f"{median(row['seconds']) / median(naive['seconds']):.2f}" for row in (norm, least)]
+def rows_of(found: Found) -> dict[tuple[str, str], Found]:
+    """The rows of :data:`CASES` by case and competitor."""
+    return {
+        (name, row["competitor"]): row
+        for name in CASES
+        for row in found["rows"]
+        if row["case"].startswith(name)
+    }
+
+
+def _instructions(found: Found) -> str:
+    return found["conditions"]["instruction set"].split()[0]
+
+
+def _claim(label: str, runs: Sequence[dict[tuple[str, str], Found]], name: str) -> str:
+    peaks = [f"{_peak(runs[0][name, kind])}" for kind in ("naive", "norm", "bottleneck")]
+    norm, least = (" or ".join(_ratios(runs, name, kind)) for kind in ("norm", "bottleneck"))
     return (
-        f"**{label}: {peaks[0]} → {peaks[2]} MiB**, {ratios[1]} of the time "
-        f'(`"norm"`: {peaks[1]} MiB, {ratios[0]})'
+        f"**{label}: {peaks[0]} → {peaks[2]} MiB**, {least} of the time "
+        f'(`"norm"`: {peaks[1]} MiB, {norm})'
     )
 
 
-def _missing(instruction_set: str) -> str:
-    others = [f"CPUs with {name}" for name in INSTRUCTION_SETS if name != instruction_set]
-    return ", ".join([*others, "GPUs"])
+def _ratios(
+    runs: Sequence[dict[tuple[str, str], Found]], name: str, competitor: str
+) -> Iterator[str]:
+    for rows in runs:
+        ours, naive = (median(rows[name, c]["seconds"]) for c in (competitor, "naive"))
+        yield f"{ours / naive:.2f}"
 
 
-def _cells(row: Found) -> tuple[str, str]:
-    if row["failure"]:
-        return row["failure"], ""
-    return f"{row['peak_bytes'] / MIB:,.0f}", f"{median(row['seconds']) * 1e3:.0f}"
+def _cells(
+    runs: Sequence[dict[tuple[str, str], Found]], name: str, competitor: str
+) -> Iterator[str]:
+    found = [rows.get((name, competitor)) for rows in runs]
+    yield _peak(found[0]) if found[0] and not found[0]["failure"] else ""
+    for row in found:
+        yield f"{median(row['seconds']) * 1e3:.0f}" if row and row["seconds"] else ""
+
+
+def _peak(row: Found) -> str:
+    return f"{row['peak_bytes'] / MIB:,.0f}"
 
 
 def page() -> str:
     """Every row, as the suite reports it in a terminal."""
-    found = results("steps")
+    return page_of(results("steps"))
+
+
+def page_avx2() -> str:
+    """The same with AVX2 alone."""
+    return page_of(results("steps_avx2"))
+
+
+def page_of(found: Found) -> str:
+    """The page of one run."""
     cases = report.markdown(cases_of(found), found["conditions"])
-    return f"# Time and memory of a training step\n\n{cases}"
+    return f"# Time and memory of a training step, {_instructions(found)}\n\n{cases}"
 
 
 def cases_of(found: Found) -> report.Results:

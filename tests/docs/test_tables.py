@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.provenance import RESULTS, as_json, commit
-from docs.tables import files, markdown, memory, stale
+from docs.tables import files, markdown, memory, stale, steps
 from docs.tables.__main__ import PICTURES, pages
 from efficient_densenet.training.work import COMPETITORS
 from support.commands import ROOT
@@ -132,3 +132,26 @@ def test_result_is_stale_once_file_changed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_measures_imports_nothing_that_writes_pages() -> None:
     programs = (ROOT / "benchmarks").rglob("*.py")
     assert not [path for path in programs if "docs.tables" in path.read_text(encoding="utf-8")]
+
+
+def test_readme_shows_every_instruction_set() -> None:
+    """Times of both runs side by side; the bytes and rows are the first one's."""
+
+    def run(instructions: str, norm: float) -> dict:
+        seconds = {"naive": 1.0, "norm": norm, "bottleneck": 1.5}
+        rows = [
+            {"case": f"{case}, a batch", "competitor": name, "failure": "", "peak_bytes": MIB}
+            | {"seconds": [taken] * 3}
+            for case in steps.CASES
+            for name, taken in seconds.items()
+        ]
+        conditions = {"device": "a CPU", "threads": "2", "torch": "2.14.1", "commit": "abc"}
+        conditions |= {"instruction set": instructions, "date": "2026-01-01"}
+        return {"conditions": conditions, "rows": rows}
+
+    text = steps.readme_of([run("AVX512", 0.5), run("AVX2 by LIMIT=avx2", 0.75)])
+    assert "on a CPU with AVX512 or AVX2" in text
+    assert '`recompute="norm"`** | 1 | 500 | 750 | 1 | 500 | 750 |' in text
+    assert "0.50 or 0.75" in text
+    assert "AVX2 by LIMIT=avx2" in text
+    assert "Not measured: GPUs." in text
