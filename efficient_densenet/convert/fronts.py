@@ -116,7 +116,9 @@ class Recognised(Front, Generic[M]):
         found = self._known.find(self, arguments)
         if found is None:
             if torch.compiler.is_compiling():
-                raise Unsupported("the module", "has changed since it was recognised")
+                loaded = "was loaded from a pickle: call it once before it is compiled"
+                changed = "has changed since it was recognised"
+                raise Unsupported("the module", loaded if self._known.is_empty else changed)
             found = self._look(args, kwargs or {})
             self._known.add(Snapshot(self), arguments, found)
         if isinstance(found, Unsupported):

@@ -201,6 +201,11 @@ class Known:
     def __reduce__(self) -> tuple[object, ...]:
         return Known, ()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known, as after unpickling."""
+        return not self._entries
+
     def add(self, snapshot: Snapshot, arguments: object, result: object) -> None:
         """Note ``result`` for calls with ``arguments`` while ``snapshot`` holds."""
         self._entries = [(snapshot, arguments, result), *self._entries][: self.LENGTH]

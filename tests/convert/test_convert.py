@@ -7,6 +7,7 @@ import torch
 
 from efficient_densenet import convert_, explain, revert_
 from efficient_densenet.convert.stand_ins import stand_in
+from efficient_densenet.modules.naive import DenseBlock
 from support.compare import (
     MODES,
     assert_all_close,
@@ -121,6 +122,20 @@ def test_copy_is_converted_and_computes_with_its_own_weights(network, copied):
         for parameter in converted.parameters():
             parameter.zero_()
     assert_same_training(twin, original, image(network), rtol=1e-9)
+
+
+def test_unpickled_block_is_recognised_in_its_first_call(monkeypatch):
+    block = DenseBlock(3, 5, 2, 3).double()
+    convert_(block)
+    loaded, x = pickled(block), torch.randn(2, 5, 8, 8, dtype=torch.float64)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert loaded.why_naive(x) == (
+        "the module was loaded from a pickle: call it once before it is compiled"
+    )
+    monkeypatch.undo()
+    loaded(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert loaded.why_naive(x) is None
 
 
 @every_network
