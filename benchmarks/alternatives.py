@@ -2,7 +2,7 @@
 
     python -m benchmarks.alternatives               # into docs/results/alternatives.json
     python -m benchmarks.alternatives --rounds 9    # more interleaved rounds
-    python -m benchmarks.alternatives --all         # compiled wherever it can be: hours more
+    python -m benchmarks.alternatives --all         # compiled everywhere: an hour more
 
 Some 25 minutes on two idle CPU cores, most of them the compiler's. A way is timed only if loss and
 gradients are the naive network's; what else is wrong with it is noted. What is done for a network

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import alternatives
 from benchmarks.alternatives import Bench, Network, slope_error
+from benchmarks.palette import colour_of
 from benchmarks.ways import NAIVE, WAYS, Way, compiled_within, converted, with_flag
 from docs.tables import alternatives as shown
 
@@ -98,6 +99,11 @@ def test_compiler_within_budget_keeps_less_and_breaks_dropout() -> None:
     whole, part = Bench(SMALL, {}).run([WAYS[7], tight], 2)
     assert whole["name"] == "naive, torch.compile" and "first step" in whole["notes"][0]
     assert part["failure"] is None and part["peak"] < whole["peak"]
+
+
+def test_every_way_has_its_colour() -> None:
+    colours = {way.name: colour_of(way.name) for way in WAYS}
+    assert len(set(colours.values())) >= 9  # layouts and budgets share theirs
 
 
 def test_networks_have_layers_that_are_checkpointed() -> None:

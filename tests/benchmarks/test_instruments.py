@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import goals, instruments, report
+from benchmarks import provenance as provenance_of
 from benchmarks.cases import (
     CASES,
     COMPETITORS,
@@ -209,6 +210,17 @@ def test_published_rows_carry_conditions(tmp_path: Path) -> None:
     assert needed <= set(conditions)
     assert [row["seconds"] for row in written["rows"]] == [[2.0] * 3, [1.0] * 3, [1.5] * 3]
     assert cases_of(written) == rows
+
+
+def test_what_run_of_same_commit_has_done_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance_of, "RESULTS", tmp_path)
+    assert provenance_of.resumed("fit") == {}
+    publish("fit", {"networks": [{"name": "small", "rows": [1]}]}, tmp_path)
+    assert provenance_of.resumed("fit") == {"small": {"name": "small", "rows": [1]}}
+    monkeypatch.setattr(provenance_of, "commit", lambda: "another")
+    assert provenance_of.resumed("fit") == {}
 
 
 def test_cases_are_what_documentation_lists() -> None:
