@@ -200,8 +200,8 @@ class Bench:
             difference = (found["gradient"] - self._coarse_truth["gradient"]).norm()
             part = difference / self._coarse_truth["gradient"].norm()
             row["notes"].append(
-                f"another computation: batch statistics of {len(self._images) // way.parts} "
-                f"samples, gradient {part:.0%} away"
+                f"another computation: batch statistics of {len(self._images) // way.parts} of "
+                f"{len(self._images)} samples, gradient {part:.0%} away"
             )
             return None
         wrong = check(found, self._coarse_truth, COARSE)

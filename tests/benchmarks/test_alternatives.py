@@ -77,7 +77,7 @@ def test_checkpoints_update_running_statistics_twice(rows: dict[str, dict]) -> N
 
 def test_accumulation_is_marked_as_another_computation(rows: dict[str, dict]) -> None:
     row = rows["accumulation of 2 parts"]
-    assert not row["exact"] and "batch statistics of 2 samples" in row["notes"][0]
+    assert not row["exact"] and "batch statistics of 2 of 4 samples" in row["notes"][0]
     assert row["peak"] < rows["naive"]["peak"]
 
 
