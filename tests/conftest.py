@@ -35,10 +35,19 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def slabs() -> Iterator[None]:
+    """The tests' small maps stand for large ones: they run slab by slab, unless marked."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(whole, "MOST_BYTES", 0)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def most_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' small maps stand for large ones, and so they run slab by slab, unless marked."""
-    monkeypatch.setattr(whole, "MOST_BYTES", getattr(request, "param", 0))
+    """The size up to which maps run whole, in tests that are marked."""
+    if hasattr(request, "param"):
+        monkeypatch.setattr(whole, "MOST_BYTES", request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ def activation_peak(report):
 def test_volumetric_network_peaks_at_one_sixth_and_keeps_one_fifteenth():
     nets = pytest.importorskip("monai.networks.nets")
     model = nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=2)
-    step = partial(estimate, model, (1, 1, 64, 64, 64), target=(1,), device="cuda")
+    step = partial(estimate, model, (2, 1, 64, 64, 64), target=(2,), device="cuda")
     naive = step()
     convert_(model)
     converted = step()
