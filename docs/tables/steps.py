@@ -20,6 +20,7 @@ CASES = {"deep": "48 layers, k=12, batch 8, 32²", "DenseNet-121": "DenseNet-121
 INSTRUCTION_SETS = ("AVX512", "AVX2")
 RUNS = ("steps", "steps_avx2")
 """The suite's published runs: as the CPU is, and told to use no more than AVX2."""
+PAGES = tuple(f"docs/results/{name}.md" for name in RUNS)
 NAMED_DEPTH = 48
 ROWS = {
     "naive": "naive",
@@ -45,6 +46,7 @@ def readme_of(runs: Sequence[Found]) -> str:
     kinds = [_instructions(run) for run in runs]
     claims = (_claim(CASES[name].split(",")[0], rows, name) for name in CASES)
     missing = [f"CPUs with {kind}" for kind in INSTRUCTION_SETS if kind not in kinds]
+    links = [f"[{page}]({page})" for page in PAGES[: len(runs)]]
     return "\n\n".join(
         [
             "The peak of a training step, and its time beside the naive step's, on a CPU with "
@@ -59,7 +61,7 @@ def readme_of(runs: Sequence[Found]) -> str:
             "One step, forward and backward, float32; medians of interleaved runs; bytes above "
             f"parameters and input, from the allocator. {'. '.join(map(conditions, runs))}. "
             f"**Not measured: {', '.join([*missing, 'GPUs'])}.** All rows, spreads and "
-            "conditions: [docs/results/steps.md](docs/results/steps.md).",
+            f"conditions: {' and '.join(links)}.",
         ]
     )
 
