@@ -46,7 +46,7 @@ def stale() -> Iterator[str]:
     """A line for each result that is stale or missing."""
     for name, depends in DEPENDS.items():
         if not (RESULTS / f"{name}.json").exists():
-            yield f"missing: docs/results/{name}.json, from `python -m benchmarks.{name}`"
+            yield f"missing: docs/results/{name}.json"
             continue
         commit = results(name)["conditions"]["commit"]
         paths = (f"benchmarks/{name}.py", *(f"efficient_densenet/{path}" for path in depends))

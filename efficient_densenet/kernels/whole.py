@@ -1,4 +1,4 @@
-"""The operations on whole maps, for small ones: as few calls into PyTorch as the naive network has.
+"""The operations on whole maps, for small ones: half as many calls into PyTorch as slab by slab.
 
 Equations and shapes are in ``interface.py``. A norm is PyTorch's own, and so is its gradient, batch
 terms included: they are subtracted for each reader of a map, not once a map.
@@ -27,7 +27,7 @@ from efficient_densenet.kernels.layout import first_channels, is_hollow, outer_f
 from efficient_densenet.kernels.slabs import apply_tail, tail_backward
 from efficient_densenet.kernels.workspace import Workspace
 
-# The largest map that is normalised whole. Below it calls take longer than what they compute.
+# The largest map that is normalised whole: beyond, slabs take as long (`benchmarks/choices.py`).
 MOST_BYTES = 2 << 20
 
 
