@@ -90,13 +90,14 @@ def update_stats(x: Tensor) -> object:
 
 def gradient_sums(channels: int) -> Choice:
     """What batch norm's gradients sum over a map: ``d``, and ``d * x``."""
-    d, x, mean = image(channels), image(channels), torch.zeros(channels, 1, 1)
-    ones = torch.ones(channels)
+    d, x = image(channels), image(channels)
+    zeros, ones = torch.zeros(channels), torch.ones(channels)
+    norm = eager.Norm(zeros, ones, ones, zeros)
     scratch = workspace.Workspace(x, channels, x.dtype, torch.channels_last)
 
     def unfolded() -> object:
         return torch.ops.aten.native_batch_norm_backward(
-            d, x, None, None, None, mean.flatten(), ones, True, 0.0, [False, True, True]
+            d, x, None, None, None, zeros, ones, True, 0.0, [False, True, True]
         )
 
     return Choice(
@@ -105,7 +106,7 @@ def gradient_sums(channels: int) -> Choice:
         {
             "products, then sums": lambda: ((d * x).sum([0, 2, 3]), d.sum([0, 2, 3])),
             "native_batch_norm_backward": unfolded,
-            "native_batch_norm_backward, folded": lambda: eager.channel_sums(d, x, mean, scratch),
+            "native_batch_norm_backward, folded": lambda: eager.channel_sums(d, x, norm, scratch),
         },
     )
 
