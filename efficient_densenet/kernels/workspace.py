@@ -11,7 +11,8 @@ from torch import Tensor
 from efficient_densenet.kernels.layout import device_of, is_hollow
 
 # Scratch that a slab may fill before the next one starts. With 2 MiB a step takes 1.11 times as
-# long; with 8 to 64 about as long (`benchmarks/choices.py`), and its peak grows by twice the difference.
+# long; with 8 to 64 about as long (`benchmarks/choices.py`), and its peak grows by twice the
+# difference.
 WORKSPACE_BYTES = 4 << 20
 
 # On a GPU small slabs would leave it idle between launches, and a slab should fill it for longer
