@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import alternatives
-from benchmarks.alternatives import Bench, Network, slope_error
+from benchmarks.alternatives import Bench, Network, slope_error, slopes_of, ways_of
 from benchmarks.palette import colour_of
 from benchmarks.ways import NAIVE, WAYS, Way, compiled_within, converted, with_flag
 from docs.tables import alternatives as shown
@@ -89,6 +89,14 @@ def test_other_masks_in_backward_pass_are_found() -> None:
     assert "WRONG with dropout" in (slope_error(Way("forgetful", Forgetful)) or "")
     for way in (NAIVE, Way("norm", partial(converted, mode="norm"))):
         assert slope_error(way) is None
+
+
+def test_mixes_are_of_blocks_that_their_network_has() -> None:
+    network = alternatives.NETWORKS[0]
+    mixes = [way for way in ways_of(network, False) if way.name.startswith("fit_")]
+    assert len(mixes) == 5 and slopes_of(mixes) == {}
+    with torch.device("meta"):
+        assert mixes[0].change(network.make()) is not None
 
 
 @pytest.mark.slow
