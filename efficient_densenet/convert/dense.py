@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from efficient_densenet.convert.chains import match_chain
 from efficient_densenet.convert.graph import Call, Node, Recording, Value, values_in
-from efficient_densenet.convert.halves import match_half
 from efficient_densenet.convert.match import (
     DenseMatch,
     LayerCall,
@@ -113,8 +113,8 @@ def _layer(
     except Unsupported as why:
         if run is None:
             raise
-        half = match_half(region, run, value, prefix)
-        return _Layer(LayerMatch(growth, (), call, why.args, half), (), run)
+        made_of = match_chain(region, run, value, prefix)
+        return _Layer(LayerMatch(growth, (), call, why.args, made_of), (), run)
     return _Layer(LayerMatch(growth, units, call), nodes, run)
 
 

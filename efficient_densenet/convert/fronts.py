@@ -164,7 +164,8 @@ class DenseFront(Recognised[DenseMatch], RecomputingBlock):
             expected = f"expects {match.input_channels} channels and gets {x.shape[1]}"
             raise Unsupported("the block", expected)
         for unit in layers[0].units:
-            if x.dim() != unit.tensors.conv_weight.dim():
+            weight = unit.tensors.conv_weight
+            if weight is not None and x.dim() != weight.dim():
                 raise Unsupported("the input", f"has {x.dim()} dimensions")
         return BlockCall.of(x, layers, None, self.recompute, self.kernels, match.new_first)
 

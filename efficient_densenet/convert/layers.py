@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from efficient_densenet.convert.match import (
+    NO_DROPOUT,
     DenseMatch,
     LayerCall,
     LayerMatch,
@@ -17,7 +18,8 @@ from efficient_densenet.convert.match import (
     TransitionMatch,
     UnitMatch,
 )
-from efficient_densenet.modules.opaque import read_opaque, read_part
+from efficient_densenet.modules.opaque import read_opaque
+from efficient_densenet.modules.parts import layer_of
 from efficient_densenet.modules.reading import (
     Layer,
     Misfit,
@@ -61,23 +63,31 @@ def read_layers(block: nn.Module, match: DenseMatch) -> Iterator[Layer]:
 def _read_opaque(
     block: nn.Module, layer: LayerMatch, call: LayerCall, name: str, channels: int
 ) -> Layer:
-    """A layer of which half is known, or nothing."""
-    module, half = part(block, call.path), layer.half
-    if half is None or not keeps_size(part(block, half.unit.conv)):
+    """A layer of which some parts are known, or none."""
+    module = part(block, call.path)
+    units = [unit for unit in layer.chain if isinstance(unit, UnitMatch)]
+    if not units or any(unit.conv and not keeps_size(part(block, unit.conv)) for unit in units):
         return read_opaque(module, name, channels, layer.growth, call.form)
-    unit = _read_unit(block, half.unit)
-    width = unit.leaves if half.unit_first else unit.norm.num_features
-    reads, leaves = (channels, width) if half.unit_first else (width, layer.growth)
-    if (unit.norm.num_features, unit.leaves) != (reads, leaves):
-        raise Misfit(name, f"has a unit that does not read {reads} channels and leave {leaves}")
-    calls = nn.Sequential(*(part(block, path) for path in half.calls))
-    other = read_part(calls, name, (width if half.unit_first else channels,), module)
-    parts = (unit, other) if half.unit_first else (other, unit)
-    return Layer.of(parts, channels, width, layer.growth, half.unit.dropout)
+    parts = [
+        _read_unit(block, match)
+        if isinstance(match, UnitMatch)
+        else nn.Sequential(*(part(block, path) for path in match))
+        for match in layer.chain
+    ]
+    last = layer.chain[-1]
+    dropout = last.dropout if isinstance(last, UnitMatch) else NO_DROPOUT
+    return _fitting(layer_of(module, name, parts, channels, layer.growth, dropout), name, layer)
+
+
+def _fitting(read: Layer, name: str, layer: LayerMatch) -> Layer:
+    """What was read, if it adds as many channels as it did; raises Misfit."""
+    if read.spec.growth != layer.growth:
+        raise Misfit(name, f"adds {read.spec.growth} channels, and not {layer.growth} as it did")
+    return read
 
 
 def run_again(block: nn.Module, match: DenseMatch) -> Iterator[str]:
-    """Why layers of a recognised block, or halves of them, are run again as they are."""
+    """Why layers of a recognised block, or parts of them, are run again as they are."""
     channels = match.input_channels
     for number, layer in enumerate(match.layers):
         try:
@@ -90,27 +100,19 @@ def run_again(block: nn.Module, match: DenseMatch) -> Iterator[str]:
 def _read_units(block: nn.Module, layer: LayerMatch, name: str, channels: int) -> Layer:
     if layer.why_opaque is not None:
         raise Unsupported(*layer.why_opaque)
-    if len(layer.units) > 2:
-        raise Unsupported(name, f"has {len(layer.units)} convolutions: one or two are known")
     *inner, last = [unit.dropout for unit in layer.units]
     if any(dropout.rate for dropout in inner):
         raise Unsupported(name, "drops values between its convolutions")
-    units = tuple([_read_unit(block, unit) for unit in layer.units])
-    convs, reads = [part(block, unit.conv) for unit in layer.units], channels
-    for unit, conv in zip(layer.units, convs, strict=True):
-        if not keeps_size(conv):
-            raise Misfit(unit.conv, "changes the size of the map")
-        expected = conv.weight.shape[1] * conv.groups
-        if expected != reads:
-            raise Misfit(unit.conv, f"expects {expected} channels and gets {reads}")
-        reads = conv.weight.shape[0]
-    if reads != layer.growth:
-        raise Misfit(name, f"adds {reads} channels, and not {layer.growth} as it did")
-    return Layer.of(units, channels, convs[0].weight.shape[0], reads, last)
+    units = [_read_unit(block, unit) for unit in layer.units]
+    for match in layer.units:
+        if match.conv and not keeps_size(part(block, match.conv)):
+            raise Misfit(match.conv, "changes the size of the map")
+    return _fitting(Layer.of(units, name, channels, layer.growth, last), name, layer)
 
 
 def _read_unit(block: nn.Module, unit: UnitMatch) -> Unit:
-    return unit_of(part(block, unit.norm), unit.activation, part(block, unit.conv))
+    conv = None if unit.conv is None else part(block, unit.conv)
+    return unit_of(part(block, unit.norm), unit.activation, conv)
 
 
 def run_layer(block: nn.Module, layer: LayerMatch, x: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ Returns = Literal["new", "all"]
 
 @dataclass(frozen=True)
 class UnitMatch:
-    """Norm, activation and convolution, then dropout; a rate of 0 is none."""
+    """Norm, activation and perhaps convolution, then dropout; a rate of 0 is none."""
 
     norm: str
     activation: Activation
-    conv: str
+    conv: str | None
     dropout: Dropout = NO_DROPOUT
 
 
@@ -42,13 +42,8 @@ class LayerCall:
     form: Form
 
 
-@dataclass(frozen=True)
-class HalfMatch:
-    """A layer of two halves: a unit, and calls of the modules at ``calls`` one after the other."""
-
-    unit: UnitMatch
-    calls: tuple[str, ...]
-    unit_first: bool
+ChainMatch = tuple[UnitMatch | tuple[str, ...], ...]
+"""Units, and between them the paths of modules that are called one after the other."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +54,14 @@ class LayerMatch:
         units: what it is made of, if that is known; otherwise there are none.
         call: the module whose call is this layer, if there is one. A layer without units has one.
         why_opaque: why there are no units: subject and predicate of a sentence.
-        half: what of a layer without units is known in spite of that.
+        chain: what a layer without units is made of in spite of that, if anything of it is known.
     """
 
     growth: int
     units: tuple[UnitMatch, ...]
     call: LayerCall | None
     why_opaque: tuple[str, str] | None = None
-    half: HalfMatch | None = None
+    chain: ChainMatch = ()
 
 
 @dataclass(frozen=True)
@@ -213,8 +208,8 @@ def units_of(steps: Iterable[Step]) -> tuple[UnitMatch, ...]:
     while whats:
         norm, activation = _take(whats, Norm), _take(whats, Activation)
         conv, dropout = _take(whats, Conv), _take(whats, Dropout)
-        if norm is None or conv is None:
+        if norm is None or (activation is None and conv is None):
             raise Unsupported("the layer", "is not made of norm, activation and convolution")
-        unit = UnitMatch(norm.path, activation or IDENTITY, conv.path, dropout or NO_DROPOUT)
-        units.append(unit)
+        path = None if conv is None else conv.path
+        units.append(UnitMatch(norm.path, activation or IDENTITY, path, dropout or NO_DROPOUT))
     return tuple(units)

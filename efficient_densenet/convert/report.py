@@ -17,7 +17,7 @@ class Finding:
         class_name: the name of its class.
         converted: whether it was converted, or is a block of this package.
         reason: why it does not recompute, or would not; ``None`` if it does or would.
-        run_again: why the backward pass runs layers of it again as they are, or halves of them.
+        run_again: why the backward pass runs layers of it again as they are, or parts of them.
         naive_bytes: what a call of the naive module keeps for the backward pass, its result
             included but neither its input nor parameters; ``None`` if no input was given.
         kept_bytes: the same as it is, or as it would be converted.

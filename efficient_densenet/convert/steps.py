@@ -54,25 +54,25 @@ def chain(region: Region, value: Value, is_start: Callable[[Value], bool]) -> li
     """
     steps: list[Step] = []
     while not is_start(value):
-        step = _step(region, value)
-        steps.append(step)
-        value = step.input
+        steps.append(step(region, value))
+        value = steps[-1].input
     return steps[::-1]
 
 
-def _step(region: Region, value: Value) -> Step:
+def step(region: Region, value: Value) -> Step:
+    """The step that made a value; raises :class:`Unsupported` if that is none that is known."""
     node = value.maker
     if node is None:
         raise Unsupported("a map", f"comes from {value.path or 'elsewhere'}")
     read = _READERS.get(node.name)
     if read is None:
         raise _unknown(region, node)
-    step = read(region, node)
+    found = read(region, node)
     if value is not node.results[0]:
         raise _unknown(region, node)
-    for part in step.nodes:
+    for part in found.nodes:
         region.check_expected(part)
-    return step
+    return found
 
 
 def _name(region: Region, path: str) -> str:
@@ -231,7 +231,7 @@ def _pool(kind: str) -> Callable[[Region, Node], Step]:
 
 def _squeeze(region: Region, node: Node) -> Step:
     """Pooling in one dimension is pooling in two, of which the first is a single row."""
-    inner = _step(region, node.inputs["self"])
+    inner = step(region, node.inputs["self"])
     above = inner.input.maker
     if not isinstance(inner.what, Pool) or above is None or above.name != "unsqueeze":
         raise _unknown(region, node)

@@ -37,7 +37,7 @@ Gradients = tuple[Tensor | None, ...]
 
 def dense_block(
     x: Tensor, spec: BlockSpec, units: Sequence[Sequence[Tensor | None]]
-) -> tuple[Tensor, Statistics, list[Statistics | None]]:
+) -> tuple[Tensor, Statistics, list[list[Statistics | None]]]:
     """The dense block of ``spec`` on ``x``, and the batch statistics that it computed on the way.
 
     ``x`` is ``(N, input_channels, *spatial)``; the features are ``(N, channels, *spatial)`` in the
@@ -48,19 +48,20 @@ def dense_block(
 
     Never kept for the backward pass: concatenations, normalised maps, and with
     ``recompute="bottleneck"`` the bottleneck maps. ``units`` holds the tensors of the units of each
-    layer in order, or those of an opaque layer, then those of the exit.
+    layer in order, or those of an opaque part, then those of the exit.
 
     Returns the features (with an exit, its result), the features' statistics (written as far as a
-    norm reads them), and per layer the statistics of its bottleneck map (``None`` where there is
-    none or its norm uses running ones). Running statistics are the caller's to update. Dropout
-    draws its seeds from the default generator of the device; there is no other side effect.
+    norm reads them), and per layer and part the statistics of the map that it leaves for the next
+    part (``None`` where there is none or its norm uses running ones). Running statistics are the
+    caller's to update. Dropout draws its seeds from the default generator of the device; there is
+    no other side effect.
     """
     flat = [tensor for unit in units for tensor in unit]
     compiling = torch.compiler.is_compiling()
     if not compiling and inference.suits_block(spec, x, *flat):
         unseen = x.new_empty(0)  # no norm learns
         out = inference.infer_block(spec, x, flat)
-        return out, Statistics(unseen, unseen), [None] * len(spec.layers)
+        return out, Statistics(unseen, unseen), [[None] * len(layer.parts) for layer in spec.layers]
     if compiling:
         seeds = operators.draw_seeds(x, len(spec.layers)) if spec.drops else None
         out, kept = operators.dense_block(spec, seeds, x, flat)
@@ -68,7 +69,7 @@ def dense_block(
         seeds = draw_seeds(x, len(spec.layers)) if spec.drops else None
         out, *kept = _DenseBlock.apply(spec, seeds, x, *flat)
     saved = Saved.of(spec, features_at_border(spec, x, out), kept)
-    return out, saved.statistics, saved.bottleneck_statistics
+    return out, saved.statistics, [[part.statistics for part in layer] for layer in saved.layers]
 
 
 def stem(x: Tensor, spec: StemSpec, tensors: UnitTensors) -> tuple[Tensor, Statistics | None, int]:

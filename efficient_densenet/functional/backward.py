@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from efficient_densenet.functional.opaque import Opaque, Rebuilt, check_same, is
 from efficient_densenet.functional.precision import outside_autocast
 from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
-from efficient_densenet.functional.units import UnitRunner
+from efficient_densenet.functional.units import Reading, UnitRunner
 from efficient_densenet.kernels.interface import Unit
 
 Gradients = Sequence[Tensor | None]
@@ -36,6 +37,13 @@ def backward_block(
     with torch.no_grad(), outside_autocast(grad.device):
         walk = BlockBackward(spec, seed_of_each(spec, seeds), saved, flat, needs_x, needs_flat)
         return walk.run(grad)
+
+
+class Ready(NamedTuple):
+    """A part of a layer that is ready to be gone back through, and what it reads."""
+
+    reading: Reading
+    run: Unit | Rebuilt
 
 
 class BlockBackward:
@@ -62,8 +70,8 @@ class BlockBackward:
         self.units = UnitRunner(spec, features, spec.widest, memory_format)
         group, summed = spec.process_group, self.units.summed_dtype
         self.total = MapGradient(self.units, features, saved.statistics, group, summed, spec=spec)
-        # Every layer's bottleneck gradient in turn: fresh pages cost more than what is computed.
-        self.bottleneck_storage: GradientStorage | None = None
+        # Of gradients of what the second, third, ... part of a layer reads.
+        self.storage: dict[int, GradientStorage] = {}
         # Of each opaque part, whether it made the same maps again: looked at once, at the end.
         self.same: list[tuple[str, Tensor]] = []
 
@@ -90,117 +98,122 @@ class BlockBackward:
     def _exit(self, grad: Tensor) -> UnitTensors:
         unit, tensors = self.spec.exit, self.exit_tensors
         assert unit is not None
-        ready = self.total.ready(unit, tensors, self.spec.channels)
+        ready = self.units.ready(unit, tensors, self.total.reading(self.spec.channels))
         below = self.needs_x or self.lowest < len(self.layers)
         return self.total.back_through(grad, ready, unit, tensors, self.needs_exit, below)
 
-    def _layer(self, i: int) -> Iterator[Gradients]:
+    def _layer(self, i: int) -> list[Gradients]:
         """Gradients of the tensors of a layer's parts, the last first."""
-        layer, seed = self.spec.layers[i], self.seeds[i]
+        layer, seed, needs = self.spec.layers[i], self.seeds[i], self.needs[i]
         new = self.total.finish(layer.channels, layer.channels + layer.growth)
         if seed is not None:
             self.units.drop(new, layer, seed)
-        below = self.needs_x or i > self.lowest
-        needs_first = below or any(self.needs[i][0])
-        first, grad = self._first(i, below), new if needs_first else None
-        if len(layer.parts) == 2:
-            own, grad = self._through_second(i, new, self._bottleneck(i, first), needs_first)
-            yield own
+        grad: Tensor | None = new
         del new
-        if grad is None:
-            yield (None,) * len(self.layers[i][0])
-        else:
-            yield self._through_first(i, grad, first, below)
+        below = self.needs_x or i > self.lowest
+        needs_read = [below or any(map(any, needs[:j])) for j in range(len(needs))]
+        ready = self._run_again(i, needs_read)
+        gradients: list[Gradients] = []
+        for j in reversed(range(len(needs))):
+            own: Gradients = (None,) * len(needs[j])
+            part = ready.pop()
+            if grad is not None:
+                own, grad = self._through(i, j, grad, part, needs_read[j])
+            gradients.append(own)
+        return gradients
 
-    def _first(self, i: int, below: bool) -> Unit | Rebuilt:
-        """A layer's first part, ready to be gone back through."""
-        layer, tensors, needs = self.spec.layers[i], self.layers[i][0], self.needs[i][0]
-        part = layer.parts[0]
-        if isinstance(part, UnitSpec):
-            return self.total.ready(part, tensors, layer.channels)
-        maps = self.total.maps[:, self.spec.span(0, layer.channels)].split(part.channels, 1)
-        return self._rebuilt(i, part, maps, tensors, [*[below] * len(maps), *needs])
+    def _run_again(self, i: int, needs_read: Sequence[bool]) -> list[Ready]:
+        """A layer's parts, of which all but a last unit run again where their maps are not kept.
 
-    def _rebuilt(
-        self,
-        i: int,
-        part: Opaque,
-        maps: Sequence[Tensor],
-        tensors: Sequence[Tensor],
-        needs: Sequence[bool],
-    ) -> Rebuilt:
-        random, surroundings = self.saved.random[i], self.spec.surroundings
-        assert random is not None and surroundings is not None
-        return rebuild(part, surroundings, maps, tensors, random, needs)
+        ``needs_read`` says of each whether what it reads needs a gradient.
+        """
+        layer, kept = self.spec.layers[i], self.saved.layers[i]
+        reading = self.total.reading(layer.channels)
+        found: list[Ready] = []
+        for j, part in enumerate(layer.parts):
+            if j:
+                z = self._made(i, j - 1, found[-1])
+                reading = Reading(z, layer.widths[j - 1], kept[j - 1].statistics)
+            if isinstance(part, UnitSpec):
+                found.append(Ready(reading, self.units.ready(part, self.layers[i][j], reading)))
+            else:
+                found.append(Ready(reading, self._rebuilt(i, j, reading, needs_read[j])))
+        return found
 
-    def _bottleneck(self, i: int, first: Unit | Rebuilt) -> Tensor:
-        kept = self.saved.bottlenecks[i]
+    def _rebuilt(self, i: int, j: int, reading: Reading, needs_read: bool) -> Rebuilt:
+        part, random = self.spec.layers[i].parts[j], self.saved.layers[i][j].random
+        surroundings = self.spec.surroundings
+        assert isinstance(part, Opaque) and random is not None and surroundings is not None
+        maps = reading.parts(part.channels)
+        needs = [*[needs_read] * len(maps), *self.needs[i][j]]
+        return rebuild(part, surroundings, maps, self.layers[i][j], random, needs)
+
+    def _made(self, i: int, j: int, ready: Ready) -> Tensor:
+        """The map that a part leaves for the next one, kept or made again."""
+        (reading, run), (kept, statistics, _) = ready, self.saved.layers[i][j]
         if kept is not None:
             return kept
-        if isinstance(first, Unit):
-            maps = self.total.first(first.channels, self.total.maps, 1)
-            return self.units.forward(maps, first)[0]
-        z = first.y.detach().contiguous(memory_format=self.units.memory_format)
-        statistics = self.saved.bottleneck_statistics[i]
+        if isinstance(run, Unit):
+            return self.units.forward(reading.maps, run)[0]
+        z = run.y.detach().contiguous(memory_format=self.units.memory_format)
         assert statistics is not None
         # The map is not kept; its means show whether any share of it has changed.
         mean = z.mean((0, *range(2, z.dim())), dtype=statistics.mean.dtype)
         (mean,) = joined_means([mean], z.numel() // z.shape[1], self.spec.process_group)
         size = (statistics.var + statistics.mean.square()).max().sqrt()
-        self._note(i, is_same(mean, statistics.mean, size))
+        self._note(i, j, is_same(mean, statistics.mean, size))
         return z
 
-    def _through_second(
-        self, i: int, grad: Tensor, z: Tensor, needs_z: bool
+    def _through(
+        self, i: int, j: int, grad: Tensor, ready: Ready, needs_read: bool
     ) -> tuple[Gradients, Tensor | None]:
-        """Gradients of the tensors of a layer's second part, and of its bottleneck map."""
-        part, tensors, needs = self.spec.layers[i].parts[1], self.layers[i][1], self.needs[i][1]
-        if isinstance(part, Opaque):
-            rebuilt = self._rebuilt(i, part, [z], tensors, [needs_z, *needs])
-            dz, *own = rebuilt.gradients(grad)
-            self._compare(i, rebuilt.y.detach())
-            inner = self.units.memory_format
-            return own, None if dz is None else dz.contiguous(memory_format=inner)
-        of_z = MapGradient(
+        """Gradients of a part's tensors, and of what it reads; that of the features is added."""
+        (reading, run), tensors = ready, self.layers[i][j]
+        part, needs = self.spec.layers[i].parts[j], self.needs[i][j]
+        if isinstance(run, Unit):
+            assert isinstance(part, UnitSpec)
+            of = self._gradient_of(i, j, reading) if j else self.total
+            through = of.back_through(grad, run, part, tensors, needs, needs_read)
+            return through, of.finish(0, reading.channels) if j and needs_read else None
+        assert isinstance(part, Opaque)
+        found = run.gradients(grad)
+        if j + 1 == len(self.needs[i]):
+            self._compare(i, j, run.y.detach())
+        maps, own = found[: len(part.channels)], found[len(part.channels) :]
+        if not j:
+            self.total.add(maps, part.channels)
+            return own, None
+        (dz,) = maps
+        return own, None if dz is None else dz.contiguous(memory_format=self.units.memory_format)
+
+    def _gradient_of(self, i: int, j: int, reading: Reading) -> MapGradient:
+        """That of the map that the ``j``-th part of a layer reads.
+
+        Of every layer in turn in the same memory: fresh pages cost more than what is computed. But
+        for autograd, which may hand it on to who keeps it.
+        """
+        reuses = isinstance(self.spec.layers[i].parts[j - 1], UnitSpec)
+        of = MapGradient(
             self.units,
-            z,
-            self.saved.bottleneck_statistics[i],
+            reading.maps,
+            reading.statistics,
             self.spec.process_group,
             self.units.corrected_dtype,  # of one reader's contribution alone
-            self.bottleneck_storage,
+            self.storage.get(j) if reuses else None,
         )
-        self.bottleneck_storage = of_z.storage
-        width = self.spec.layers[i].width
-        reader = of_z.ready(part, tensors, width)
-        gradients = of_z.back_through(grad, reader, part, tensors, needs, needs_z)
-        return gradients, of_z.finish(0, width) if needs_z else None
+        if reuses:
+            self.storage[j] = of.storage
+        return of
 
-    def _through_first(self, i: int, grad: Tensor, first: Unit | Rebuilt, below: bool) -> Gradients:
-        """Gradients of the tensors of a layer's first part; that of what it reads is added."""
-        layer, tensors, needs = self.spec.layers[i], self.layers[i][0], self.needs[i][0]
-        part = layer.parts[0]
-        if isinstance(part, UnitSpec):
-            assert isinstance(first, Unit)
-            return self.total.back_through(grad, first, part, tensors, needs, below)
-        assert isinstance(first, Rebuilt)
-        found = first.gradients(grad)
-        if len(layer.parts) == 1:
-            self._compare(i, first.y.detach())
-        totals = self.total.grad[:, self.spec.span(0, layer.channels)].split(part.channels, 1)
-        for total, dx in zip(totals, found, strict=False):
-            if dx is not None:
-                total.add_(dx)
-        return found[len(totals) :]
-
-    def _compare(self, i: int, y: Tensor) -> None:
-        """Note whether an opaque part made the layer's new maps again; ``y`` is lost."""
+    def _compare(self, i: int, j: int, y: Tensor) -> None:
+        """Note whether an opaque part made the layer's new maps again."""
         layer, seed = self.spec.layers[i], self.seeds[i]
         if seed is not None:
-            self.units.drop(y, layer, seed)
+            y = self.units.dropped(y, layer, seed)
         new = self.spec.span(layer.channels, layer.channels + layer.growth)
-        self._note(i, is_same(y, self.total.maps[:, new]))
+        self._note(i, j, is_same(y, self.total.maps[:, new]))
 
-    def _note(self, i: int, same: Tensor) -> None:
-        opaque = self.spec.layers[i].opaque
-        assert opaque is not None
-        self.same.append((opaque.name, same))
+    def _note(self, i: int, j: int, same: Tensor) -> None:
+        part = self.spec.layers[i].parts[j]
+        assert isinstance(part, Opaque)
+        self.same.append((part.name, same))

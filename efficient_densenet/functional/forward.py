@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -10,40 +11,58 @@ from torch import Tensor
 
 from efficient_densenet.functional.opaque import Expected, Opaque, Unfit, run_once
 from efficient_densenet.functional.precision import outside_autocast
-from efficient_densenet.functional.spec import BlockSpec, LayerSpec, UnitSpec, UnitTensors
+from efficient_densenet.functional.spec import BlockSpec, Keeps, LayerSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_statistics
-from efficient_densenet.functional.units import UnitRunner
+from efficient_densenet.functional.units import Reading, UnitRunner
 from efficient_densenet.kernels.interface import Statistics
 from efficient_densenet.kernels.layout import empty_map, outer_format
 
 
+class Kept(NamedTuple):
+    """What is kept of a part of a layer, as far as ``BlockSpec.keeps`` says.
+
+    Attributes:
+        made: the map ``(N, width, *spatial)`` that it left for the next part, in the compute type.
+        statistics: of that map, two vectors ``(width,)``.
+        random: ``uint8``, the state of the random generators from which an opaque part drew,
+            empty if it drew nothing.
+    """
+
+    made: Tensor | None = None
+    statistics: Statistics | None = None
+    random: Tensor | None = None
+
+    @classmethod
+    def take(cls, keeps: Keeps, values: Iterator[Tensor]) -> Kept:
+        """The next values, as far as there are any."""
+        return cls(
+            next(values) if keeps.made else None,
+            Statistics(next(values), next(values)) if keeps.statistics else None,
+            next(values) if keeps.random else None,
+        )
+
+
 class Saved(NamedTuple):
-    """What a block's forward pass leaves for its backward pass; lists have an entry per layer.
+    """What a block's forward pass leaves for its backward pass.
 
     Attributes:
         features: ``(N, channels, *spatial)``, the input's channels first, in the features' type.
         statistics: theirs, two vectors ``(channels,)`` in the statistics' type, written as far
             as a norm reads them.
-        bottlenecks: ``(N, width, *spatial)`` in the compute type; ``None`` if recomputed or absent.
-        bottleneck_statistics: two vectors ``(width,)``; ``None`` if they are not kept
-            (``LayerSpec.keeps_bottleneck_statistics``).
-        random: ``uint8``, the state of the random generators from which an opaque part drew,
-            empty if it drew nothing; ``None`` for layers of units.
+        layers: of each layer what is kept of its parts.
     """
 
     features: Tensor
     statistics: Statistics
-    bottlenecks: list[Tensor | None]
-    bottleneck_statistics: list[Statistics | None]
-    random: list[Tensor | None]
+    layers: list[list[Kept]]
 
     def flat(self, spec: BlockSpec) -> list[Tensor]:
         """Its tensors in order; the features only if they are not at the block's border."""
-        pairs = [self.statistics, *filter(None, self.bottleneck_statistics)]
-        maps = [bottleneck for bottleneck in self.bottlenecks if bottleneck is not None]
-        inside = [self.features] if spec.layers and spec.exit else []
-        random = [state for state in self.random if state is not None]
-        return inside + [vector for pair in pairs for vector in pair] + maps + random
+        found = [self.features] if spec.layers and spec.exit else []
+        found += self.statistics
+        for made, statistics, random in chain.from_iterable(self.layers):
+            found += [t for t in (made, *(statistics or ()), random) if t is not None]
+        return found
 
     @classmethod
     def of(cls, spec: BlockSpec, border: Tensor | None, flat: Sequence[Tensor]) -> Saved:
@@ -51,15 +70,10 @@ class Saved(NamedTuple):
         tensors = iter(flat)
         features = next(tensors) if border is None else border
         statistics = Statistics(next(tensors), next(tensors))
-        bottleneck_statistics = [
-            Statistics(next(tensors), next(tensors)) if layer.keeps_bottleneck_statistics else None
-            for layer in spec.layers
+        layers = [
+            [Kept.take(keeps, tensors) for keeps in spec.keeps(layer)] for layer in spec.layers
         ]
-        bottlenecks = [
-            next(tensors) if spec.keeps_bottleneck(layer) else None for layer in spec.layers
-        ]
-        random = [next(tensors) if layer.opaque else None for layer in spec.layers]
-        return cls(features, statistics, bottlenecks, bottleneck_statistics, random)
+        return cls(features, statistics, layers)
 
 
 def features_at_border(spec: BlockSpec, x: Tensor, out: Tensor) -> Tensor | None:
@@ -102,37 +116,16 @@ class FeatureBuffer:
             statistics.var.copy_(joined.var)
         self._filled, self._read = filled, self._read - 1
 
-    def read(
-        self, unit: UnitSpec, tensors: UnitTensors, need_statistics: bool = False
-    ) -> tuple[Tensor, Statistics | None]:
-        """The result of a unit that reads all maps so far, and its batch statistics."""
+    def so_far(self) -> Reading:
+        """All maps so far, for a part that reads them."""
         channels = self._filled
         statistics = self._spec.oldest_statistics(self.statistics, channels)
-        ready = self.units.ready(unit, tensors, statistics, channels)
-        maps = self._spec.oldest(self.maps, channels, 1)
-        return self.units.forward(maps, ready, need_statistics)
+        return Reading(self._spec.oldest(self.maps, channels, 1), channels, statistics)
 
-    def run(
-        self,
-        opaque: Opaque,
-        channels: int,
-        tensors: Sequence[Tensor],
-        learns: bool,
-        z: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The ``channels`` maps that an opaque part makes, and the random state it drew from.
-
-        It reads all maps so far, or a bottleneck map ``z``.
-        """
-        surroundings, prefix = (
-            self._spec.surroundings,
-            self.maps[:, self._spec.span(0, self._filled)],
-        )
-        assert surroundings is not None
-        shape = torch.Size([len(prefix), channels, *prefix.shape[2:]])
-        expected = Expected(shape, prefix.dtype, shares=z is None)
-        maps = prefix.split(opaque.channels, 1) if z is None else [z]
-        return run_once(opaque, surroundings, maps, tensors, learns, expected)
+    def read(self, unit: UnitSpec, tensors: UnitTensors) -> Tensor:
+        """The result of a unit that reads all maps so far."""
+        reading = self.so_far()
+        return self.units.forward(reading.maps, self.units.ready(unit, tensors, reading))[0]
 
 
 def forward_block(
@@ -165,55 +158,61 @@ def _forward_block(
     layers, exit_tensors = spec.nested(flat)
     learns = any(tensor is not None and tensor.requires_grad for tensor in (x, *flat))
     buffer = FeatureBuffer(spec, x)
-    saved = Saved(buffer.maps, buffer.statistics, [], [], [])
+    run = LayerForward(spec, buffer.units, learns)
+    saved = Saved(buffer.maps, buffer.statistics, [])
     for layer, tensors, seed in zip(spec.layers, layers, seeds, strict=True):
-        y, bottleneck, statistics, random = _run_layer(buffer, spec, layer, tensors, learns)
-        saved.bottlenecks.append(bottleneck if spec.keeps_bottleneck(layer) else None)
-        saved.bottleneck_statistics.append(statistics)
-        saved.random.append(random)
+        y, kept = run(layer, tensors, buffer.so_far())
+        saved.layers.append(kept)
         if seed is not None:
-            buffer.units.drop(y, layer, seed)
+            y = buffer.units.dropped(y, layer, seed)
         buffer.append(y)
-        del y, bottleneck
+        del y, kept
     if spec.exit:
-        return buffer.read(spec.exit, exit_tensors)[0], saved
+        return buffer.read(spec.exit, exit_tensors), saved
     features = buffer.maps.contiguous(memory_format=outer_format(x))
     return features, saved._replace(features=features)
 
 
-class _Made(NamedTuple):
-    """What a layer makes: new maps, and what :class:`Saved` may keep of it."""
+class LayerForward:
+    """Runs layers part by part; ``learns`` says whether anything that the block reads does."""
 
-    y: Tensor
-    bottleneck: Tensor | None = None
-    statistics: Statistics | None = None
-    random: Tensor | None = None
+    def __init__(self, spec: BlockSpec, units: UnitRunner, learns: bool) -> None:
+        self.spec, self.units, self.learns = spec, units, learns
 
+    def __call__(
+        self, layer: LayerSpec, tensors: Sequence[Any], reading: Reading
+    ) -> tuple[Tensor, list[Kept]]:
+        """The maps that a layer makes of what it reads, and what is kept of its parts."""
+        found = []
+        parts = zip(layer.parts, tensors, layer.widths, self.spec.keeps(layer), strict=True)
+        for part, own, width, keeps in parts:
+            random = None
+            if isinstance(part, UnitSpec):
+                ready = self.units.ready(part, own, reading)
+                y, statistics = self.units.forward(reading.maps, ready, keeps.statistics)
+            else:
+                y, random = self._run(part, own, reading, width)
+                y, statistics = self._normed(part, y) if keeps.statistics else (y, None)
+            if statistics is not None:
+                statistics = joined_statistics(statistics, y, self.spec.process_group)
+            found.append(Kept(y if keeps.made else None, statistics, random))
+            reading = Reading(y, width, statistics)
+        return reading.maps, found
 
-def _run_layer(
-    buffer: FeatureBuffer,
-    spec: BlockSpec,
-    layer: LayerSpec,
-    tensors: Sequence[Any],
-    learns: bool,
-) -> _Made:
-    first, *second = layer.parts
-    random = statistics = None
-    if isinstance(first, Opaque):
-        y, random = buffer.run(first, layer.width, tensors[0], learns)
-    else:
-        y, statistics = buffer.read(first, tensors[0], layer.keeps_bottleneck_statistics)
-    if not second:
-        return _Made(y, random=random)
-    if isinstance(second[0], Opaque):
-        new, random = buffer.run(second[0], layer.growth, tensors[1], learns, y)
-        return _Made(new, y, random=random)
-    if isinstance(first, Opaque):
-        if y.dtype not in (spec.types.compute, spec.types.features):
-            raise Unfit(first.name, f"hands {y.dtype} to a norm")
-        y = y.contiguous(memory_format=buffer.units.memory_format)
-        statistics = buffer.units.ops.batch_statistics(y, spec.types.statistics)
-    if statistics is not None:
-        statistics = joined_statistics(statistics, y, spec.process_group)
-    ready = buffer.units.ready(second[0], tensors[1], statistics, y.shape[1])
-    return _Made(buffer.units.forward(y, ready)[0], y, statistics, random)
+    def _run(
+        self, part: Opaque, tensors: Sequence[Tensor], reading: Reading, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """What an opaque part makes, and the random state that it drew from."""
+        assert self.spec.surroundings is not None
+        maps = reading.parts(part.channels)
+        shape = torch.Size([len(maps[0]), width, *maps[0].shape[2:]])
+        expected = Expected(shape, self.spec.types.features)
+        return run_once(part, self.spec.surroundings, maps, tensors, self.learns, expected)
+
+    def _normed(self, part: Opaque, y: Tensor) -> tuple[Tensor, Statistics]:
+        """What an opaque part has made, as a norm reads it."""
+        types = self.spec.types
+        if y.dtype not in (types.compute, types.features):
+            raise Unfit(part.name, f"hands {y.dtype} to a norm")
+        y = y.contiguous(memory_format=self.units.memory_format)
+        return y, self.units.ops.batch_statistics(y, types.statistics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
-from efficient_densenet.functional.units import UnitRunner
+from efficient_densenet.functional.units import Reading, UnitRunner
 from efficient_densenet.kernels.interface import Statistics, Unit
 from efficient_densenet.kernels.layout import empty_map, in_dtype
 
@@ -61,14 +62,14 @@ class MapGradient:
         self.written = False
         self.corrected_channels = 0
 
-    def ready(self, unit: UnitSpec, tensors: UnitTensors, channels: int) -> Unit:
-        """A unit that reads the first ``channels``."""
+    def reading(self, channels: int) -> Reading:
+        """The first ``channels``, for a part that reads them."""
         statistics = self.statistics
         if self.spec and statistics:
             statistics = self.spec.oldest_statistics(statistics, channels)
-        return self.units.ready(unit, tensors, statistics, channels)
+        return Reading(self._first(channels, self.maps, 1), channels, statistics)
 
-    def first(self, channels: int, vector: Tensor, dim: int = 0) -> Tensor:
+    def _first(self, channels: int, vector: Tensor, dim: int = 0) -> Tensor:
         """A vector (or map, ``dim=1``) seen so that the first ``channels`` are those by age."""
         return vector if self.spec is None else self.spec.oldest(vector, channels, dim)
 
@@ -76,6 +77,13 @@ class MapGradient:
         """Begin with the gradient that arrives from outside the block."""
         self.grad.copy_(grad)
         self.written = True
+
+    def add(self, parts: Sequence[Tensor | None], channels: Sequence[int]) -> None:
+        """Add the gradients of the first channels, in parts of so many ``channels`` each."""
+        totals = self._first(sum(channels), self.grad, 1)[:, : sum(channels)].split(channels, 1)
+        for total, part in zip(totals, parts, strict=True):
+            if part is not None:
+                total.add_(part)
 
     def back_through(
         self,
@@ -94,18 +102,18 @@ class MapGradient:
         defers = corrects and not self.units.ops.corrects_each_reader()
         weight, bias, sums = self.units.backward(
             grad,
-            self.first(ready.channels, self.maps, 1),
+            self._first(ready.channels, self.maps, 1),
             ready,
             needs,
             need_sums=needs.weight or needs.bias or defers,
-            target=self.first(ready.channels, self.grad, 1) if needs_maps else None,
+            target=self._first(ready.channels, self.grad, 1) if needs_maps else None,
             accumulate=self.written,
         )
         self.written = self.written or needs_maps
         dbeta = dgamma = None
         if sums is not None:
             channels = ready.channels
-            totals = self.first(channels, self.mean_d), self.first(channels, self.mean_dx)
+            totals = self._first(channels, self.mean_d), self._first(channels, self.mean_dx)
             # The first reader has the most channels: it writes all that the others add to.
             adds = self.corrected_channels > 0
             dbeta, dgamma = self.units.ops.collect(

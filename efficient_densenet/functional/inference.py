@@ -23,10 +23,12 @@ from efficient_densenet.kernels.layout import outer_format
 def suits_block(spec: BlockSpec, *tensors: Tensor | None) -> bool:
     """Whether a block's pass draws no masks and needs neither gradients nor batch statistics."""
     units = [unit for layer in spec.layers for unit in layer.units]
+    convolve = all(unit.conv for unit in units)
     units += [spec.exit] if spec.exit else []
     return (
         bool(units)
-        and not any(layer.opaque for layer in spec.layers)
+        and convolve
+        and all(layer.is_known for layer in spec.layers)
         and not any(unit.batch_statistics for unit in units)
         and not any(layer.drop_rate for layer in spec.layers)
         and _nothing_learns(tensors)
@@ -46,19 +48,22 @@ def infer_block(spec: BlockSpec, x: Tensor, flat: Sequence[Tensor | None]) -> Te
         for layer, tensors in zip(spec.layers, layers, strict=True):
             _infer_layer(buffer, layer, tensors)
         if spec.exit:
-            return buffer.read(spec.exit, exit_tensors)[0]
+            return buffer.read(spec.exit, exit_tensors)
         return buffer.maps.contiguous(memory_format=outer_format(x))
 
 
 def _infer_layer(buffer: FeatureBuffer, layer: LayerSpec, tensors: Sequence[UnitTensors]) -> None:
-    first, *second = layer.units
-    if second:
-        y, _ = buffer.read(first, folded(tensors[0], second[0], tensors[1]))
-        activate_(y, second[0].activation)
-        assert second[0].conv is not None
-        y = convolve(y, Conv(tensors[1].conv_weight, tensors[1].conv_bias, second[0].conv))
-    else:
-        y, _ = buffer.read(first, tensors[0])
+    units = list(zip(layer.units, tensors, strict=True))
+    y: Tensor | None = None
+    for (unit, own), after in zip(units, (*units[1:], None), strict=True):
+        own = folded(own, *after) if after else own
+        if y is None:
+            y = buffer.read(unit, own)
+        else:
+            assert unit.conv is not None
+            activate_(y, unit.activation)
+            y = convolve(y, Conv(own.conv_weight, own.conv_bias, unit.conv))
+    assert y is not None
     buffer.append(y)
 
 

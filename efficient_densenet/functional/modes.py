@@ -15,8 +15,8 @@ class Mode(NamedTuple):
         label: what tables and pictures call a network in this mode.
         colour: its colour in every picture.
         keeps: what a dense block keeps for its backward pass, in words.
-        keeps_bottlenecks: whether the output of a layer's first unit is kept, so that no
-            convolution runs twice.
+        keeps_bottlenecks: whether the outputs of convolutions inside a layer are kept, so that
+            none of a unit runs twice.
     """
 
     name: Recompute

@@ -1,8 +1,8 @@
 """Parts of which nothing is known: run without keeping anything, and run again by autograd.
 
-A part is a layer or half of one. The forward pass drops the graph that it makes; the backward pass
-runs it again on a copy of what it read, and differentiates that. ``docs/derivation.md`` says what
-that costs.
+A part is a layer, or what is between its units. The forward pass drops the graph that it makes; the
+backward pass runs it again on a copy of what it read, and differentiates that.
+``docs/derivation.md`` says what that costs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ is set for a while.
 class Opaque:
     """What makes maps of those before it, in a way that only running it tells.
 
-    That is a dense layer, or half of one beside a unit.
+    That is a dense layer, or a part of one.
 
     Attributes:
         channels: of each part of the features that it reads apart from the others.
@@ -45,6 +45,7 @@ class Opaque:
             is the same with ``tensors`` in the place of its own, and in the modes that it had.
         tensors: how many tensors it has: parameters, and copies of buffers as they were.
         name: what it is called in a reason.
+        shares: whether others read what it takes, so that it must not overwrite that.
     """
 
     channels: tuple[int, ...]
@@ -52,6 +53,7 @@ class Opaque:
     run: Callable[[list[Tensor], Sequence[Tensor] | None], Any]
     tensors: int
     name: str
+    shares: bool = True
 
 
 class Surroundings(NamedTuple):
@@ -75,14 +77,10 @@ class Unfit(RuntimeError):
 
 
 class Expected(NamedTuple):
-    """What a part has to return: a shape, and a type that fits the one that holds all features.
-
-    ``shares`` says whether others read what it takes, so that it must not overwrite that.
-    """
+    """What a part has to return: a shape, and a type that fits the one that holds all features."""
 
     shape: torch.Size
     dtype: torch.dtype
-    shares: bool
 
 
 OVERWRITES = "overwrites maps that others read"
@@ -122,7 +120,7 @@ def run_once(
         raise Unfit(opaque.name, f"returns a {type(y).__name__}")
     if expected is not None:
         _check_dense(opaque, y, expected)
-        if expected.shares and [x._version for x in taken] != versions:
+        if opaque.shares and [x._version for x in taken] != versions:
             raise Unfit(opaque.name, OVERWRITES)
     _check_leaves(opaque, y, [*leaves, *tensors])
     y, kept = y.detach(), [weakref.ref(leaf) for leaf in leaves]
@@ -205,6 +203,22 @@ def _unconnected(maps: Sequence[Tensor], learns: bool) -> list[Tensor]:
     for leaf in leaves if learns else ():
         leaf.register_hook(_refuse)
     return leaves
+
+
+class _Handed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def handed(x: Tensor) -> Tensor:
+    """A leaf that nobody else reads, in the same memory, as a tensor that may be overwritten."""
+    y: Tensor = _Handed.apply(x)
+    return y
 
 
 def _with_versions(tensors: list[Tensor]) -> list[Tensor]:

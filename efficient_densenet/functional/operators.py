@@ -91,11 +91,14 @@ def _(
     if block.layers:
         format = inner if block.exit else outer
         returned.append(empty_map(x, block.channels, format, types.features))
-    seen = [layer.width for layer in block.layers if layer.keeps_bottleneck_statistics]
-    widths = [block.channels, *seen]
-    returned += [_vector(x, width, types.statistics) for width in widths for _ in range(2)]
-    kept = [layer.width for layer in block.layers if block.keeps_bottleneck(layer)]
-    return returned + [empty_map(x, width, inner, types.compute) for width in kept]
+    returned += [_vector(x, block.channels, types.statistics) for _ in range(2)]
+    for layer in block.layers:
+        for keeps, width in zip(block.keeps(layer), layer.widths, strict=True):
+            if keeps.made:
+                returned.append(empty_map(x, width, inner, types.compute))
+            if keeps.statistics:
+                returned += [_vector(x, width, types.statistics) for _ in range(2)]
+    return returned
 
 
 @torch.library.custom_op("efficient_densenet::block_backward", mutates_args=())

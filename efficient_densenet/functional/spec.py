@@ -27,7 +27,7 @@ from efficient_densenet.kernels.layout import device_of, outer_format
 
 @dataclass(frozen=True)
 class UnitSpec:
-    """BN - activation [- pool] [- convolution], with at least one of the last two.
+    """BN - activation [- pool] [- convolution].
 
     ``batch_statistics`` says whether the norm uses the batch's statistics or running ones.
     """
@@ -67,32 +67,34 @@ class UnitTensors(NamedTuple):
 Part = UnitSpec | Opaque
 
 
+class Keeps(NamedTuple):
+    """What is kept of a part: the map that it leaves, its statistics, and the random state."""
+
+    made: bool
+    statistics: bool
+    random: bool
+
+
 @dataclass(frozen=True)
 class LayerSpec:
-    """A dense layer: one part (basic) or two (bottleneck), reading the first ``channels`` features.
+    """A dense layer: a chain of parts, of which the first reads the first ``channels`` features.
 
-    A part is a unit, or ``Opaque`` where it is anything else; of two at most one is. The first of
-    two leaves a bottleneck map of ``width`` channels, the last one ``growth``. Dropout zeroes
-    single values, or with ``drops_maps`` whole maps of a sample.
+    A part is a unit, or ``Opaque`` where it is anything else. Each leaves a map of as many channels
+    as ``widths`` says for the next one, the last one the layer's new maps. What comes after an
+    opaque part is a unit. Dropout zeroes single values, or with ``drops_maps`` whole maps of a
+    sample.
     """
 
     parts: tuple[Part, ...]
     channels: int
-    width: int
-    growth: int
+    widths: tuple[int, ...]
     drop_rate: float
     drops_maps: bool = False
 
     @property
-    def first_unit(self) -> UnitSpec | None:
-        """The unit that reads the features, if it is one that does."""
-        return self.parts[0] if isinstance(self.parts[0], UnitSpec) else None
-
-    @property
-    def second_unit(self) -> UnitSpec | None:
-        """The unit that reads a bottleneck map, if it is one that does."""
-        last = self.parts[-1]
-        return last if len(self.parts) == 2 and isinstance(last, UnitSpec) else None
+    def growth(self) -> int:
+        """Channels that it adds."""
+        return self.widths[-1]
 
     @property
     def units(self) -> tuple[UnitSpec, ...]:
@@ -100,24 +102,15 @@ class LayerSpec:
         return tuple([part for part in self.parts if isinstance(part, UnitSpec)])
 
     @property
-    def opaque(self) -> Opaque | None:
-        """The part that is not a unit, if there is one."""
-        return next((part for part in self.parts if isinstance(part, Opaque)), None)
+    def is_known(self) -> bool:
+        """Whether all its parts are units."""
+        return len(self.units) == len(self.parts)
 
     @property
     def widest(self) -> int:
         """Channels of the widest map that one of its norms reads; 1 if it has none."""
-        reads = zip(self.parts, (self.channels, self.width), strict=False)
+        reads = zip(self.parts, (self.channels, *self.widths), strict=False)
         return max((width for part, width in reads if isinstance(part, UnitSpec)), default=1)
-
-    @property
-    def keeps_bottleneck_statistics(self) -> bool:
-        """Whether its norm reads those of its bottleneck map, or only they tell if it is the same.
-
-        The latter if an opaque part makes the map, and makes it again in the backward pass.
-        """
-        unit = self.second_unit
-        return unit is not None and (unit.batch_statistics or self.first_unit is None)
 
     def take(self, values: Iterator[Any]) -> list[tuple[Any, ...]]:
         """The next values of its parts."""
@@ -180,7 +173,7 @@ class BlockSpec:
 
         Opaque parts take that of ``like``: only layers of units are faster in another one.
         """
-        if all(layer.opaque for layer in self.layers):
+        if not any(layer.is_known for layer in self.layers):
             return outer_format(like)
         return operations_of(self, like).inner_format(like)
 
@@ -189,13 +182,21 @@ class BlockSpec:
         """Whether any layer applies dropout."""
         return any(layer.drop_rate > 0 for layer in self.layers)
 
-    def keeps_bottleneck(self, layer: LayerSpec) -> bool:
-        """Whether the layer's bottleneck map is kept rather than convolved again.
+    def keeps(self, layer: LayerSpec) -> list[Keeps]:
+        """What is kept of each part of a layer.
 
-        One that an opaque part makes is not, since its graph is made again in any case.
+        Of the map that it leaves for the next one: itself, if a unit's convolution made it, and the
+        mode is not to convolve again; statistics, if the next one's norm uses them, or if an opaque
+        part made it, and they have to show whether it makes the same again.
         """
-        has_one = len(layer.parts) == 2 and layer.first_unit is not None
-        return has_one and MODES[self.recompute].keeps_bottlenecks
+        found = []
+        for part, reader in zip(layer.parts, (*layer.parts[1:], None), strict=True):
+            convolves = isinstance(part, UnitSpec) and part.conv is not None
+            made = convolves and reader is not None and MODES[self.recompute].keeps_bottlenecks
+            is_opaque = isinstance(part, Opaque)
+            statistics = isinstance(reader, UnitSpec) and (is_opaque or reader.batch_statistics)
+            found.append(Keeps(made, statistics, is_opaque))
+        return found
 
     @property
     def channels(self) -> int:
@@ -222,9 +223,11 @@ class BlockSpec:
     @property
     def maps_with_statistics(self) -> int:
         """How many maps, the input first, a norm reads the batch statistics of."""
-        readers = [*(layer.first_unit for layer in self.layers), self.exit]
-        reading = [i for i, unit in enumerate(readers) if unit and unit.batch_statistics]
-        return max(reading, default=-1) + 1
+        count = 0
+        for i, reader in enumerate((*(layer.parts[0] for layer in self.layers), self.exit)):
+            if isinstance(reader, UnitSpec) and reader.batch_statistics:
+                count = i + 1
+        return count
 
     def nested(self, flat: Sequence[Any]) -> tuple[list[list[Any]], UnitTensors]:
         """Values of all parts, given flat, as those of each layer's parts and those of the exit."""

@@ -14,7 +14,7 @@ from efficient_densenet.functional.gradients import gradient_like
 from efficient_densenet.functional.precision import outside_autocast
 from efficient_densenet.functional.spec import StemSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means, joined_statistics
-from efficient_densenet.functional.units import UnitRunner
+from efficient_densenet.functional.units import Reading, UnitRunner
 from efficient_densenet.kernels.aten import convolve, convolve_backward
 from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients
 from efficient_densenet.kernels.layout import empty_map
@@ -68,7 +68,7 @@ def _stem_channels(
     if spec.unit.batch_statistics:
         statistics = units.ops.batch_statistics(y, spec.types.statistics)
         statistics = joined_statistics(statistics, y, spec.process_group)
-    ready = units.ready(spec.unit, tensors, statistics, y.shape[1])
+    ready = units.ready(spec.unit, tensors, Reading(y, y.shape[1], statistics))
     out, _ = units.forward(y, ready)
     return out, statistics
 
@@ -119,7 +119,7 @@ class StemBackward:
         self.y = y = convolve(self.image, conv)
         self.units = UnitRunner(spec, y, y.shape[1], memory_format)
         self.statistics = statistics
-        self.ready = self.units.ready(spec.unit, tensors, statistics, y.shape[1])
+        self.ready = self.units.ready(spec.unit, tensors, Reading(y, y.shape[1], statistics))
 
     def run(self, needs_x: bool, needs: UnitTensors) -> tuple[Tensor | None, UnitTensors]:
         """The gradients of the image and of all tensors, the convolution's in those of the unit."""

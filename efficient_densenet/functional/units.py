@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,8 +23,23 @@ from efficient_densenet.kernels.interface import (
     Unit,
     UnitGradients,
 )
-from efficient_densenet.kernels.layout import in_dtype
+from efficient_densenet.kernels.layout import first_channels, in_dtype
 from efficient_densenet.kernels.workspace import Workspace
+
+
+class Reading(NamedTuple):
+    """What a part reads: the first ``channels`` of a map.
+
+    Its batch statistics are of as many channels or more; ``None`` if none are used.
+    """
+
+    maps: Tensor
+    channels: int
+    statistics: Statistics | None
+
+    def parts(self, channels: Sequence[int]) -> tuple[Tensor, ...]:
+        """Its parts of so many ``channels`` each."""
+        return first_channels(self.maps, self.channels).split(channels, 1)
 
 
 class UnitRunner:
@@ -43,27 +61,19 @@ class UnitRunner:
         scratch = self.ops.scratch_dtype(spec.types.features, spec.types.statistics)
         self.workspace = Workspace(like, widest, scratch, memory_format)
 
-    def ready(
-        self,
-        unit: UnitSpec,
-        tensors: UnitTensors,
-        statistics: Statistics | None,
-        channels: int,
-    ) -> Unit:
-        """The unit for the first ``channels`` of maps with these statistics.
-
-        ``statistics`` are a batch's, of as many channels or more.
-        """
+    def ready(self, unit: UnitSpec, tensors: UnitTensors, reading: Reading) -> Unit:
+        """The unit for what it reads."""
+        maps, channels, statistics = reading
         if statistics is None or not unit.batch_statistics:
             running = (tensors.running_mean, tensors.running_var)
             statistics = Statistics(*(in_dtype(v, self.types.statistics) for v in running))
         norm = self.ops.make_norm(statistics, channels, tensors.weight, tensors.bias, unit.eps)
-        tail = self._tail(unit, tensors)
+        tail = self._tail(unit, tensors, maps.dtype)
         return Unit(norm, unit.activation, tail, channels, unit.batch_statistics)
 
-    def _tail(self, unit: UnitSpec, tensors: UnitTensors) -> Tail:
+    def _tail(self, unit: UnitSpec, tensors: UnitTensors, dtype: torch.dtype) -> Tail:
         if unit.conv is None:
-            return Tail(unit.pool, None, self.types.features)
+            return Tail(unit.pool, None, dtype)
         conv = Conv(tensors.conv_weight, tensors.conv_bias, unit.conv)
         return self.ops.make_tail(Tail(unit.pool, conv, self.types.compute))
 
@@ -96,6 +106,16 @@ class UnitRunner:
             target=target,
             accumulate=accumulate,
         )
+
+    def dropped(self, y: Tensor, layer: LayerSpec, seed: Tensor) -> Tensor:
+        """The maps that a layer has made after its dropout; overwritten only if a unit made them.
+
+        What a part that is not known returns may be kept by who has a hook on it.
+        """
+        if layer.drop_rate and not isinstance(layer.parts[-1], UnitSpec):
+            y = y.clone()
+        self.drop(y, layer, seed)
+        return y
 
     def drop(self, y: Tensor, layer: LayerSpec, seed: Tensor) -> None:
         """A layer's dropout of ``y``, in place."""

@@ -100,12 +100,17 @@ class Pool(NamedTuple):
 class Tail(NamedTuple):
     """What reads a normalised and activated map: pooling, a convolution, or one after the other.
 
-    It reads, computes and leaves maps of ``dtype``.
+    It reads, computes and leaves maps of ``dtype``. There may be neither.
     """
 
     pool: Pool | None
     conv: Conv | None
     dtype: torch.dtype
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the normalised and activated map is itself the result."""
+        return self.pool is None and self.conv is None
 
 
 class Unit(NamedTuple):
@@ -174,7 +179,7 @@ class Operations(Protocol):
     ) -> tuple[Tensor, Statistics | None]:
         """``y = tail(activation((x - mean) * scale + bias))``, and the batch statistics of ``y``.
 
-        The normalised map is not kept.
+        The normalised map is not kept; ``y`` has memory of its own.
         """
 
     def backward_unit(
@@ -195,10 +200,11 @@ class Operations(Protocol):
         Batch norm's two batch terms are left to :meth:`correct`, but for implementations that
         correct each reader: what those write is the whole gradient of ``x``.
 
-        ``grad`` is the gradient of ``y``. With ``a = (x - mean) * scale + bias`` and
-        ``d = ∂L/∂activation(a) * activation'(a)``, writes ``scale * d`` into ``target``, a map as
-        ``x`` (adds it if ``accumulate``; ``None``: not wanted), and returns the convolution's
-        gradients and the sums that :meth:`collect` reads, good until the next operation.
+        ``grad`` is the gradient of ``y``, and not overwritten. With
+        ``a = (x - mean) * scale + bias`` and ``d = ∂L/∂activation(a) * activation'(a)``, writes
+        ``scale * d`` into ``target``, a map as ``x`` (adds it if ``accumulate``; ``None``: not
+        wanted), and returns the convolution's gradients and the sums that :meth:`collect` reads,
+        good until the next operation.
         """
 
     def collect(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from efficient_densenet.kernels.aten import convolve, convolve_backward, pooled, pooled_backward
 from efficient_densenet.kernels.interface import Conv, Tail
-from efficient_densenet.kernels.layout import in_dtype, rows_of
+from efficient_densenet.kernels.layout import empty_map, in_dtype, rows_of
 from efficient_densenet.kernels.workspace import Workspace
 
 # Normalises and activates a slab, into its place in the workspace.
@@ -27,6 +27,8 @@ def tail_of_slabs(
     stored: torch.dtype | None = None,
 ) -> Tensor:
     """``tail(activate(x))``; ``stored`` as in :meth:`Workspace.slabs`."""
+    if tail.is_empty:
+        return _activated(x, tail.dtype, workspace, activate, stored)
     out: Tensor | None = None
     for rows in workspace.distinct_slabs(x, stored):
         slab = rows_of(x, rows)
@@ -41,6 +43,19 @@ def tail_of_slabs(
         out[rows] = y
         del y  # or it would live beside the next slab's
     assert out is not None
+    return out
+
+
+def _activated(
+    x: Tensor,
+    dtype: torch.dtype,
+    workspace: Workspace,
+    activate: Activate,
+    stored: torch.dtype | None,
+) -> Tensor:
+    out = empty_map(x, x.shape[1], workspace.memory_format, dtype)
+    for rows in workspace.distinct_slabs(x, stored):
+        activate(rows_of(x, rows), rows_of(out, rows))
     return out
 
 
@@ -87,7 +102,12 @@ def apply_tail(a: Tensor, tail: Tail) -> Tensor:
 def tail_backward(
     grad: Tensor, a: Tensor, tail: Tail, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``tail(a)`` with respect to ``a``, the weight and the bias, as far as needed."""
+    """Gradients of ``tail(a)`` with respect to ``a``, the weight and the bias, as far as needed.
+
+    None of them is ``grad`` itself.
+    """
+    if tail.is_empty:
+        return (torch.empty_like(a).copy_(grad) if needs[0] else None), None, None
     if tail.pool is None:
         return _convolution_backward(grad, a, tail.conv, needs)
     read = pooled(a, tail.pool) if tail.conv else a

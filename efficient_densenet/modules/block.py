@@ -11,9 +11,15 @@ from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.kernels.implementations import Kernels
 from efficient_densenet.modules.calls import BlockCall
 from efficient_densenet.modules.naive import BasicLayer, BottleneckLayer, DenseBlock
-from efficient_densenet.modules.opaque import Form, read_opaque
+from efficient_densenet.modules.opaque import COPIED, Form, read_opaque
 from efficient_densenet.modules.parts import BASIC, BOTTLENECK, Structure, read_layer
-from efficient_densenet.modules.reading import Layer, Misfit, Unsupported, is_patched
+from efficient_densenet.modules.reading import (
+    Layer,
+    Misfit,
+    Unsupported,
+    check_plain,
+    is_patched,
+)
 from efficient_densenet.modules.recomputing import Recomputing
 
 Forward = Callable[..., Tensor]
@@ -115,15 +121,19 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
                 growths = [layer.spec.growth for layer in layers]
                 form = Form("list", (channels - sum(growths), *growths))
                 if type(module).forward in self.structures and not is_patched(module):
-                    form = Form()  # takes either, and one tensor is copied faster
+                    form = COPIED  # it copies what it takes, and one tensor is copied faster
                 layer = read_opaque(module, path, channels, self.growth_rate, form)
             channels = layer.spec.channels + layer.spec.growth
             layers.append(layer)
         return layers
 
     def read_known(self, path: str, module: nn.Module, channels: int) -> Layer:
-        """A layer by its parts, one of which may be anything."""
-        return read_layer(module, self._structure(path, module), path, channels, self.growth_rate)
+        """A layer by its parts, of which some may be anything."""
+        structure = self._structure(path, module)
+        check_plain(module, path)
+        children = structure.children(module, path)
+        dropout = structure.dropout(module)
+        return read_layer(module, path, children, channels, self.growth_rate, dropout, COPIED)
 
     def _structure(self, path: str, module: nn.Module) -> Structure:
         structure = self.structures.get(type(module).forward)
@@ -132,7 +142,7 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
         return structure
 
     def why_run_again(self) -> Iterator[str]:
-        """Why the backward pass runs layers of it again, or halves of them: a reason for each."""
+        """Why the backward pass runs layers of it again, or parts of them: a reason for each."""
         for path, module in self.items():
             try:
                 self._structure(path, module).read(module, path)

@@ -92,6 +92,16 @@ def check_dtypes(x: Tensor, units: Iterable[Unit]) -> None:
             raise Unsupported("the input", f"is {x.dtype}, and a norm is {norm.dtype}")
 
 
+def check_dims(x: Tensor, units: Iterable[Unit]) -> None:
+    """Raise :class:`Unsupported` if a norm with no convolution after it would refuse the input."""
+    for unit in units:
+        if unit.tensors.conv_weight is None:
+            try:
+                unit.norm._check_input_dim(x)
+            except ValueError as error:
+                raise Unsupported("a norm", f"refuses the input: {error}") from error
+
+
 def check_opaque(x: Tensor, part: OpaquePart) -> None:
     """Raise :class:`Unsupported` if a part could not be run by its tensors, or run again."""
     name = part.spec.name
@@ -194,6 +204,7 @@ class BlockCall:
         units = [unit for layer in layers for unit in layer.units]
         units += [exit] if exit else []
         check_dtypes(x, units)
+        check_dims(x, units)
         for layer in layers:
             for part in layer.opaque:
                 check_opaque(x, part)
@@ -255,12 +266,12 @@ class BlockCall:
     def _run(self, x: Tensor) -> Tensor:
         tensors = [part.tensors for layer in self.layers for part in layer.parts]
         tensors += [self.exit.tensors] if self.exit else []
-        out, features, bottlenecks = autograd.dense_block(x, self.spec, tensors)
+        out, features, made = autograd.dense_block(x, self.spec, tensors)
         seen = [
             Seen(part.norm, statistics)
-            for layer, bottleneck in zip(self.layers, bottlenecks, strict=True)
+            for layer, inside in zip(self.layers, made, strict=True)
             for part, statistics in zip(
-                layer.parts, (self._statistics_for(layer, features), bottleneck), strict=False
+                layer.parts, (self._statistics_for(layer, features), *inside), strict=False
             )
             if isinstance(part, Unit)
         ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from efficient_densenet.functional.opaque import ONE_AT_A_TIME, Opaque, Unfit
+from efficient_densenet.functional.opaque import ONE_AT_A_TIME, Opaque, Unfit, handed
 from efficient_densenet.functional.precision import autocast_now
 from efficient_densenet.kernels.layout import is_hollow, outer_format
 from efficient_densenet.modules.hooks import Hooks
@@ -30,12 +30,16 @@ class Form:
         channels: of each tensor that it takes, in its order.
         returns: ``"new"``, its own maps; ``"all"``, the concatenation with those before.
         new_first: whether it puts its own maps before those that it reads.
+        taken: whose is what it takes? ``"others'"``, who read it too, so that it must not overwrite
+            it; ``"copied"`` for it alone; or ``"handed"`` on to it, so that not even we have to
+            copy it.
     """
 
     takes: Literal["tensor", "list", "arguments"] = "tensor"
     channels: tuple[int, ...] = ()
     returns: Literal["new", "all"] = "new"
     new_first: bool = False
+    taken: Literal["others'", "copied", "handed"] = "others'"
 
     def parts(self, channels: int) -> tuple[int, ...]:
         """Channels of the parts of the features that are read apart."""
@@ -43,6 +47,8 @@ class Form:
 
     def arrange(self, maps: Sequence[Tensor], format: torch.memory_format | None) -> list[Tensor]:
         """What the layer takes, of these parts."""
+        if self.taken == "handed":
+            return [_in_format(handed(x), format) for x in maps]
         if self.takes == "tensor":
             return [_joined(maps, format)]
         return [_in_format(x, format) for x in maps]
@@ -68,6 +74,7 @@ def _in_format(x: Tensor, format: torch.memory_format | None) -> Tensor:
 
 
 TENSOR = Form()
+COPIED, HANDED = Form(taken="copied"), Form(taken="handed")
 
 
 def read_opaque(
@@ -85,7 +92,7 @@ def read_opaque(
     """
     owner = layer if isinstance(layer, nn.Module) else nn.Module()
     part = read_part(layer, path, form.parts(channels), owner, form, growth)
-    return Layer.of([part], channels, growth, growth)
+    return Layer.of([part], path, channels, growth)
 
 
 def read_part(
@@ -123,7 +130,7 @@ def _read(
         if type(parameter) not in (nn.Parameter, Tensor) and not is_hollow(parameter):
             raise Unsupported(f"{path}.{name}", f"is a {type(parameter).__name__}")
     buffers = dict(module.named_buffers())
-    names = (*parameters, *buffers)
+    places = _places(module, (*parameters.values(), *buffers.values()))
     modes = [(child, child.training) for child in module.modules()]
     hooks = Hooks(module)
 
@@ -133,15 +140,41 @@ def _read(
         if tensors is None:
             with hooks.watched() if torch.is_grad_enabled() else nullcontext():
                 return form.call(part, taken, growth)
-        own = dict(zip(names, tensors, strict=True))
-        own |= {name: own[name].clone() for name in buffers}  # another backward pass may follow
+        learnt, learning = tensors[: len(parameters)], tensors[len(parameters) :]
+        values = [*learnt, *(t.clone() for t in learning)]  # another backward pass may follow
+        own = {name: values[i] for name, i in places.items()}
         with _in_modes(modes), hooks.acting_only():
-            return form.call(lambda *args: functional_call(module, own, args), taken, growth)
+            return form.call(lambda *args: _call_with(module, own, args), taken, growth)
 
     copies = [buffer.detach().clone() for buffer in buffers.values()]
-    opaque = Opaque(channels, form.arrange, run, len(names), path)
+    shares = form.taken == "others'"
+    count = len(parameters) + len(buffers)
+    opaque = Opaque(channels, form.arrange, run, count, path, shares)
     changed = tuple(zip(buffers.values(), copies, strict=True))
     return OpaquePart(opaque, (*parameters.values(), *copies), changed, layer)
+
+
+def _places(module: nn.Module, tensors: Sequence[Tensor]) -> dict[str, int]:
+    """Of each name below ``module`` the place of its tensor among these.
+
+    Every module has one name here, but a tensor may have several.
+    """
+    numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
+    return {
+        f"{path}.{name}".removeprefix("."): numbers[id(tensor)]
+        for path, child in module.named_modules()
+        for name, tensor in (*child._parameters.items(), *child._buffers.items())
+        if tensor is not None
+    }
+
+
+def _call_with(module: nn.Module, own: dict[str, Tensor], args: tuple[Any, ...]) -> Any:
+    """Call a module with these tensors in the place of its own.
+
+    PyTorch would look for further names of them, and not put back what it finds under two names of
+    one module.
+    """
+    return functional_call(module, own, args, tie_weights=False)
 
 
 _refused: WeakKeyDictionary[nn.Module, tuple[object, tuple[str, ...]]] = WeakKeyDictionary()

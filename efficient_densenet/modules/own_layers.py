@@ -14,15 +14,12 @@ from efficient_densenet.modules.opaque import read_opaque
 from efficient_densenet.modules.parts import (
     BASIC,
     BOTTLENECK,
-    Found,
-    Read,
-    Structure,
-    add_activation,
-    add_conv,
-    add_norm,
+    Child,
+    children_of,
     read_layer,
 )
 from efficient_densenet.modules.reading import (
+    NO_DROPOUT,
     Declined,
     Dropout,
     Layer,
@@ -33,21 +30,6 @@ from efficient_densenet.modules.reading import (
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
-
-def _add_dropout(module: nn.Module, path: str, found: Found) -> None:
-    """Dropout of single values or of whole maps."""
-    if not isinstance(module, DROPOUTS) or type(module) not in DROPOUTS:
-        raise Unsupported(path, f"is a {type(module).__name__}")
-    check_plain(module, path)
-    rate = float(module.p) if module.training else 0.0
-    found.dropout = Dropout(rate, type(module) is not nn.Dropout)
-
-
-UNIT = (add_norm, add_activation, add_conv)
-SEQUENCES: tuple[tuple[Read, ...], ...] = tuple(
-    (*UNIT * units, *dropout) for units in (1, 2) for dropout in ((), (_add_dropout,))
-)
-"""What an ``nn.Sequential`` may hold to be a layer of units."""
 
 OWN = {BottleneckLayer.forward: BOTTLENECK, BasicLayer.forward: BASIC}
 
@@ -65,9 +47,9 @@ def recompute_dense_block(
     ``growth`` is that of all layers. Never kept for the backward pass: the concatenations, and
     whatever a layer makes on its way.
 
-    Layers that are an ``nn.Sequential`` of batch norm, activation, convolution (once or twice) and
-    perhaps dropout run as in :class:`EfficientDenseBlock`. Any other one is run again by autograd,
-    or of two such halves the one that is not known: the peak is near that of one layer. Its buffers
+    Of an ``nn.Sequential`` (with dropout at the end, or none) batch norms with an activation after
+    them, and perhaps a convolution, run as in :class:`EfficientDenseBlock`. What is between those,
+    and any other layer, is run again by autograd: the peak is near that of one layer. Its buffers
     learn once, and it draws the random numbers of the forward pass again, in the modes and under
     the autocast of the forward pass.
 
@@ -113,24 +95,36 @@ def _read(
 
 
 def _read_layer(layer: Callable[[Tensor], Tensor], path: str, channels: int, growth: int) -> Layer:
-    structure = _structure_of(layer)
-    if structure is not None:
-        assert isinstance(layer, nn.Module)
-        try:
-            found = read_layer(layer, structure, path, channels, growth)
-            if found.spec.growth == growth:
-                return found
-        except Misfit:
-            raise
-        except Unsupported:
-            pass
+    try:
+        found = _read_parts(layer, path, channels, growth)
+        if found.spec.growth == growth:
+            return found
+    except Misfit:
+        raise
+    except Unsupported:
+        pass
     return read_opaque(layer, path, channels, growth)
 
 
-def _structure_of(layer: object) -> Structure | None:
-    """The parts of a layer that may be one of units."""
-    if type(layer) is nn.Sequential:
-        for parts in SEQUENCES:
-            if len(parts) == len(layer._modules):
-                return Structure(dict(zip(layer._modules, parts, strict=True)))
-    return OWN.get(type(layer).forward) if isinstance(layer, nn.Module) else None
+def _read_parts(layer: object, path: str, channels: int, growth: int) -> Layer:
+    """A layer by what it runs one after the other."""
+    structure = OWN.get(type(layer).forward) if isinstance(layer, nn.Module) else None
+    if structure is not None:
+        assert isinstance(layer, nn.Module)
+        children, dropout = structure.children(layer, path), structure.dropout(layer)
+    elif type(layer) is nn.Sequential:
+        children, dropout = children_of(layer, path), NO_DROPOUT
+        if children and type(children[-1].module) in DROPOUTS:
+            dropout = _read_dropout(children.pop())
+    else:
+        raise Unsupported(path, f"is a {type(layer).__name__}")
+    check_plain(layer, path)
+    return read_layer(layer, path, children, channels, growth, dropout)
+
+
+def _read_dropout(child: Child) -> Dropout:
+    """Dropout of single values or of whole maps."""
+    module = child.module
+    check_plain(module, child.path)
+    assert isinstance(module, DROPOUTS)
+    return Dropout(float(module.p) if module.training else 0.0, type(module) is not nn.Dropout)

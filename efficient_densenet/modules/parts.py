@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from efficient_densenet.kernels.interface import Activation, Pool
-from efficient_densenet.modules.opaque import read_part
+from efficient_densenet.modules.opaque import COPIED, HANDED, TENSOR, Form, read_part
 from efficient_densenet.modules.reading import (
     NO_DROPOUT,
     Dropout,
@@ -41,7 +41,6 @@ class Found:
     activations: list[Activation] = field(default_factory=list)
     convs: list[_ConvNd] = field(default_factory=list)
     pools: list[Pool] = field(default_factory=list)
-    dropout: Dropout = NO_DROPOUT
 
 
 Read = Callable[[nn.Module, str, Found], object]
@@ -87,20 +86,21 @@ def add_pool(module: nn.Module, path: str, found: Found) -> None:
 
 
 class Child(NamedTuple):
-    """A part of a module by its name, its path, and how it is read."""
+    """A part of a module by its name and its path."""
 
     name: str
     path: str
     module: nn.Module
-    read: Read
 
 
-def found_in(children: Iterable[Child]) -> Found:
-    """What these parts are; raises :class:`Unsupported` if one is not known."""
-    found = Found()
-    for child in children:
-        child.read(child.module, child.path, found)
-    return found
+def children_of(module: nn.Module, path: str) -> list[Child]:
+    """The parts of ``module`` in the order of registration; it is called ``path`` in a reason."""
+    prefix = f"{path}." if path else ""
+    return [
+        Child(name, prefix + name, part)
+        for name, part in module._modules.items()
+        if part is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -117,32 +117,31 @@ class Structure:
     def read(self, module: nn.Module, path: str) -> Found:
         """The parts of ``module``, which is called ``path`` in a reason."""
         check_plain(module, path)
-        return found_in(self.children(module, path))
+        found = Found()
+        for child, read in zip(self.children(module, path), self.parts.values(), strict=True):
+            read(child.module, child.path, found)
+        return found
 
     def children(self, module: nn.Module, path: str) -> list[Child]:
         """The parts of ``module`` before they are read."""
-        children = []
-        prefix = f"{path}." if path else ""
-        expected = iter(self.parts.items())
-        for name, part in module._modules.items():
-            if part is None:
-                continue
-            known, read = next(expected, (None, None))
-            if read is None:
-                raise Unsupported(prefix + name, f"is a {type(part).__name__}")
-            if known != name:
-                raise Unsupported(path, f"has {name!r} where {known!r} is expected")
-            children.append(Child(name, prefix + name, part, read))
+        children = children_of(module, path)
+        expected = iter(self.parts)
+        for child in children:
+            known = next(expected, None)
+            if known is None:
+                raise Unsupported(child.path, f"is a {type(child.module).__name__}")
+            if known != child.name:
+                raise Unsupported(path, f"has {child.name!r} where {known!r} is expected")
         missing = next(expected, None)
         if missing is not None:
-            raise Unsupported(path, f"has no {missing[0]!r}")
+            raise Unsupported(path, f"has no {missing!r}")
         return children
 
-    def dropout(self, layer: nn.Module, last: Sequence[Child]) -> Dropout:
-        """The dropout of a layer, whose ``last`` parts may be one."""
-        if self.drop_rate is not None and layer.training:
-            return Dropout(float(getattr(layer, self.drop_rate)))
-        return found_in(last).dropout
+    def dropout(self, layer: nn.Module) -> Dropout:
+        """The dropout that a layer applies to its new maps."""
+        if self.drop_rate is None or not layer.training:
+            return NO_DROPOUT
+        return Dropout(float(getattr(layer, self.drop_rate)))
 
 
 BOTTLENECK = Structure(
@@ -164,69 +163,109 @@ TRANSITION = Structure(
 )
 
 
-UNIT_SIZE = 3
-"""Norm, activation, convolution."""
-
-
 def read_layer(
-    module: nn.Module, structure: Structure, path: str, channels: int, growth: int
+    layer: nn.Module,
+    path: str,
+    children: Sequence[Child],
+    channels: int,
+    growth: int,
+    dropout: Dropout,
+    form: Form = TENSOR,
 ) -> Layer:
-    """A dense layer that reads ``channels`` channels.
+    """A dense layer that runs its ``children`` one after the other on ``channels`` channels.
 
-    Where one of two units is not known, its parts are run again as they are. A second one is taken
-    to leave ``growth`` channels.
+    Norm, activation and perhaps convolution in a row are a unit; what is between units is run again
+    as it is, and taken to leave ``growth`` channels if it is the last. ``form`` says how it takes
+    the features.
 
     Raises:
-        Unsupported: if no unit is known.
+        Unsupported: if no unit is known, or they do not fit together.
     """
-    check_plain(module, path)
-    children = structure.children(module, path)
-    rest = len(children) - len(children) % UNIT_SIZE
-    groups = [children[i : i + UNIT_SIZE] for i in range(0, rest, UNIT_SIZE)]
-    dropout = structure.dropout(module, children[rest:])
-    units = [_unit_or_reason(group, path) for group in groups]
-    known = _known(units)
-    first, last = units[0], units[-1]
-    if isinstance(first, Unit) and first.norm.num_features != channels:
-        raise Misfit(path, f"expects {first.norm.num_features} channels and gets {channels}")
-    growth = last.leaves if isinstance(last, Unit) else growth
-    width = first.leaves if isinstance(first, Unit) else known[0].norm.num_features
-    parts = [
-        unit if isinstance(unit, Unit) else _opaque_part(module, path, group, reads)
-        for unit, group, reads in zip(units, groups, (channels, width), strict=False)
-    ]
-    return Layer.of(parts, channels, width, growth, dropout)
+    rows = _rows(children)
+    known = [row for row in rows if isinstance(row, Unit)]
+    if not known:
+        raise Unsupported(path, "has no batch norm with an activation after it")
+    if any(_changes_size(child) for child in children):
+        if len(known) == len(rows):
+            raise Misfit(path, "has a convolution that changes the size of the map")
+        raise Unsupported(path, "may be of any size inside")  # what is not known may undo it
+    parts = [row if isinstance(row, Unit) else _in_a_row(row) for row in rows]
+    return layer_of(layer, path, parts, channels, growth, dropout, form)
 
 
-def _unit_or_reason(children: Sequence[Child], path: str) -> Unit | Unsupported:
-    """What norm, activation and convolution are, or why it is not known."""
+def _rows(children: Sequence[Child]) -> list[Unit | list[Child]]:
+    """Units, and what is between them."""
+    rows: list[Unit | list[Child]] = []
+    i = 0
+    while i < len(children):
+        unit, size = _unit_of(children[i : i + 3])
+        if unit is not None:
+            rows.append(unit)
+        elif rows and isinstance(rows[-1], list):
+            rows[-1].append(children[i])
+        else:
+            rows.append([children[i]])
+        i += size
+    return rows
+
+
+def _unit_of(children: Sequence[Child]) -> tuple[Unit | None, int]:
+    """The unit with which three children begin, and how many it is made of; one if it is none."""
+    if len(children) < 2:
+        return None, 1
     try:
-        found = found_in(children)
-    except Unsupported as reason:
-        return reason
-    (norm,), (activation,), (conv,) = found.norms, found.activations, found.convs
-    if not keeps_size(conv):
-        return Misfit(path, "has a convolution that changes the size of the map")
-    return unit_of(norm, activation, conv)
+        norm = read_norm(children[0].module, children[0].path)
+        activation = read_activation(children[1].module, children[1].path)
+    except Unsupported:
+        return None, 1
+    if len(children) == 3:
+        try:
+            return unit_of(norm, activation, read_conv(children[2].module, children[2].path)), 3
+        except Unsupported:
+            pass
+    return unit_of(norm, activation), 2
 
 
-def _known(units: Sequence[Unit | Unsupported]) -> list[Unit]:
-    """Those that are known, at least one; raises why the others are not if none is."""
-    known = [unit for unit in units if isinstance(unit, Unit)]
-    reasons = [unit for unit in units if isinstance(unit, Unsupported)]
-    misfits = [reason for reason in reasons if isinstance(reason, Misfit)]
-    if misfits and len(misfits) == len(reasons):
-        raise misfits[0]
-    if not known:  # what is not known may be of any size inside
-        raise next(reason for reason in reasons if reason not in misfits)
-    return known
+def _changes_size(child: Child) -> bool:
+    """Whether a child is a convolution that leaves smaller or larger maps."""
+    try:
+        return not keeps_size(read_conv(child.module, child.path))
+    except Unsupported:
+        return False
 
 
-def _opaque_part(
-    layer: nn.Module, path: str, children: Sequence[Child], channels: int
-) -> OpaquePart:
-    chain = nn.Sequential(OrderedDict((child.name, child.module) for child in children))
-    return read_part(chain, path, (channels,), layer)
+def _in_a_row(children: Sequence[Child]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict((child.name, child.module) for child in children))
+
+
+def layer_of(
+    layer: nn.Module,
+    path: str,
+    parts: Sequence[Unit | nn.Module],
+    channels: int,
+    growth: int,
+    dropout: Dropout,
+    form: Form = TENSOR,
+) -> Layer:
+    """A layer of units, and of modules between them that are run again; otherwise as above.
+
+    Raises:
+        Unsupported: if a module cannot be run again, or the units do not fit together.
+    """
+    found: list[Unit | OpaquePart] = []
+    reads = channels
+    for part in parts:
+        if isinstance(part, Unit):
+            found.append(part)
+            # A convolution's result may be kept, so that what comes after it gets a copy.
+            reads, form = part.leaves, HANDED if part.spec.conv is None else COPIED
+        else:
+            found.append(read_part(part, path, (reads,), layer, form))
+    read = Layer.of(found, path, channels, growth, dropout)
+    buffers = [id(buffer) for part in read.opaque for buffer, _ in part.buffers]
+    if len(buffers) > len(set(buffers)):  # what one part leaves in them would be lost to the other
+        raise Unsupported(path, "has buffers that two of its parts share")
+    return read
 
 
 def stem_of(found: Found) -> tuple[_ConvNd, Unit]:

@@ -7,7 +7,7 @@ the last call is seen. Who asks catches :class:`Unsupported` and takes the naive
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -253,16 +253,34 @@ class Layer(NamedTuple):
     @classmethod
     def of(
         cls,
-        parts: Iterable[Unit | OpaquePart],
+        parts: Sequence[Unit | OpaquePart],
+        path: str,
         channels: int,
-        width: int,
         growth: int,
         dropout: Dropout = NO_DROPOUT,
     ) -> Layer:
-        """The layer of these parts; the numbers as in :class:`LayerSpec`."""
-        parts = tuple(parts)
+        """The layer of these parts, which is called ``path`` in a reason.
+
+        ``channels`` as in :class:`LayerSpec`. An opaque part is taken to leave what the unit after
+        it reads, or at the end ``growth`` channels.
+
+        Raises:
+            Misfit: if a unit reads another number of channels than there are.
+        """
+        widths: list[int] = []
+        reads = channels
+        for i, part in enumerate(parts):
+            after = parts[i + 1] if i + 1 < len(parts) else None
+            if isinstance(part, Unit):
+                expected = part.norm.num_features
+                if expected != reads:
+                    raise Misfit(path, f"expects {expected} channels and gets {reads}")
+                reads = part.leaves
+            else:
+                reads = after.norm.num_features if isinstance(after, Unit) else growth
+            widths.append(reads)
         specs = tuple([part.spec for part in parts])
-        return cls(LayerSpec(specs, channels, width, growth, *dropout), parts)
+        return cls(LayerSpec(specs, channels, tuple(widths), *dropout), tuple(parts))
 
     @property
     def units(self) -> list[Unit]:

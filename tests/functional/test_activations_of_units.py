@@ -43,8 +43,7 @@ def block_spec(names, training, recompute="bottleneck"):
         LayerSpec(
             parts=(unit(names[2 * i], POINTWISE), unit(names[2 * i + 1], PADDED)),
             channels=ENTERING + i * GROWTH,
-            width=WIDTH,
-            growth=GROWTH,
+            widths=(WIDTH, GROWTH),
             drop_rate=0.0,
         )
         for i in range(LAYERS)

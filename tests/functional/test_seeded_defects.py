@@ -90,10 +90,10 @@ def test_defect_is_found(recompute, bn_size, defect, monkeypatch):
 
 
 def let_buffers_learn_again(monkeypatch):
-    def own(module, tensors, args):
+    def own(module, tensors, args, **options):
         parameters = {name for name, _ in module.named_parameters()}
         kept = {name: t for name, t in tensors.items() if name in parameters}
-        return torch.func.functional_call(module, kept, args)
+        return torch.func.functional_call(module, kept, args, **options)
 
     monkeypatch.setattr(opaque_modules, "functional_call", own)
 

@@ -1,4 +1,4 @@
-"""Of a layer of two units of which one is not known, only that one runs again."""
+"""A layer is a chain of parts, of which only those that are not known run again."""
 
 import math
 
@@ -29,12 +29,34 @@ from support.layers import (
     every_second,
     group_norm,
     instance_norm,
+    lora,
     squeeze,
     weight_norm,
 )
 
-CHANGED = {"first": instance_norm, "second": squeeze, "both": group_norm}
-HALF_KNOWN = {name: CHANGES[name] for name in CHANGES if name not in ("group-norm", "lora")}
+CHANGED = {"first": instance_norm, "second": squeeze, "both": group_norm, "four": lora}
+each_place = pytest.mark.parametrize(
+    "change", [instance_norm, squeeze, lora], ids=["first", "second", "four"]
+)
+# Unknown parts, units, and norms with an activation.
+PARTS = {
+    "group-norm": "?",
+    "instance-norm": "?U",
+    "layer-norm": "?U",
+    "no-norm": "?U",
+    "squeeze-and-excitation": "UN?",
+    "lora": "N?N?",
+    "weight-norm": "N?U",
+    "weight-norm-by-hook": "UN?",
+    "spectral-norm": "UN?",
+    "spectral-norm-by-hook": "N?U",
+    "other-activation": "U?",
+    "reflecting": "UN?",
+    "hook": "?U",
+    "backward-hook": "UN?",
+    "dropout": "N?U",
+    "noise": "?U",
+}
 
 
 def pair(change, **options):
@@ -50,22 +72,16 @@ def read(block, x):
     return block.read_call(x).layers
 
 
-def opaque_places(layer):
-    return [i for i, part in enumerate(layer.parts) if part in layer.opaque]
+def kinds(layer):
+    return "".join(
+        "?" if part in layer.opaque else "U" if part.spec.conv else "N" for part in layer.parts
+    )
 
 
-@pytest.mark.parametrize("change", HALF_KNOWN.values(), ids=HALF_KNOWN)
-def test_known_half_is_a_unit(change):
-    block, _ = pair(each(change))
-    for layer in read(block, image()):
-        assert len(layer.parts) == 2
-        assert len(layer.units) == 1
-
-
-@pytest.mark.parametrize("name", ["group-norm", "lora"])
-def test_layer_of_which_neither_half_is_known_is_one_part(name):
+@pytest.mark.parametrize("name", CHANGES)
+def test_norms_with_an_activation_are_units(name):
     block, _ = pair(each(CHANGES[name]))
-    assert [len(layer.parts) for layer in read(block, image())] == [1] * 3
+    assert [kinds(layer) for layer in read(block, image())] == [PARTS[name]] * 3
 
 
 def test_hooks_on_a_layer_make_all_of_it_run_again():
@@ -73,8 +89,7 @@ def test_hooks_on_a_layer_make_all_of_it_run_again():
     block["denselayer2"].register_forward_hook(lambda module, args, out: out * 1)
     block["denselayer3"].conv1.register_forward_hook(lambda module, args, out: out * 1)
     layers = read(block, image())
-    assert [opaque_places(layer) for layer in layers] == [[], [0], [0]]
-    assert [len(layer.parts) for layer in layers] == [2, 1, 2]
+    assert [kinds(layer) for layer in layers] == ["UU", "?", "N?U"]
 
 
 @pytest.mark.parametrize("spread", [each, every_second], ids=["all", "second"])
@@ -96,7 +111,7 @@ NORMS_EVALUATE = {
 
 @pytest.mark.parametrize("evaluate", NORMS_EVALUATE.values(), ids=NORMS_EVALUATE)
 @pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("change", [instance_norm, squeeze], ids=["first", "second"])
+@each_place
 def test_norms_that_evaluate_train_as_naive(change, recompute, evaluate):
     efficient, naive = pair(each(change), recompute=recompute)
     for block in (efficient, naive):
@@ -106,12 +121,12 @@ def test_norms_that_evaluate_train_as_naive(change, recompute, evaluate):
 
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("frozen", ["norm1", "conv1", "norm2", "conv2", "denselayer1", ""])
-@pytest.mark.parametrize("change", [weight_norm, squeeze], ids=["first", "second"])
-def test_frozen_halves_get_no_gradient(change, frozen, recompute):
+@pytest.mark.parametrize("change", [weight_norm, squeeze, lora], ids=["first", "second", "four"])
+def test_frozen_parts_get_no_gradient(change, frozen, recompute):
     efficient, naive = pair(each(change), recompute=recompute)
     for block in (efficient, naive):
         for name, parameter in block.named_parameters():
-            parameter.requires_grad_(frozen not in name)
+            parameter.requires_grad_(parameter.requires_grad and frozen not in name)
     got, expected = (training_results(block, image_of(0)) for block in (efficient, naive))
     assert_all_close(got, expected, 1e-8)
 
@@ -122,7 +137,7 @@ def image_of(seed):
 
 
 @pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("change", [instance_norm, squeeze], ids=["first", "second"])
+@each_place
 def test_dropout_at_end_drops_the_same_again(change, recompute):
     efficient, naive = pair(each(change), drop_rate=0.4, recompute=recompute)
     x = image().requires_grad_()
@@ -171,10 +186,11 @@ def test_half_sees_memory_format_that_it_sees_in_naive_block(change, layout):
 
 
 @pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("change", [instance_norm, squeeze], ids=["first", "second"])
+@each_place
 def test_autocast_is_as_close_to_float64_as_naive(change, recompute):
     efficient, naive = pair(each(change), recompute=recompute)
     truth = training_results(naive, image_of(2).requires_grad_())
+    truth = {name: value for name, value in truth.items() if value is not None}
     efficient.float(), naive.float()
     x = image_of(2).float()
     assert_efficient(efficient, x)
@@ -198,6 +214,7 @@ def training_results_of(block, x, out):
     upstream = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out)
     out.backward(upstream)
     grads = {f"gradient of {name}": p.grad for name, p in block.named_parameters()}
+    grads = {name: grad for name, grad in grads.items() if grad is not None}
     return {"output": out.detach(), "gradient of the input": x.grad} | grads
 
 
@@ -221,7 +238,7 @@ def test_half_may_leave_what_autocast_did_not_narrow():
     with torch.autocast("cpu", torch.bfloat16):
         assert_efficient(efficient, x)
         assert_close("output", efficient(x).detach(), naive(x).detach(), 2**-7)
-    assert [opaque_places(layer) for layer in read(efficient, x)] == [[0]] * 3
+    assert [kinds(layer) for layer in read(efficient, x)] == ["N?U"] * 3
 
 
 class Narrowing(nn.Conv2d):
@@ -263,7 +280,7 @@ class NewFirst(nn.Module):
 
 
 @pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("change", [instance_norm, squeeze], ids=["first", "second"])
+@each_place
 def test_new_maps_first(change, recompute):
     efficient, naive = (NewFirst(block.values(), 3) for block in pair(each(change)))
     naive.naive, efficient.recompute = True, recompute
@@ -271,9 +288,9 @@ def test_new_maps_first(change, recompute):
 
 
 @pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("change", [instance_norm, squeeze], ids=["first", "second"])
-def test_known_half_is_not_called(change, recompute, monkeypatch):
-    """And runs again only where its map is not kept."""
+@each_place
+def test_known_parts_are_not_called(change, recompute, monkeypatch):
+    """And run again only where their maps are not kept."""
     efficient, _ = pair(each(change), recompute=recompute)
     kernels, convolve = [], nn.functional.conv2d
     units, run = [], UnitRunner.forward
@@ -285,14 +302,17 @@ def test_known_half_is_not_called(change, recompute, monkeypatch):
     monkeypatch.setattr(nn.functional, "conv2d", counting)
     monkeypatch.setattr(UnitRunner, "forward", lambda *args: units.append(1) or run(*args))
     efficient(image().requires_grad_()).sum().backward()
-    assert kernels == [1 if change is instance_norm else 3] * 6
-    runs_again = change is squeeze and recompute == "bottleneck"
-    assert len(units) == (6 if runs_again else 3)
+    convolved = {instance_norm: [1], squeeze: [3], lora: [1, 1, 1, 3, 3, 1]}[change]
+    assert sorted(kernels) == sorted(convolved * 6)
+    forward, again = {instance_norm: (1, 0), squeeze: (2, 2), lora: (2, 2)}[change]
+    if change is squeeze and recompute == "norm":
+        again = 1  # the norm before the convolution that is not known
+    assert len(units) == 3 * (forward + again)
 
 
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("name", ["instance-norm", "squeeze-and-excitation"])
+@pytest.mark.parametrize("name", ["instance-norm", "squeeze-and-excitation", "lora"])
 def test_deep_block_keeps_no_more_and_peaks_near_one_layer(name, dims, recompute):
     layers, c0, growth = 24, 24, 12
 
@@ -309,7 +329,7 @@ def test_deep_block_keeps_no_more_and_peaks_near_one_layer(name, dims, recompute
     report = estimate(efficient, (4, c0, *size))
     maps = 4 * 4 * math.prod(size)
     features = maps * (c0 + layers * growth)
-    keeps = recompute == "norm" and name != "instance-norm"
+    keeps = recompute == "norm" and name == "squeeze-and-excitation"
     bottlenecks = maps * 4 * growth * layers if keeps else 0
     assert report.kept <= 1.05 * features + bottlenecks
     one = estimate(layer, torch.empty(4, c0 + 23 * growth, *size).requires_grad_())
@@ -329,18 +349,19 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("evaluates", [False, True], ids=["train", "eval"])
-@pytest.mark.parametrize("place", ["relu1", "relu2"])
-def test_half_that_computes_something_else_again_is_refused(place, evaluates):
+@pytest.mark.parametrize("place", ["relu1", "conv1", "relu2", "conv2"])
+def test_part_that_computes_something_else_again_is_refused(place, evaluates):
     efficient, _ = block_pair()
-    setattr(efficient["denselayer2"], place, Counting())
+    layer = efficient["denselayer2"]
+    setattr(layer, place, nn.Sequential(getattr(layer, place), Counting()))
     efficient.train(not evaluates)
     out = efficient(image())
     with pytest.raises(RuntimeError, match="denselayer2 computes something else when it is run"):
         out.sum().backward()
 
 
-@pytest.mark.parametrize("place", ["relu1", "relu2"])
-def test_map_of_a_half_that_escapes_takes_naive_path(place):
+@pytest.mark.parametrize("place", ["relu1", "conv1", "relu2", "conv2"])
+def test_map_of_a_part_that_escapes_takes_naive_path(place):
     efficient, naive = block_pair()
     kept = []
     for block in (efficient, naive):
@@ -411,5 +432,5 @@ def test_own_layers_of_which_half_is_known(place, dims, monkeypatch):
     recomputed.load_state_dict(plain.state_dict())
     plain.naive = True
     assert_same_training(recomputed, plain, image(dims=dims), steps=3, rtol=1e-8)
-    places = [opaque_places(layer) for layer in calls[0].layers]
-    assert places == [[0 if place == "first" else 1]] * 3
+    parts = [kinds(layer) for layer in calls[0].layers]
+    assert parts == ["?U" if place == "first" else "UN?"] * 3

@@ -110,19 +110,20 @@ def test_block_keeps_only_features(makers, count):
     assert count(plain, x) > 2 * features
 
 
-def test_layers_of_units_are_known(monkeypatch):
+def test_units_of_layers_are_known(monkeypatch):
     calls = []
     run = BlockCall.run
     monkeypatch.setattr(BlockCall, "run", lambda self: calls.append(self) or run(self))
     pair(ROWS["mixed"])[0](torch.randn(2, 5, 6, 6, dtype=torch.float64))
-    assert [bool(layer.units) for layer in calls[0].layers] == [
-        True,
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
+    units = [len(layer.units) for layer in calls[0].layers]
+    assert dict(zip((maker.__name__ for maker in ROWS["mixed"]), units, strict=True)) == {
+        "units": 1,
+        "group": 0,
+        "bottleneck": 2,
+        "post": 1,
+        "dropping": 0,
+        "excited": 0,
+    }
 
 
 def test_functions_without_parameters_are_layers():

@@ -19,6 +19,7 @@ from support.compare import (
     randomise_,
     training_results,
 )
+from support.layers import each, every_second, lora
 from support.marks import both_kinds, either_mode
 from support.precision import assert_training_as_precise
 
@@ -49,6 +50,22 @@ def test_training_step_matches_naive_block(recompute, bn_size, layout):
     x = image(dtype=torch.float32)
     assert_efficient(efficient, x)
     assert_same_training(efficient, naive, x.to(memory_format=layout), rtol=2e-4, steps=2)
+
+
+@either_mode
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("spread", [each, every_second], ids=["all", "second"])
+def test_chain_of_known_and_other_parts_matches_naive_block(spread, dims, recompute):
+    """Of norms with an activation alone the kernels make, and read, whole maps."""
+
+    def alike(block):
+        torch.manual_seed(7)
+        spread(lora)(block)
+
+    efficient, naive = block_pair(dims=dims, recompute=recompute, dtype=torch.float32, change=alike)
+    x = image(dims=dims, dtype=torch.float32)
+    assert_efficient(efficient, x)
+    assert_same_training(efficient, naive, x, rtol=2e-4)
 
 
 @pytest.mark.parametrize("dims", [1, 3])

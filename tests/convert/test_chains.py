@@ -1,4 +1,4 @@
-"""In a converted block only the half of a layer that is not known runs again."""
+"""In a converted block only those parts of a layer run again that are not known."""
 
 import pytest
 import torch
@@ -7,22 +7,27 @@ from torch.nn import functional as F
 
 from efficient_densenet import convert_
 from efficient_densenet.modules.naive import BottleneckLayer, DenseBlock
-from support.compare import assert_same_training, image, randomise_
-from support.layers import CHANGES, each, instance_norm, squeeze
+from support.compare import assert_close, assert_same_training, image, randomise_
+from support.layers import CHANGES, LoRA, each, instance_norm, lora, squeeze
 
-OPAQUE, UNIT = "OpaquePart", "Unit"
-WHOLE = ("group-norm", "lora", "no-norm")  # the last one overwrites what it reads
-HALVES = {
-    "instance-norm": (OPAQUE, UNIT),
-    "layer-norm": (OPAQUE, UNIT),
-    "weight-norm": (OPAQUE, UNIT),
-    "spectral-norm-by-hook": (OPAQUE, UNIT),
-    "hook": (OPAQUE, UNIT),
-    "squeeze-and-excitation": (UNIT, OPAQUE),
-    "spectral-norm": (UNIT, OPAQUE),
-    "other-activation": (UNIT, OPAQUE),
-    "backward-hook": (UNIT, OPAQUE),
-} | {name: (OPAQUE,) for name in WHOLE}
+# Unknown parts, units, and norms with an activation.
+PARTS = {
+    "group-norm": "?",
+    "instance-norm": "?U",
+    "layer-norm": "?U",
+    "no-norm": "?",  # overwrites what it reads
+    "squeeze-and-excitation": "UN?",
+    "lora": "N?N?",
+    "weight-norm": "N?U",
+    "spectral-norm": "UN?",
+    "spectral-norm-by-hook": "N?U",
+    "other-activation": "U?",
+    "hook": "?U",
+    "backward-hook": "UN?",
+}
+each_place = pytest.mark.parametrize(
+    "change", [instance_norm, squeeze, lora], ids=["first", "second", "four"]
+)
 
 
 class Layer(BottleneckLayer):
@@ -56,20 +61,24 @@ def pair(change, kind=Layer, dims=2):
 
 def kinds(model, x):
     layers = model[0].read_call(x).layers
-    (found,) = {tuple(type(part).__name__ for part in layer.parts) for layer in layers}
+    (found,) = {"".join(kind(layer, part) for part in layer.parts) for layer in layers}
     return found
 
 
+def kind(layer, part):
+    return "?" if part in layer.opaque else "U" if part.spec.conv else "N"
+
+
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize(("name", "expected"), HALVES.items(), ids=HALVES)
-def test_half_that_is_known_is_a_unit(name, expected, dims):
+@pytest.mark.parametrize(("name", "expected"), PARTS.items(), ids=PARTS)
+def test_norms_with_an_activation_are_units(name, expected, dims):
     converted, naive = pair(CHANGES[name], dims=dims)
     assert kinds(converted, image(dims=dims)) == expected
     assert_same_training(converted, naive, image(dims=dims), steps=3, rtol=1e-8)
 
 
 class Scaling(Layer):
-    """Computes something between its halves."""
+    """Computes something between its parts."""
 
     def forward(self, maps):
         z = self.conv1(self.relu1(self.norm1(torch.cat(maps, 1))))
@@ -77,7 +86,7 @@ class Scaling(Layer):
 
 
 class Functional(Layer):
-    """One of the unknown half's steps is no module's."""
+    """A step that is not known is no module's."""
 
     def forward(self, maps):
         z = self.conv1(self.relu1(self.norm1(torch.cat(maps, 1))))
@@ -103,7 +112,7 @@ class Remembering(Layer):
 
 
 class Twice(Layer):
-    """One module runs in both halves."""
+    """One module runs twice."""
 
     def forward(self, maps):
         z = self.conv1(self.relu1(self.norm1(torch.cat(maps, 1))))
@@ -111,10 +120,10 @@ class Twice(Layer):
 
 
 @pytest.mark.parametrize("kind", [Scaling, Functional, Skipping])
-@pytest.mark.parametrize("change", [instance_norm, squeeze], ids=["first", "second"])
+@each_place
 def test_layer_that_does_more_runs_again_as_a_whole(kind, change):
     converted, naive = pair(change, kind)
-    assert kinds(converted, image()) == (OPAQUE,)
+    assert kinds(converted, image()) == "?"
     assert_same_training(converted, naive, image(), steps=2, rtol=1e-8)
 
 
@@ -125,10 +134,10 @@ def test_layer_that_leaves_a_trace_stays_naive(kind):
     assert not hasattr(converted[0], "read_call")
 
 
-@pytest.mark.parametrize("change", [instance_norm, squeeze], ids=["first", "second"])
-def test_module_of_both_halves(change):
+@each_place
+def test_module_of_two_parts(change):
     converted, naive = pair(change, Twice)
-    assert len(kinds(converted, image())) == 2
+    assert kinds(converted, image()) == {instance_norm: "?U", squeeze: "UN?", lora: "N?N?"}[change]
     assert_same_training(converted, naive, image(), steps=2, rtol=1e-8)
 
 
@@ -137,14 +146,61 @@ def test_hook_on_layer_is_called():
     for model in (converted, naive):
         for layer in model[0].values():
             layer.register_forward_hook(lambda module, args, out: out * 2)
-    assert kinds(converted, image()) == (OPAQUE,)
+    assert kinds(converted, image()) == "?"
     assert_same_training(converted, naive, image(), steps=2, rtol=1e-8)
 
 
-@pytest.mark.parametrize("change", [instance_norm, squeeze], ids=["first", "second"])
+@each_place
 def test_modes_that_change_are_followed(change):
     converted, naive = pair(change)
     for evaluates in ("norm1", "norm2"):
         for model in (converted, naive):
             each(lambda layer, name=evaluates: getattr(layer, name).eval())(model[0])
         assert_same_training(converted, naive, image(), steps=2, rtol=1e-8)
+
+
+class Free(Layer):
+    """Its units stand where they like, with functions and dropout among them."""
+
+    def forward(self, maps):
+        z = self.conv1(F.silu(self.norm1(torch.cat(maps, 1))))
+        z = self.mix(F.relu(self.norm2(z)))
+        z = F.dropout(self.conv2(F.elu(self.norm3(z))), 0.0, self.training)
+        return F.relu(self.norm4(z))
+
+
+def free(layer):
+    width, growth = layer.conv2.in_channels, layer.conv2.out_channels
+    layer.mix = LoRA(nn.Conv2d(width, width, 1))
+    layer.norm3, layer.norm4 = nn.BatchNorm2d(width), nn.BatchNorm2d(growth)
+    layer.conv2 = LoRA(layer.conv2)
+
+
+def test_units_anywhere_between_calls():
+    converted, naive = pair(free, Free)
+    assert kinds(converted, image()) == "UN?N?N"
+    assert_same_training(converted, naive, image(), steps=3, rtol=1e-8)
+
+
+def three(layer):
+    width = layer.conv2.in_channels
+    layer.norm3, layer.mix = nn.BatchNorm2d(width), nn.Conv2d(width, width, 1)
+
+
+class Three(Layer):
+    def forward(self, maps):
+        z = self.conv1(F.relu(self.norm1(torch.cat(maps, 1))))
+        z = self.mix(F.relu(self.norm3(z)))
+        return self.conv2(F.relu(self.norm2(z)))
+
+
+def test_three_units():
+    converted, naive = pair(three, Three)
+    assert kinds(converted, image()) == "UUU"
+    assert_same_training(converted, naive, image(), steps=3, rtol=1e-8)
+    for model in (converted, naive):
+        model.eval()
+    assert_same_training(converted, naive, image(), steps=1, rtol=1e-8)
+    x = image()
+    with torch.no_grad():
+        assert_close("without gradients", converted(x), naive(x), 1e-9)
