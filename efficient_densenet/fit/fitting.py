@@ -16,6 +16,7 @@ from efficient_densenet.memory.batch import Tree, arguments_of
 from efficient_densenet.memory.devices import DEVICES, check_device, room_within
 from efficient_densenet.memory.optimizers import MakeOptimizer
 from efficient_densenet.memory.running import Loss, check_step
+from efficient_densenet.memory.sharding import has_shards
 from efficient_densenet.memory.sizes import format_size
 
 CORRECTIONS = 8
@@ -109,6 +110,7 @@ def fit_(
     within = composition.units_within(room)
     if times is None:
         here = {parameter.device.type for parameter in model.parameters()} == {kind}
+        here = here and not has_shards(model)
         clock = "measured" if here else "modelled"
         if here:
             times = measured(within, model, autocast_dtype)

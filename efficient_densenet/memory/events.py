@@ -28,7 +28,8 @@ class Peak:
 
     ``parameters``, ``buffers``, ``inputs`` (targets included) and ``optimizer`` (its state) live
     before the step and after it. ``gradients`` are those of parameters and inputs; ``activations``
-    were still alive when the forward pass ended; ``transient`` is all else.
+    were still alive when the forward pass ended; ``transient`` is all else. ``buckets`` are those
+    in which ``DistributedDataParallel`` exchanges gradients; they live all the time, too.
     """
 
     parameters: int
@@ -40,6 +41,7 @@ class Peak:
     transient: int
     operator: str
     phase: str
+    buckets: int = 0
 
     @property
     def step(self) -> int:
@@ -49,7 +51,8 @@ class Peak:
     @property
     def total(self) -> int:
         """All bytes: the step's, and those that live before it."""
-        return self.parameters + self.buffers + self.inputs + self.optimizer + self.step
+        before = self.parameters + self.buffers + self.inputs + self.optimizer + self.buckets
+        return before + self.step
 
 
 def live_bytes(events: Sequence[Event]) -> list[int]:
@@ -69,7 +72,8 @@ def find_peak(events: Sequence[Event], gradients: Collection[int], static: dict[
     Args:
         events: of one step, in order.
         gradients: numbers of the storages that are gradients.
-        static: bytes of ``parameters``, ``buffers``, ``inputs`` and ``optimizer``.
+        static: bytes of ``parameters``, ``buffers``, ``inputs``, ``optimizer`` and, if there are
+            any, ``buckets``.
     """
     running = live_bytes(events)
     top = max(range(len(running)), key=running.__getitem__)

@@ -7,9 +7,16 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from efficient_densenet.memory.replicas import replace_wrappers
+from efficient_densenet.memory.sharding import replace_sharded
+
 
 def copy_hollow(model: nn.Module, device: torch.device) -> nn.Module:
-    """Deep copy of ``model`` whose tensors are uninitialised, on ``device``."""
+    """Deep copy of ``model`` whose tensors are uninitialised, on ``device``.
+
+    Of a model in ``DistributedDataParallel`` or after ``fully_shard`` one that needs no other
+    process.
+    """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = hollow_parameter(parameter, device)
@@ -17,6 +24,8 @@ def copy_hollow(model: nn.Module, device: torch.device) -> nn.Module:
     for value in (*model.buffers(), *plain):
         if isinstance(value, Tensor):
             memo.setdefault(id(value), empty_like(value, device))
+    replace_wrappers(model, memo)
+    replace_sharded(model, memo)
     return copy.deepcopy(model, memo)
 
 

@@ -136,6 +136,8 @@ class StepReport:
             ("peak", peak.total, f"in {peak.phase}, at {peak.operator}"),
             ("kept after forward", self.kept, ""),
         ]
+        if peak.buckets:
+            parts.insert(4, ("buckets", peak.buckets, "in which DDP exchanges gradients"))
         if self.allocated is not None:
             parts.append(("allocator's peak", self.allocated, ""))
         rows = [(name, f"{size / MIB:,.1f}", note) for name, size, note in parts]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from efficient_densenet.memory.batch import Batch, Tree, tensors_in
@@ -24,7 +22,10 @@ from efficient_densenet.memory.optimizers import (
     state_of,
 )
 from efficient_densenet.memory.profiler import AllocatorRecord
+from efficient_densenet.memory.replicas import allot_buckets, why_wrapper_unknown
 from efficient_densenet.memory.report import StepReport
+from efficient_densenet.memory.sharding import why_shards_unknown
+from efficient_densenet.memory.shards import run_sharded
 
 Loss = Callable[..., Tensor]
 Phase = Callable[[str], AbstractContextManager[object]]
@@ -41,6 +42,7 @@ class RunningStep:
         accumulate: whether gradients are there before the step, to which it adds.
 
     Attributes:
+        parameters: what this process holds of the model's: all of them, or its shards.
         optimizer: whose step ends this one, ``None`` for none.
     """
 
@@ -53,6 +55,8 @@ class RunningStep:
         accumulate: bool = False,
     ) -> None:
         self.model = model
+        self.parameters = run_sharded(model) or list(model.parameters())
+        self._buckets = allot_buckets(model)
         self._accumulate = accumulate
         self.optimizer: Optimizer | None = None
         self._batch, self._autocast_dtype = batch, autocast_dtype
@@ -71,7 +75,7 @@ class RunningStep:
         self.clear()
         with phase("forward"):
             if self._accumulate:
-                for parameter in self.model.parameters():
+                for parameter in self.parameters:
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
             results = self._forward()
@@ -90,7 +94,7 @@ class RunningStep:
         Returns the bytes at its peak, or ``None`` if it ran out of memory. On a GPU that is where
         the caching allocator would have to reserve more; what else lives there does not count.
         """
-        resident = [*self.model.parameters(), *self.model.buffers(), *self._inputs]
+        resident = [*self.parameters, *self.model.buffers(), *self._inputs, self._buckets]
         others = 0
         if self.device.type == "cuda":
             gc.collect()
@@ -101,7 +105,7 @@ class RunningStep:
             with enforce(limit + others, self.device, resident) as budget:
                 self._budget = budget
                 if make_optimizer is not None:
-                    self.optimizer = build_optimizer(make_optimizer, self.model.parameters())
+                    self.optimizer = build_optimizer(make_optimizer, self.parameters)
                     create_state(self.optimizer)
                 self.run()
         except torch.OutOfMemoryError:
@@ -112,7 +116,7 @@ class RunningStep:
 
     def clear(self) -> None:
         """Drop all gradients."""
-        for tensor in self._leaves():
+        for tensor in (*self._leaves(), *self.model.parameters()):
             tensor.grad = None
 
     def report(
@@ -144,7 +148,7 @@ class RunningStep:
         )
 
     def _leaves(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self._inputs]
+        return [*self.parameters, *self._inputs]
 
     def _forward(self) -> list[Tensor]:
         """What the backward pass starts from: the loss, or the output's tensors."""
@@ -172,10 +176,11 @@ class RunningStep:
 
     def _static(self, device: str, granularity: int) -> dict[str, int]:
         groups: dict[str, Iterable[Tensor]] = {
-            "parameters": self.model.parameters(),
+            "parameters": self.parameters,
             "buffers": self.model.buffers(),
             "inputs": (*self._inputs, *tensors_in(self._target)),
             "optimizer": state_of(self.optimizer, device) if self.optimizer else (),
+            "buckets": (self._buckets,),
         }
         return {name: count_bytes(tensors, granularity) for name, tensors in groups.items()}
 
@@ -184,15 +189,16 @@ def check_step(model: nn.Module, loss_fn: Loss | None, autocast_dtype: torch.dty
     """Raise ``TypeError`` unless these can make a step; the message names the one and quotes it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {_described(model)}")
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+    wrapper, shards = why_wrapper_unknown(model), why_shards_unknown(model)
+    if wrapper is not None:
         raise TypeError(
-            "model must be the module that a DistributedDataParallel wraps, got the wrapper, which "
-            "holds every gradient once more"
+            "model must be in a DistributedDataParallel of which it is known what it allocates, "
+            f"got one with {wrapper}"
         )
-    if any(map(_is_sharded, model.parameters())):
+    if shards is not None:
         raise TypeError(
-            "model must be whole, got one whose parameters are shards: give it as it was before "
-            "fully_shard"
+            f"model must have shards of which it is known what they take, got {shards}: give it as "
+            "it was before fully_shard"
         )
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of output and target, got {loss_fn!r}")
@@ -200,12 +206,6 @@ def check_step(model: nn.Module, loss_fn: Loss | None, autocast_dtype: torch.dty
         raise TypeError(
             f"autocast_dtype must be torch.bfloat16 or torch.float16, got {autocast_dtype!r}"
         )
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    # Where nobody has imported the module, which takes seconds, there is no such tensor.
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(parameter, tensors.DTensor)
 
 
 def _cross_entropy(output: Tree, target: Tree) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from efficient_densenet.kernels.layout import is_channels_last, is_hollow, outer_format
 
@@ -44,9 +45,9 @@ _LOSSES_IN_FULL = {
 
 
 class Operators:
-    """Runs operators; for ``meta`` tensors of shapes seen before, makes the result from the cache.
+    """Runs operators; for hollow tensors of shapes seen before, makes the result from the cache.
 
-    Shape, strides and type are those that the operator returned the first time.
+    Shape, strides, type and device are those that the operator returned the first time.
     """
 
     def __init__(self) -> None:
@@ -70,15 +71,31 @@ class Operators:
         return result, form is not None
 
 
-class _Form(NamedTuple):
-    """The kind of a result, and the shapes, strides and types of its tensors."""
+class _Part(NamedTuple):
+    """The form of one tensor: on ``meta``, or a fake one of a ``mode`` that says ``device``."""
 
-    kind: type
-    parts: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    mode: FakeTensorMode | None
+
+    def make(self) -> Tensor:
+        # Not by the mode, which takes many times as long.
+        with torch._C._DisableTorchDispatch():
+            made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        return made if self.mode is None else FakeTensor(self.mode, made, self.device)
+
+
+class _Form(NamedTuple):
+    """The kind of a result, ``None`` for a tensor, and the form of its tensors."""
+
+    kind: type | None
+    parts: list[_Part | None]
 
     def make(self) -> Result:
-        made = [None if part is None else _empty(*part) for part in self.parts]
-        return made[0] if self.kind is Tensor else self.kind(made)
+        made = [None if part is None else part.make() for part in self.parts]
+        return made[0] if self.kind is None else self.kind(made)
 
 
 def tensors_of(values: Iterable[object]) -> Iterator[Tensor]:
@@ -110,28 +127,30 @@ def _described(value: object) -> object:
 
 
 def _form(result: Result, args: Arguments, kwargs: Keywords) -> _Form | None:
-    """The form of ``result`` if all its tensors are on ``meta`` and fill their own storages."""
+    """The form of ``result`` if all its tensors are hollow and fill their own storages."""
     tensors = [result] if isinstance(result, Tensor) else result
     if not isinstance(tensors, (list, tuple)):
         return None
-    if any(t is not None and not (type(t) is Tensor and t.is_meta) for t in tensors):
-        return None
     older = {_storage(tensor) for tensor in tensors_of((args, tuple(kwargs.values())))}
-    parts: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None] = []
+    parts: list[_Part | None] = []
     for tensor in tensors:
-        if tensor is None:
-            parts.append(None)
-            continue
-        part = (tensor.shape, tensor.stride(), tensor.dtype)
-        filled = _empty(*part).untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
-        if not filled or _storage(tensor) in older:
+        part = None if tensor is None else _part(tensor)
+        if tensor is not None and (part is None or _storage(tensor) in older):
             return None
         parts.append(part)
-    return _Form(type(result), parts)
+    return _Form(None if isinstance(result, Tensor) else type(result), parts)
 
 
-def _empty(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+def _part(tensor: object) -> _Part | None:
+    """The form of a tensor that has no value and fills its storage."""
+    mode = None
+    if type(tensor) is FakeTensor and tensor.constant is None:
+        mode = tensor.fake_mode
+    elif type(tensor) is not Tensor or not tensor.is_meta:
+        return None
+    part = _Part(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, mode)
+    filled = part.make().untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
+    return part if filled else None
 
 
 def _storage(tensor: Tensor) -> int:

@@ -19,8 +19,10 @@ from efficient_densenet.memory.meter import LiveMeter
 from efficient_densenet.memory.optimizers import MakeOptimizer, Update, build_optimizer
 from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.memory.profiler import phase as allocator_phase
+from efficient_densenet.memory.replicas import steps_to_settle
 from efficient_densenet.memory.report import StepReport
 from efficient_densenet.memory.running import Loss, RunningStep, check_step, uncollected
+from efficient_densenet.memory.sharding import has_shards
 
 
 def measure(
@@ -34,7 +36,8 @@ def measure(
 ) -> StepReport:
     """Run training steps on a copy of ``model`` and read the allocator: the truth on this machine.
 
-    A warm-up step comes first, then a timed one, then the one whose memory is read. On a CPU the
+    A warm-up step comes first (in ``DistributedDataParallel`` two or three, and each process must
+    measure), then a timed one, then the one whose memory is read. On a CPU the
     account is that of ``torch.profiler``'s allocator events, oneDNN's buffers included; on CUDA the
     caching allocator's, and ``allocated`` and ``requested`` are set.
 
@@ -60,9 +63,10 @@ def measure(
     """
     step = _real_step(model, inputs, target, loss_fn, autocast_dtype, accumulate)
     if make_optimizer is not None:
-        step.optimizer = build_optimizer(make_optimizer, step.model.parameters())
+        step.optimizer = build_optimizer(make_optimizer, step.parameters)
     with _forked_rng(step.device):
-        step.run()
+        for _ in range(steps_to_settle(step.model)):
+            step.run()
         seconds = _timed(step)
         record, allocated, requested = _recorded(step)
     return step.report(
@@ -92,7 +96,7 @@ def meter(
     step = _real_step(model, inputs, target, loss_fn, autocast_dtype, accumulate)
 
     def update(make_optimizer: MakeOptimizer) -> Update:
-        return Update(build_optimizer(make_optimizer, step.model.parameters()))
+        return Update(build_optimizer(make_optimizer, step.parameters))
 
     with _forked_rng(step.device):
         return _metered(step, step.device.type, nullcontext(), make_optimizer, update)
@@ -136,7 +140,7 @@ def estimate(
             step = RunningStep(hollow, batch, loss_fn, autocast_dtype, accumulate)
 
         def update(make_optimizer: MakeOptimizer) -> Update:
-            return Update.on_shapes(make_optimizer, step.model.parameters(), kind)
+            return Update.on_shapes(make_optimizer, step.parameters, kind)
 
         return _metered(step, kind, world, make_optimizer, update)
 
@@ -192,6 +196,11 @@ def _real_step(
     accumulate: bool,
 ) -> RunningStep:
     check_step(model, loss_fn, autocast_dtype)
+    if has_shards(model):
+        raise TypeError(
+            "model must be one of which a copy can run, got one after fully_shard, which only "
+            "estimate takes"
+        )
     own = [*model.parameters(), *model.buffers()]
     given = tensors_in((inputs, target))
     device = next((tensor.device for tensor in (*own, *given)), torch.device("cpu"))

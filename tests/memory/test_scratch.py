@@ -90,6 +90,26 @@ def test_scratch_of_backward_convolution(sizes, last, threads) -> None:
     assert 0.98 * seen - 1024 - sums <= cpu_scratch(func, args, result) <= 2.2 * seen + 1024
 
 
+@pytest.mark.parametrize("wanted", [True, False], ids=["all", "vectors"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layouts", ["same", "same, last", "different", "part of a map"])
+@pytest.mark.parametrize("shape", [(4, 32, 16, 16), (4, 32, 64), (2, 32, 4, 8, 8)], ids=str)
+def test_scratch_of_backward_batch_norm(shape, layouts, training, wanted) -> None:
+    x, grad, vector = torch.randn(shape), torch.randn(shape), torch.ones(shape[1])
+    if "same" not in layouts or "last" in layouts:
+        if len(shape) not in CHANNELS_LAST:
+            pytest.skip("there is no such format")
+        last = CHANNELS_LAST[len(shape)]
+        x = x.contiguous(memory_format=last)
+        grad = grad if layouts == "different" else grad.contiguous(memory_format=last)
+    if layouts == "part of a map":
+        x, grad, vector = x[:, :16], grad[:, :16], vector[:16]
+    args = (grad, x, *[vector] * 5, training, 1e-5, [wanted, True, True])
+    func = aten.native_batch_norm_backward.default
+    seen, result = inside(lambda: func(*args))
+    assert cpu_scratch(func, args, result) == pytest.approx(seen, abs=20 * len(vector))
+
+
 MAPS = torch.randn(4, 16, 8, 8).contiguous(memory_format=torch.channels_last)
 SHORT, OTHER = MAPS.bfloat16(), torch.empty_like(MAPS, dtype=torch.bfloat16)
 VECTOR = torch.randn(1, 16, 1, 1)

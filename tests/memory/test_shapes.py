@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from efficient_densenet.memory.shapes import Operators, tensors_of
 
@@ -48,6 +50,24 @@ def test_repeated_call_returns_equal_tensors_in_new_storage(func, args) -> None:
     first, again = (operators.run(func, args, {})[0] for _ in range(2))
     assert form(again) == form(first) == form(expected)
     assert not storages(first) & storages(again)
+
+
+@pytest.mark.parametrize(("func", "args"), CALLS.values(), ids=CALLS)
+def test_repeated_call_on_fake_tensors_returns_fake_ones_on_same_device(func, args) -> None:
+    operators = Operators()
+    with FakeTensorMode() as mode:
+        args = tree_map_only(torch.Tensor, fake, args)
+        expected = func(*args)
+        (first, _), (again, own) = (operators.run(func, args, {}) for _ in range(2))
+    assert own and form(again) == form(first) == form(expected)
+    assert not storages(first) & storages(again)
+    for tensor in tensors_of((again,)):
+        assert (type(tensor), tensor.device.type) == (FakeTensor, "cpu")
+        assert tensor.fake_mode is mode
+
+
+def fake(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
 
 
 def test_numbers_that_are_equal_but_of_another_type_are_kept_apart() -> None:

@@ -150,6 +150,15 @@ def test_norms_of_different_groups_take_naive_path(results, mode):
         assert "other processes" in result["mixed groups"][mode]["reason"]
 
 
+@every_mode
+def test_estimate_of_one_process_is_what_its_step_took(results, mode):
+    """In DDP, whose buckets hold every gradient, and after ``fully_shard``."""
+    for result in results:
+        assert "error" not in result["memory"][mode], result["memory"][mode]
+        for wrapper, (took, estimated) in result["memory"][mode].items():
+            assert 0.99 * took <= estimated <= 1.03 * took, f"{wrapper}: {estimated} for {took}"
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What training left: on two devices by the command's own means, on two nodes by torchrun."""

@@ -11,8 +11,11 @@ import copy
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +25,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from efficient_densenet import DenseNet
+from efficient_densenet import DenseNet, estimate, measure
+from efficient_densenet.memory.events import Event, live_bytes
+from efficient_densenet.memory.profiler import AllocatorRecord
+from efficient_densenet.memory.running import count_bytes
+from efficient_densenet.memory.shapes import tensors_of
 from support.compare import randomise_
 from support.layers import group_norm, squeeze, weight_norm
 
@@ -284,6 +291,68 @@ def mixed(mode: str) -> dict:
     return {"reason": block.why_naive(torch.randn(3, 6, 8, 8, dtype=torch.float64))}
 
 
+def wide_network(mode: str) -> DenseNet:
+    """One with enough parameters that they matter beside maps of 16x16."""
+    return DenseNet(24, (4, 4), 32, num_classes=10, recompute=mode)
+
+
+def memory(mode: str) -> dict:
+    """Bytes at the peak of this process's step, as it took and as estimated, by wrapper."""
+    images, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
+    options = {"target": labels, "make_optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9)}
+    found = {}
+    for views in (False, True):
+        model = DDP(wide_network(mode), gradient_as_bucket_view=views)
+        took = measure(model, images, **options).peak.total
+        found[f"DDP, views {views}"] = took, estimate(model, images, **options).peak.total
+    for name, shard in {"blocks": shard_blocks, "whole": fully_shard_alone}.items():
+        model = shard(wide_network(mode))
+        took = sharded_peak(model, images, **options)
+        found[f"FSDP2, {name}"] = took, estimate(model, images, **options).peak.total
+    return found
+
+
+def fully_shard_alone(model: DenseNet) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def sharded_peak(model: nn.Module, images: Tensor, target: Tensor, make_optimizer: Callable) -> int:
+    """Bytes at the peak of this process's step, by the allocator's account."""
+    stepping = make_optimizer(model.parameters())
+
+    def step() -> None:
+        output = nn.functional.cross_entropy(model(images), target)
+        output.backward()
+        stepping.step()
+
+    step()
+    stepping.zero_grad()
+    record = AllocatorRecord(step, images.device)
+    grads = [parameter.grad.to_local() for parameter in model.parameters()]
+    state = tensors_of(value for of in stepping.state.values() for value in of.values())
+    held = [*model.parameters(), *model.buffers(), images, target, *state]
+    local = (t.to_local() if hasattr(t, "to_local") else t for t in held)
+    return count_bytes(local) + max(live_bytes(with_unseen_deaths(record, grads)))
+
+
+def with_unseen_deaths(record: AllocatorRecord, grads: list[Tensor]) -> list[Event]:
+    """The events of a step that leaves nothing but ``grads``.
+
+    What a thread of gloo frees the profiler does not see. Such a storage dies as it is born: it is
+    what a collective sums in.
+    """
+    left = Counter()
+    for event in record.events:
+        left[event.storage] += event.size
+    unseen = set(+left) - record.storages_of(grads)
+    events = []
+    for event in record.events:
+        events.append(event)
+        if event.storage in unseen:
+            events.append(replace(event, size=-event.size))
+    return events
+
+
 SCENARIOS: dict[str, Callable[[str], dict]] = {
     "paths": paths,
     "ddp": ddp,
@@ -306,6 +375,7 @@ SCENARIOS: dict[str, Callable[[str], dict]] = {
     "mixed groups": mixed,
     "FSDP2": lambda mode: joined(sharded_frozen, mode),
     "FSDP2 with SyncBatchNorm": lambda mode: joined(sharded, mode),
+    "memory": memory,
 }
 
 
