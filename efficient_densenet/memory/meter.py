@@ -17,9 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from efficient_densenet.kernels.layout import is_hollow
 from efficient_densenet.memory.events import Event
 from efficient_densenet.memory.scratch import Scratch
-from efficient_densenet.memory.shapes import Arguments, Keywords, Operators, Result, tensors_of
+from efficient_densenet.memory.shapes import (
+    Arguments,
+    Keywords,
+    Operators,
+    Result,
+    tensors_of,
+    view,
+)
 
 _ADD = torch.ops.aten.add.Tensor
+_DEVICE = torch.ops.prim.device.default
 
 
 class LiveMeter(TorchDispatchMode):
@@ -68,12 +76,14 @@ class LiveMeter(TorchDispatchMode):
         kwargs: Keywords | None = None,
     ) -> Result:
         kwargs = kwargs or {}
+        if func is _DEVICE:
+            return func(*args, **kwargs)  # what fake tensors are asked ten thousand times
         if func is _ADD and not kwargs and self._engine_would_add_in_place(*args):
             return _add_in_place(*args)
         traits = _traits(func)
         self._operator = traits.name
         if traits.views:
-            return func(*args, **kwargs)  # no storage is born
+            return view(func, args, kwargs)  # no storage is born
         target = traits.target(args, kwargs)
         if target is not None and target.numel() and is_hollow(target):
             self._pass_by(func, args, target)

@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 
 from efficient_densenet.kernels.layout import is_channels_last, is_hollow, outer_format
 
@@ -69,6 +73,20 @@ class Operators:
         if form is not None:
             self._known[signature] = form
         return result, form is not None
+
+
+def view(func: OpOverload, args: Arguments, kwargs: Keywords) -> Result:
+    """What ``func`` returns, an operator that returns nothing but views of its first argument."""
+    of = args[0]
+    if type(of) is not FakeTensor:
+        return func(*args, **kwargs)
+    # As the mode does it, which first takes many times as long to know what it has seen before.
+    mode, device = of.fake_mode, of.fake_device
+    with in_kernel_invocation_manager(mode):
+        result = func(*args, **kwargs)
+    if isinstance(result, Tensor):
+        return FakeTensor(mode, result, device)
+    return [FakeTensor(mode, part, device) for part in result]
 
 
 class _Part(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from efficient_densenet.memory.shapes import Operators, tensors_of
+from efficient_densenet.memory.shapes import Operators, tensors_of, view
 
 aten = torch.ops.aten
 
@@ -64,6 +64,24 @@ def test_repeated_call_on_fake_tensors_returns_fake_ones_on_same_device(func, ar
     for tensor in tensors_of((again,)):
         assert (type(tensor), tensor.device.type) == (FakeTensor, "cpu")
         assert tensor.fake_mode is mode
+
+
+VIEWS = {
+    "slice": (aten.slice.Tensor, (MAPS, 1, 0, 3)),
+    "detach": (aten.detach.default, (MAPS,)),
+    "several": (aten.split.Tensor, (MAPS, 2, 1)),
+}
+
+
+@pytest.mark.parametrize(("func", "args"), VIEWS.values(), ids=VIEWS)
+def test_view_of_fake_tensor_is_fake_one_of_same_storage(func, args) -> None:
+    with FakeTensorMode():
+        args = tree_map_only(torch.Tensor, fake, args)
+        found, expected = view(func, args, {}), func(*args)
+    assert form(found) == form(expected)
+    assert storages(found) == storages(expected) == storages(args)
+    for tensor in tensors_of((found,)):
+        assert (type(tensor), tensor.device.type) == (FakeTensor, "cpu")
 
 
 def fake(like: torch.Tensor) -> torch.Tensor:
