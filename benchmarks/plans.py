@@ -21,7 +21,9 @@ from efficient_densenet.memory.report import StepReport
 from efficient_densenet.training.work import COMPETITORS, Work
 
 DEEP = Work("cifar-bc", 32, 64, 100, 12)
+BUDGET, BATCH = "2GiB", 64
 BUDGETS = ("4GB", "8GB", "12GB", "24GB", "80GB")
+NETWORK = {"model": "densenet121", "image_size": 224, "num_classes": 1000, "device": "cuda"}
 
 
 def step_of(report: StepReport) -> dict[str, Any]:
@@ -35,12 +37,11 @@ def _sizes(events: Sequence[Event]) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    network = {"model": "densenet121", "image_size": 224, "num_classes": 1000, "device": "cuda"}
     publish(
         "plans",
         {
-            "deepest": asdict(plan("2GiB", batch_size=64, device="cpu")),
-            "batches": [asdict(plan(budget, **network)) for budget in BUDGETS],
+            "deepest": asdict(plan(BUDGET, batch_size=BATCH, device="cpu")),
+            "batches": [asdict(plan(budget, **NETWORK)) for budget in BUDGETS],
             "step": {
                 "work": asdict(DEEP),
                 "modes": {mode: step_of(measured(DEEP, mode)) for mode in COMPETITORS},
