@@ -35,8 +35,10 @@ from efficient_densenet.memory.running import RunningStep
 
 ROUNDS = 5
 CLASSES = 10
-SLOPE = 1e-4
-"""Relative error allowed in the slope of the loss of a network with dropout, in float64."""
+SLOPE = 1e-2
+"""Relative error allowed in the slope of the loss of a network with dropout, in float64.
+
+Other masks make it tens of percent; where a rectifier opens between the ends it is some 0.1%."""
 COARSE = {"loss": 1e-4, "gradient": 3e-2}
 """Relative error allowed in float32, where a rectifier may open in one network and not in the
 other."""

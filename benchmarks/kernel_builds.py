@@ -25,6 +25,7 @@ from efficient_densenet.kernels.interface import (
     RELU,
     Conv,
     Geometry,
+    Pool,
     Statistics,
     Tail,
     Unit,
@@ -85,6 +86,12 @@ class Launch:
         return self.kernel.__name__
 
     @property
+    def title(self) -> str:
+        """The name, and which of its two poolings it is."""
+        maximum = self.arguments.get("MAXIMUM")
+        return self.name + ("" if maximum is None else ", maximum" if maximum else ", average")
+
+    @property
     def tile(self) -> str:
         sizes = [self.arguments.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
         return "×".join(str(size) for size in sizes if size)
@@ -106,12 +113,12 @@ class Build:
 
 
 def launches(dtype: torch.dtype, last: bool = True, every_tile: bool = False) -> list[Launch]:
-    """Each kernel of a bottleneck layer, forward and backward, once; or once with each tile."""
+    """Each kernel of a layer and of poolings, forward and back, once; or once with each tile."""
     found: dict[tuple[str, str], Launch] = {}
 
     def record(*args: object, **options: object) -> None:
         launch = Launch.of(*args, **options)
-        found.setdefault((launch.name, launch.tile), launch)
+        found.setdefault((launch.title, launch.tile), launch)
 
     def first(
         some: Sequence[Tile], x: object, key: object, launch: Callable[[Tile], object]
@@ -174,6 +181,21 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         )
         totals = vectors(map.shape[1])[:2]
         operations.collect(gradient.sums, reader, 1.0, (totals[0], totals[1]), is_first)
+    for pool in (Pool("average", (2, 2), (2, 2), (0, 0)), Pool("maximum", (3, 3), (2, 2), (1, 1))):
+        reader = unit(reads, width, 1)
+        reader = reader._replace(tail=Tail(pool, None, dtype))
+        pooled, _ = operations.forward_unit(features, reader, scratch, need_statistics=False)
+        operations.backward_unit(
+            pooled,
+            features,
+            reader,
+            scratch,
+            need_weight=False,
+            need_bias=False,
+            need_sums=True,
+            target=total,
+            accumulate=True,
+        )
     mean, a, b, _ = vectors(width)
     operations.correct(dz, z, slice(0, width), mean, a, b, a_map(width))
 

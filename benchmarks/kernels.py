@@ -26,12 +26,20 @@ WRITES = {
     "product": ("y", "pair"),
     "rectify": ("out",),
     "rectify_backward": ("target", "pair"),
+    "pool": ("out", "choice"),
+    "pool_backward": ("target", "pair"),
     "weight_gradient": ("parts",),
     "input_gradient": ("target", "pair"),
     "collect": ("beta_gradient", "gamma_gradient", "totals"),
     "correct": ("out",),
 }
-OPTIONAL = {"into": "COPY", "pair": "STATISTICS", "target": "TARGET", "totals": "TOTALS"}
+OPTIONAL = {
+    "into": "COPY",
+    "pair": "STATISTICS",
+    "target": "TARGET",
+    "totals": "TOTALS",
+    "choice": "MAXIMUM",
+}
 """Arguments in whose place another one stands, unless a constant of the build says so."""
 
 
@@ -73,7 +81,7 @@ def row(launch: Launch) -> Json:
         needs = {"registers": built.registers, "shared": built.shared, "spilled": built.spilled}
         builds[f"sm_{capability}"] = needs
     return {
-        "name": launch.name,
+        "name": launch.title,
         "equation": " ".join(equation.split()).rstrip("."),
         "tile": launch.tile,
         "read": read,
@@ -87,7 +95,7 @@ def widths(layout: str) -> Json:
     layer, last = LAYOUTS[layout]
     with patch.object(kernel_builds, "LAYER", layer):
         found = launches(torch.bfloat16, last)
-    return {one.name: {str(w): n for w, n in build(one, 90).widths.items()} for one in found}
+    return {one.title: {str(w): n for w, n in build(one, 90).widths.items()} for one in found}
 
 
 def main() -> None:

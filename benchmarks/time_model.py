@@ -11,6 +11,7 @@ host is never late, as where a graph is replayed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 from unittest.mock import patch
@@ -162,6 +163,7 @@ def main() -> None:
             "launches": len(step),
             "bytes": sum(kernel.bytes for kernel in step),
             "operations": sum(kernel.operations for kernel in step),
+            "by_kernel": _by_kernel(step),
         }
         for (mode, kernels), step in steps.items()
     ]
@@ -174,6 +176,14 @@ def _step(mode: Recompute, kernels: Literal["triton", "eager"]) -> list[Kernel]:
     with torch.device("meta"):
         model = densenet121(num_classes=CLASSES, recompute=mode, kernels=kernels)
     return kernels_of(model, (BATCH, 3, SIZE, SIZE))
+
+
+def _by_kernel(step: list[Kernel]) -> dict[str, float]:
+    """Bytes of all kernels of a name, the most first."""
+    total: Counter[str] = Counter()
+    for kernel in step:
+        total[kernel.name] += kernel.bytes
+    return dict(total.most_common())
 
 
 def _seconds(card: Card, steps: dict[tuple[str, str], list[Kernel]]) -> Json:

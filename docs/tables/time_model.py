@@ -21,6 +21,8 @@ def time_model() -> str:
                 [_step(whole | {"mode": "naive", "kernels": ""}), *steps],
                 left=2,
             ),
+            "Which kernels move the GB, by Triton's operations:",
+            _by_kernel([step for step in found["steps"] if step["kernels"] == "triton"][1:]),
             origin("time_model", found),
             "Rates: " + "; ".join(f"{c['name']}: {c['source']}" for c in found["cards"]) + ".",
         ]
@@ -39,3 +41,15 @@ def _card(card: Found, naive: str, ours: list[str]) -> list[str]:
 def _step(step: Found) -> list[str]:
     rates = f"{step['bytes'] / 1e9:.1f}", f"{step['operations'] / 1e12:.2f}"
     return [step["mode"], step["kernels"], str(step["launches"]), *rates]
+
+
+def _by_kernel(steps: list[Found]) -> str:
+    """A row for each kernel that moves a percent of all bytes, and one for the others."""
+    most, *_ = sorted(steps, key=lambda step: -step["bytes"])
+    names = [name for name, size in most["by_kernel"].items() if size > 0.01 * most["bytes"]]
+    columns = [[step["by_kernel"].get(name, 0.0) for name in names] for step in steps]
+    for column, step in zip(columns, steps, strict=True):
+        column.append(step["bytes"] - sum(column))
+    rows = zip([*(f"`{name}`" for name in names), "others"], *columns, strict=True)
+    cells = [[name, *(f"{size / 1e9:.2f}" for size in sizes)] for name, *sizes in rows]
+    return table(("GB", *(step["mode"] for step in steps)), cells)

@@ -57,7 +57,7 @@ def pooled(x: Tensor, pool: Pool) -> Tensor:
     if pool.kind == "all":
         return x.mean(tuple(range(2, x.dim())), keepdim=True)
     if x.dim() == 3:
-        return pooled(x.unsqueeze(2), _of_rows(pool)).squeeze(2)
+        return pooled(x.unsqueeze(2), of_rows(pool)).squeeze(2)
     if _must_widen(x):
         return pooled(x.float(), pool).to(x.dtype)
     if pool.kind == "average":
@@ -71,7 +71,7 @@ def pooled_backward(grad: Tensor, x: Tensor, pool: Pool) -> Tensor:
         return torch.empty_like(x).copy_(grad / math.prod(x.shape[2:]))
     if x.dim() == 3:
         grad, x = grad.unsqueeze(2), x.unsqueeze(2)
-        return pooled_backward(grad, x, _of_rows(pool)).squeeze(2)
+        return pooled_backward(grad, x, of_rows(pool)).squeeze(2)
     if _must_widen(x):
         return pooled_backward(grad.float(), x.float(), pool).to(x.dtype)
     if pool.kind == "average":
@@ -94,7 +94,7 @@ def _maximum(pool: Pool) -> tuple[object, ...]:
     return pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
 
 
-def _of_rows(pool: Pool) -> Pool:
+def of_rows(pool: Pool) -> Pool:
     """The same pooling for maps with a spatial dimension of size one put first."""
     return pool._replace(
         kernel=(1, *pool.kernel),

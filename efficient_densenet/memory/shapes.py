@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
 )
 
-from efficient_densenet.kernels.layout import is_channels_last, is_hollow, outer_format
+from efficient_densenet.kernels.layout import is_hollow, outer_format
+from efficient_densenet.memory.convolutions import result_format
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -29,6 +30,7 @@ Result = Any
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 _BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
 _CONVOLUTION = torch.ops.aten.convolution.default
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 _ELEMENTWISE = {
     torch.ops.aten.add.Tensor,
     torch.ops.aten.addcmul.default,
@@ -189,9 +191,13 @@ def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> Result:
         # On meta the storage is a scalar's.
         shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
         return result.new_empty(shape).as_strided((), ())
-    if func is _CONVOLUTION and is_hollow(result) and is_channels_last(args[0]):
+    if func is _CONVOLUTION and is_hollow(result):
         # On meta it is contiguous.
-        return torch.empty_like(result, memory_format=outer_format(args[0]))
+        return torch.empty_like(result, memory_format=result_format(*args))
+    if func is _CONVOLUTION_BACKWARD and is_hollow(args[0]) and result[0] is not None:
+        # Nor is the gradient of its input always as on meta.
+        dx = torch.empty_like(result[0], memory_format=result_format(*args[1:-1]))
+        return dx, *result[1:]
     return result
 
 

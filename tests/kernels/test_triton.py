@@ -26,6 +26,7 @@ every_target = pytest.mark.parametrize(
 )
 INTERPRETED = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
 PRODUCTS = ("product", "weight_gradient", "input_gradient")
+RECTIFIERS = ("rectify", "rectify_backward", "pool", "pool_backward")
 MOST_REGISTERS = 134
 
 
@@ -68,7 +69,7 @@ def test_built_kernels_keep_nan_and_denormal_numbers(launches, capability):
         assert all(maximum.startswith("max.NaN.") for maximum in maxima), (one.name, maxima)
         assert ".ftz" not in ptx.replace("rsqrt.approx.ftz", ""), one.name
         rectifies += [one.name] if maxima else []
-    assert set(rectifies) == {*PRODUCTS, "rectify", "rectify_backward"}
+    assert set(rectifies) == {*PRODUCTS, *RECTIFIERS}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from efficient_densenet.kernels.layout import CHANNELS_LAST
 from efficient_densenet.memory.events import live_bytes
 from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.memory.scratch import cast_scratch, cpu_scratch
+from support.marks import slabs_and_whole
+from support.operators import NETWORKS, network, operators_of
 
 aten = torch.ops.aten
 
@@ -134,3 +136,17 @@ CALLS = {
 def test_scratch_of_operator_on_several_types(func, args, kwargs) -> None:
     seen, result = inside(lambda: func(*args, **kwargs))
     assert cast_scratch(func, args, result) == pytest.approx(seen, abs=16)  # a number
+
+
+@slabs_and_whole
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_operator_of_a_step_allocates_more_than_is_told(name: str) -> None:
+    """Within itself, and but for vectors and padded weights: ``cpu_scratch`` lacks no operator."""
+    model, x = network(name)
+    sums = (torch.get_num_threads() - 1) * 4 * sum(p.numel() for p in model.parameters())
+    checked = set()
+    for func, args, kwargs in operators_of(model, x):
+        seen, result = inside(lambda func=func, args=args, kwargs=kwargs: func(*args, **kwargs))
+        assert seen <= 1.05 * cpu_scratch(func, args, result) + 16384 + sums, func
+        checked.add(func)
+    assert aten.convolution_backward.default in checked

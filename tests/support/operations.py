@@ -76,6 +76,8 @@ def tails(shape: Shape, dtype: torch.dtype) -> dict[str, Tail]:
         if dims < 3 or dtype.itemsize > 2:  # CPUs have no other average over volumes
             found["average-1x1"] = Tail(Pool("average", *window), one, dtype)
         found["maximum"] = Tail(Pool("maximum", *window), None, dtype)
+        overlapping = ((3,) * dims, (2,) * dims, (1,) * dims, (1,) * dims)
+        found["maximum-3"] = Tail(Pool("maximum", *overlapping), None, dtype)
     return found
 
 
@@ -112,7 +114,8 @@ def naive_unit(
     if tail.pool and tail.pool.kind == "all":
         y = y.mean(tuple(range(2, x.dim())), keepdim=True)
     elif tail.pool:
-        y = POOLS[tail.pool.kind][dims - 1](y, tail.pool.kernel)
+        windows = tail.pool.kernel, tail.pool.stride, tail.pool.padding
+        y = POOLS[tail.pool.kind][dims - 1](y, *windows)
     if tail.conv:
         conv = tail.conv
         y = CONVOLUTIONS[dims - 1](y, conv.weight, conv.bias, padding=conv.geometry.padding)

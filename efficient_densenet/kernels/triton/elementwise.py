@@ -14,21 +14,13 @@ from efficient_densenet.kernels.triton.tile import (
     known_multiple,
     load_tile,
     norm_vectors,
+    own_tile,
     rectified,
     store_moments,
     store_through_rectifier,
     store_tile,
 )
 from efficient_densenet.kernels.triton.vectors import Norm, launch_fold
-
-
-@triton.jit
-def _place(N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The row of tiles that a program has, its rows, and its columns."""
-    across = tl.cdiv(N, BLOCK_N)
-    row = tl.program_id(0) // across
-    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    return row, m, (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -48,7 +40,7 @@ def append(
 ):
     """``into = y`` if ``COPY``; the statistics of the values as ``into`` holds them."""
     N = known_multiple(N, y.multiple)
-    row, m, n = _place(N, BLOCK_M, BLOCK_N)
+    row, m, n = own_tile(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     tile = load_tile(y, m, n, inside, positions, FLAT, INDEX)
     if COPY:
@@ -73,7 +65,7 @@ def rectify(
 ):
     """``out = relu((x - mean) * scale + bias)``."""
     N = known_multiple(N, x.multiple)
-    _, m, n = _place(N, BLOCK_M, BLOCK_N)
+    _, m, n = own_tile(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     tile = load_tile(x, m, n, inside, positions, FLAT, INDEX)
     mean, scale, bias = norm_vectors(norm, n, n < N)
@@ -105,7 +97,7 @@ def rectify_backward(
     the rows of ``pair`` from ``first`` on.
     """
     N = known_multiple(N, x.multiple)
-    row, m, n = _place(N, BLOCK_M, BLOCK_N)
+    row, m, n = own_tile(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     tile = load_tile(d, m, n, inside, positions, FLAT, INDEX)
     store_through_rectifier(
@@ -149,7 +141,7 @@ def drop(
     With ``WHOLE_MAPS`` the place is that of the map.
     """
     N = known_multiple(N, y.multiple)
-    _, m, n = _place(N, BLOCK_M, BLOCK_N)
+    _, m, n = own_tile(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     drawn_for = m // positions if WHOLE_MAPS else m
     number = drawn_for.to(INDEX)[:, None] * N + n.to(INDEX)[None, :]
@@ -177,7 +169,7 @@ def correct(
 ):
     """``out = grad - a - (x - mean) * b``; the vectors' channels begin at ``first``."""
     N, first = known_multiple(N, grad.multiple), known_multiple(first, grad.multiple)
-    _, m, n = _place(N, BLOCK_M, BLOCK_N)
+    _, m, n = own_tile(N, BLOCK_M, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     center = tl.load(mean + first + n, mask=n < N, other=0.0)[None, :]
     constant = tl.load(a + first + n, mask=n < N, other=0.0)[None, :]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -61,18 +62,39 @@ def matrix(x: Tensor, channels: slice | None = None) -> Matrix:
 
     No call into PyTorch makes a view: there would be many.
     """
-    samples, width, *spatial = x.shape
-    sample, channel, *strides = x.stride()
-    step = position_stride(spatial, strides)
-    if step is None:
+    first, last = (0, x.shape[1]) if channels is None else (channels.start, channels.stop)
+    where = _where(x.shape, x.stride(), first, last)
+    if where is None:
         x = x.flatten(2)
-        sample, channel, step = x.stride()
-    first, last = (0, width) if channels is None else (channels.start, channels.stop)
-    sizes = (samples, last - first, math.prod(spatial))
+        where = _where(x.shape, x.stride(), first, last)
+        assert where is not None
+    return Matrix(x, *where)
+
+
+@lru_cache(maxsize=1 << 14)
+def _where(
+    shape: tuple[int, ...], strides: tuple[int, ...], first: int, last: int
+) -> tuple[Any, ...] | None:
+    """The rest of a ``Matrix``; ``None`` if no strides fit the positions.
+
+    A step asks some thousand times for a few hundred answers.
+    """
+    samples, _, *spatial = shape
+    sample, channel, *steps = strides
+    step = position_stride(spatial, steps)
+    if step is None:
+        return None
     multiple = math.gcd(SEEN_MULTIPLE, first, last, sample, step)
     if channel != 1 or multiple == SEEN_MULTIPLE:
         multiple = 1
-    return Matrix(x, first * channel, sample, channel, step, *sizes, tl.constexpr(multiple))
+    sizes = (samples, last - first, math.prod(spatial))
+    return first * channel, sample, channel, step, *sizes, constant(multiple)
+
+
+@lru_cache(maxsize=1 << 10)
+def constant(value: float) -> tl.constexpr:
+    """A constant of a build within a tuple: the same object, which Triton finds again faster."""
+    return tl.constexpr(value)
 
 
 def position_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
@@ -91,8 +113,7 @@ def position_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
 
 def shared(*matrices: Matrix) -> dict[str, Any]:
     """What a kernel must know of where all its maps lie: constants of its build."""
-    samples, positions = matrices[0].samples, matrices[0].positions
-    flat = samples == 1 or all(m.sample == positions * m.position for m in matrices)
+    flat = all(m.samples == 1 or m.sample == m.positions * m.position for m in matrices)
     far = any(_extent(m) >= FAR for m in matrices)
     return {"FLAT": flat, "INDEX": tl.int64 if far else tl.int32}
 
@@ -105,7 +126,8 @@ def _extent(m: Matrix) -> int:
 
 def product_constants(dtype: torch.dtype) -> dict[str, Any]:
     """Types of a matrix product that computes in ``dtype``: that of the tensor cores, if any."""
-    return {"DTYPE": DTYPES[dtype], "PRECISION": "tf32" if rounds_to_tf32() else "ieee"}
+    rounds = dtype == torch.float32 and rounds_to_tf32()
+    return {"DTYPE": DTYPES[dtype], "PRECISION": "tf32" if rounds else "ieee"}
 
 
 def factors(tail: Tail) -> tuple[Tensor, Tensor | None]:
@@ -137,8 +159,15 @@ def run(
     first = args[0][0] if isinstance(args[0], tuple) else args[0]
     if is_hollow(first):
         return
-    with torch.cuda.device_of(first):
+    with _on_device_of(first):
         kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """``torch.cuda.device_of``, which takes longer where there is nothing to change."""
+    index = x.get_device()
+    is_current = index < 0 or index == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(index)
 
 
 @cache

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from efficient_densenet.kernels.aten import convolve, convolve_backward
 from efficient_densenet.kernels.interface import Statistics, Tail, Unit, UnitGradients
 from efficient_densenet.kernels.layout import CHANNELS_LAST, first_channels, in_dtype, rows_of
 from efficient_densenet.kernels.slabs import backward_of_slabs, tail_of_slabs
@@ -29,6 +31,11 @@ from efficient_densenet.kernels.triton.elementwise import (
 from efficient_densenet.kernels.triton.gradients import (
     launch_input_gradient,
     launch_weight_gradient,
+)
+from efficient_densenet.kernels.triton.pooling import (
+    launch_pool,
+    launch_pool_backward,
+    pools_windows,
 )
 from efficient_densenet.kernels.triton.product import launch_product
 from efficient_densenet.kernels.triton.vectors import (
@@ -95,9 +102,13 @@ def forward_unit(
 ) -> tuple[Tensor, Statistics | None]:
     if is_product(unit.tail):
         return launch_product(x, unit, workspace, need_statistics)
-    x = first_channels(x, unit.channels)
-    tail, activate = unit.tail, partial(launch_rectify, unit.norm)
-    y = tail_of_slabs(x, tail, workspace, activate, stored=tail.dtype)
+    tail = unit.tail
+    if pools_windows(x, tail):
+        y, _ = launch_pool(x, unit, workspace)
+        y = convolve(y, tail.conv) if tail.conv else y
+    else:
+        x, activate = first_channels(x, unit.channels), partial(launch_rectify, unit.norm)
+        y = tail_of_slabs(x, tail, workspace, activate, stored=tail.dtype)
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
 
 
@@ -113,37 +124,81 @@ def backward_unit(
     target: Tensor | None,
     accumulate: bool,
 ) -> UnitGradients:
-    norm, _, tail, channels, _ = unit
-    needs_input = need_sums or target is not None
-    if is_product(tail):
-        weight = launch_weight_gradient(grad, x, unit) if need_weight else None
-        bias = grad.sum((0, *range(2, grad.dim())), dtype=norm.mean.dtype) if need_bias else None
-        sums = None
-        if needs_input:
-            sums = launch_input_gradient(grad, x, unit, workspace, target, accumulate)
-        return UnitGradients(weight, bias, sums if need_sums else None)
+    want = Wanted(need_weight, need_bias, need_sums, target, accumulate)
+    if is_product(unit.tail):
+        return _through_product(grad, x, unit, workspace, want)
+    grad = in_dtype(grad, unit.tail.dtype)
+    if pools_windows(x, unit.tail):
+        return _through_windows(grad, x, unit, workspace, want)
+    return _through_slabs(grad, x, unit, workspace, want)
+
+
+class Wanted(NamedTuple):
+    """Which gradients :func:`backward_unit` is asked for, and where that of ``x`` goes."""
+
+    weight: bool
+    bias: bool
+    sums: bool
+    target: Tensor | None
+    accumulate: bool
+
+    @property
+    def input(self) -> bool:
+        """Whether the gradient of what the tail reads is needed."""
+        return self.sums or self.target is not None
+
+    @property
+    def tail(self) -> tuple[bool, bool, bool]:
+        """The same, and that of a convolution's weight and bias."""
+        return self.input, self.weight, self.bias
+
+
+def _through_product(
+    grad: Tensor, x: Tensor, unit: Unit, workspace: Workspace, want: Wanted
+) -> UnitGradients:
+    weight = launch_weight_gradient(grad, x, unit) if want.weight else None
+    axes = (0, *range(2, grad.dim()))
+    bias = grad.sum(axes, dtype=unit.norm.mean.dtype) if want.bias else None
+    sums = None
+    if want.input:
+        sums = launch_input_gradient(grad, x, unit, workspace, want.target, want.accumulate)
+    return UnitGradients(weight, bias, sums if want.sums else None)
+
+
+def _through_windows(
+    grad: Tensor, x: Tensor, unit: Unit, workspace: Workspace, want: Wanted
+) -> UnitGradients:
+    y, choice = launch_pool(x, unit, workspace)
+    dy: Tensor | None = grad
+    weight = bias = None
+    if unit.tail.conv:
+        dy, weight, bias = convolve_backward(grad, y, unit.tail.conv, want.tail)
+    sums = None
+    if want.input and dy is not None:
+        sums = launch_pool_backward(dy, choice, x, unit, workspace, want.target, want.accumulate)
+    return UnitGradients(weight, bias, sums if want.sums else None)
+
+
+def _through_slabs(
+    grad: Tensor, x: Tensor, unit: Unit, workspace: Workspace, want: Wanted
+) -> UnitGradients:
+    norm, tail, channels = unit.norm, unit.tail, unit.channels
     x = first_channels(x, channels)
-    target = None if target is None else first_channels(target, channels)
+    target = None if want.target is None else first_channels(want.target, channels)
     tiles = [tile_rows(rows_of(x, rows)) for rows in workspace.slabs(x, tail.dtype)]
     pair, written = workspace.vectors(sum(tiles) * 2 * channels), 0
 
     def receive(rows: slice, a: Tensor, d: Tensor) -> None:
         nonlocal written
         into = None if target is None else rows_of(target, rows)
-        launch_rectify_backward(d, rows_of(x, rows), norm, into, accumulate, pair, written)
+        launch_rectify_backward(d, rows_of(x, rows), norm, into, want.accumulate, pair, written)
         written += tile_rows(d)
 
+    activate = partial(launch_rectify, norm)
     weight, bias = backward_of_slabs(
-        grad,
-        x,
-        tail,
-        workspace,
-        partial(launch_rectify, norm),
-        (needs_input, need_weight, need_bias),
-        receive,
-        stored=tail.dtype,
+        grad, x, tail, workspace, activate, want.tail, receive, stored=tail.dtype
     )
-    return UnitGradients(weight, bias, TileSums(pair, sum(tiles)) if need_sums else None)
+    return UnitGradients(weight, bias, TileSums(pair, sum(tiles)) if want.sums else None)
 
 
 def is_product(tail: Tail) -> bool:

@@ -20,6 +20,15 @@ def known_multiple(value, OF: tl.constexpr):
 
 
 @triton.jit
+def own_tile(N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The row of tiles that a program has, its rows, and its columns."""
+    across = tl.cdiv(N, BLOCK_N)
+    row = tl.program_id(0) // across
+    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row, m, (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def row_offsets(x, m, positions, FLAT: tl.constexpr, INDEX: tl.constexpr):
     """Where rows of a matrix begin; ``FLAT``: its samples follow each other like positions."""
     step = known_multiple(x.position, x.multiple)

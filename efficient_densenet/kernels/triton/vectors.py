@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efficient_densenet.kernels.interface import Statistics, Unit
 from efficient_densenet.kernels.triton import launch
-from efficient_densenet.kernels.triton.launch import Matrix, quotient
+from efficient_densenet.kernels.triton.launch import Matrix, constant, quotient
 from efficient_densenet.kernels.triton.tile import inverse_deviation, norm_vectors
 
 # Tiles and channels that a program folds at once: few channels, so that there are many programs.
@@ -132,7 +132,7 @@ def make_norm(
     eps: float,
 ) -> Norm:
     """The operation ``make_norm``: nothing is launched."""
-    return Norm(*statistics, weight, bias, tl.constexpr(eps))
+    return Norm(*statistics, weight, bias, constant(eps))
 
 
 def launch_fold(pair: Tensor, first: int, source: Matrix, height: int, into: Statistics) -> None:

@@ -21,7 +21,7 @@ from support.compare import gradients
 
 KERNELS = {
     *("append", "fold_moments", "product", "weight_gradient", "input_gradient", "collect"),
-    *("rectify", "rectify_backward", "correct", "drop"),
+    *("rectify", "rectify_backward", "pool", "pool_backward", "correct", "drop"),
 }
 
 
