@@ -70,9 +70,7 @@ class Saved(NamedTuple):
         tensors = iter(flat)
         features = next(tensors) if border is None else border
         statistics = Statistics(next(tensors), next(tensors))
-        layers = [
-            [Kept.take(keeps, tensors) for keeps in spec.keeps(layer)] for layer in spec.layers
-        ]
+        layers = [[Kept.take(keeps, tensors) for keeps in layer] for layer in spec.keeps]
         return cls(features, statistics, layers)
 
 
@@ -160,8 +158,8 @@ def _forward_block(
     buffer = FeatureBuffer(spec, x)
     run = LayerForward(spec, buffer.units, learns)
     saved = Saved(buffer.maps, buffer.statistics, [])
-    for layer, tensors, seed in zip(spec.layers, layers, seeds, strict=True):
-        y, kept = run(layer, tensors, buffer.so_far())
+    for layer, tensors, keeps, seed in zip(spec.layers, layers, spec.keeps, seeds, strict=True):
+        y, kept = run(layer, tensors, keeps, buffer.so_far())
         saved.layers.append(kept)
         if seed is not None:
             y = buffer.units.dropped(y, layer, seed)
@@ -180,22 +178,22 @@ class LayerForward:
         self.spec, self.units, self.learns = spec, units, learns
 
     def __call__(
-        self, layer: LayerSpec, tensors: Sequence[Any], reading: Reading
+        self, layer: LayerSpec, tensors: Sequence[Any], keeps: Sequence[Keeps], reading: Reading
     ) -> tuple[Tensor, list[Kept]]:
         """The maps that a layer makes of what it reads, and what is kept of its parts."""
         found = []
-        parts = zip(layer.parts, tensors, layer.widths, self.spec.keeps(layer), strict=True)
-        for part, own, width, keeps in parts:
+        parts = zip(layer.parts, tensors, layer.widths, keeps, strict=True)
+        for part, own, width, keep in parts:
             random = None
             if isinstance(part, UnitSpec):
                 ready = self.units.ready(part, own, reading)
-                y, statistics = self.units.forward(reading.maps, ready, keeps.statistics)
+                y, statistics = self.units.forward(reading.maps, ready, keep.statistics)
             else:
                 y, random = self._run(part, own, reading, width)
-                y, statistics = self._normed(part, y) if keeps.statistics else (y, None)
+                y, statistics = self._normed(part, y) if keep.statistics else (y, None)
             if statistics is not None:
                 statistics = joined_statistics(statistics, y, self.spec.process_group)
-            found.append(Kept(y if keeps.made else None, statistics, random))
+            found.append(Kept(y if keep.made else None, statistics, random))
             reading = Reading(y, width, statistics)
         return reading.maps, found
 

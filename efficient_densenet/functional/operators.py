@@ -92,11 +92,11 @@ def _(
         format = inner if block.exit else outer
         returned.append(empty_map(x, block.channels, format, types.features))
     returned += [_vector(x, block.channels, types.statistics) for _ in range(2)]
-    for layer in block.layers:
-        for keeps, width in zip(block.keeps(layer), layer.widths, strict=True):
-            if keeps.made:
+    for layer, keeps in zip(block.layers, block.keeps, strict=True):
+        for keep, width in zip(keeps, layer.widths, strict=True):
+            if keep.made:
                 returned.append(empty_map(x, width, inner, types.compute))
-            if keeps.statistics:
+            if keep.statistics:
                 returned += [_vector(x, width, types.statistics) for _ in range(2)]
     return returned
 

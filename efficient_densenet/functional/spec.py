@@ -122,6 +122,13 @@ class LayerSpec:
         ]
 
 
+def _keeps(part: Part, reader: Part | None, convolved: bool) -> Keeps:
+    is_opaque = isinstance(part, Opaque)
+    made = convolved and isinstance(part, UnitSpec) and part.conv is not None and reader is not None
+    statistics = isinstance(reader, UnitSpec) and (is_opaque or reader.batch_statistics)
+    return Keeps(made, statistics, is_opaque)
+
+
 @dataclass(frozen=True)
 class BlockSpec:
     """A dense block, what is recomputed, and in which types.
@@ -182,21 +189,22 @@ class BlockSpec:
         """Whether any layer applies dropout."""
         return any(layer.drop_rate > 0 for layer in self.layers)
 
-    def keeps(self, layer: LayerSpec) -> list[Keeps]:
-        """What is kept of each part of a layer.
+    @property
+    def keeps(self) -> list[list[Keeps]]:
+        """What is kept of each part of each layer.
 
         Of the map that it leaves for the next one: itself, if a unit's convolution made it, and the
         mode is not to convolve again; statistics, if the next one's norm uses them, or if an opaque
         part made it, and they have to show whether it makes the same again.
         """
-        found = []
-        for part, reader in zip(layer.parts, (*layer.parts[1:], None), strict=True):
-            convolves = isinstance(part, UnitSpec) and part.conv is not None
-            made = convolves and reader is not None and MODES[self.recompute].keeps_bottlenecks
-            is_opaque = isinstance(part, Opaque)
-            statistics = isinstance(reader, UnitSpec) and (is_opaque or reader.batch_statistics)
-            found.append(Keeps(made, statistics, is_opaque))
-        return found
+        convolved = MODES[self.recompute].keeps_bottlenecks
+        return [
+            [
+                _keeps(part, reader, convolved)
+                for part, reader in zip(layer.parts, (*layer.parts[1:], None), strict=True)
+            ]
+            for layer in self.layers
+        ]
 
     @property
     def channels(self) -> int:
