@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -305,10 +305,13 @@ def memory(mode: str) -> dict:
         model = DDP(wide_network(mode), gradient_as_bucket_view=views)
         took = measure(model, images, **options).peak.total
         found[f"DDP, views {views}"] = took, estimate(model, images, **options).peak.total
-    for name, shard in {"blocks": shard_blocks, "whole": fully_shard_alone}.items():
-        model = shard(wide_network(mode))
-        took = sharded_peak(model, images, **options)
-        found[f"FSDP2, {name}"] = took, estimate(model, images, **options).peak.total
+    shards = {"blocks": shard_blocks, "whole": fully_shard_alone}
+    synchronising = {"DDP": synchronised, "FSDP2": sharded} if mode != "none" else {}
+    for name, wrap in {**shards, **synchronising}.items():
+        model = wrap(wide_network(mode))
+        took = peak_of(model, images, **options)
+        if dist.get_rank() == 0:  # which needs no other
+            found[f"{wrap.__name__}, {name}"] = took, estimate(model, images, **options).peak.total
     return found
 
 
@@ -316,8 +319,8 @@ def fully_shard_alone(model: DenseNet) -> nn.Module:
     return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
-def sharded_peak(model: nn.Module, images: Tensor, target: Tensor, make_optimizer: Callable) -> int:
-    """Bytes at the peak of this process's step, by the allocator's account."""
+def peak_of(model: nn.Module, images: Tensor, target: Tensor, make_optimizer: Callable) -> int:
+    """Bytes at the peak of this process's step of the model itself, by the allocator's account."""
     stepping = make_optimizer(model.parameters())
 
     def step() -> None:
@@ -325,14 +328,20 @@ def sharded_peak(model: nn.Module, images: Tensor, target: Tensor, make_optimize
         output.backward()
         stepping.step()
 
-    step()
-    stepping.zero_grad()
+    for _ in range(2):
+        step()
+        stepping.zero_grad()
     record = AllocatorRecord(step, images.device)
-    grads = [parameter.grad.to_local() for parameter in model.parameters()]
+    grads = local(parameter.grad for parameter in model.parameters())
     state = tensors_of(value for of in stepping.state.values() for value in of.values())
-    held = [*model.parameters(), *model.buffers(), images, target, *state]
-    local = (t.to_local() if hasattr(t, "to_local") else t for t in held)
-    return count_bytes(local) + max(live_bytes(with_unseen_deaths(record, grads)))
+    held = local([*model.parameters(), *model.buffers(), images, target, *state])
+    buckets = count_bytes(model.parameters()) if isinstance(model, DDP) else 0
+    return count_bytes(held) + buckets + max(live_bytes(with_unseen_deaths(record, grads)))
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this process has of ``tensors``."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
 def with_unseen_deaths(record: AllocatorRecord, grads: list[Tensor]) -> list[Event]:
