@@ -76,7 +76,7 @@ def cast_scratch(func: OpOverload, args: Arguments, result: Result) -> int:
     types = {tensor.dtype for tensor in operands}
     if len({*types, result.dtype}) < 2 or not types:
         return 0
-    common = reduce(torch.promote_types, types)
+    common = reduce(_promoted, types)
     others = [tensor for tensor in operands if tensor.dtype != common]
     if result.dtype != common and result.dtype != torch.bool:
         others.append(result)
@@ -87,6 +87,11 @@ def cast_scratch(func: OpOverload, args: Arguments, result: Result) -> int:
 def _is_elementwise(func: OpOverload) -> bool:
     casts = torch.Tag.pointwise in func.tags
     return casts and func.overloadpacket not in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+
+
+@cache  # where there are fake tensors, torch asks their mode
+def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    return torch.promote_types(one, other)
 
 
 class Convolution(NamedTuple):
