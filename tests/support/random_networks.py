@@ -34,9 +34,10 @@ def conv(dice: random.Random, dims: int, channels: int, out: int) -> nn.Module:
     bias, dilation = dice.random() < 0.3, dice.choice((1, 1, 2))
     padding = dilation * (size // 2)
     made = CONVS[dims](channels, out, size, padding=padding, dilation=dilation, bias=bias)
-    if dice.random() < 0.1:
+    kind = dice.random()
+    if kind < 0.1:
         torch.nn.utils.parametrizations.weight_norm(made)
-    return made
+    return nn.Sequential(nn.Hardtanh(-2, 2), made) if kind > 0.9 else made
 
 
 def norm(dice: random.Random, dims: int, channels: int) -> nn.Module:
@@ -55,6 +56,8 @@ def parts(dice: random.Random, dims: int, channels: int, growth: int) -> list[nn
         found += [norm(dice, dims, channels), dice.choice(ACTIVATIONS)()]
         found += [conv(dice, dims, channels, out)]
         channels = out
+    if dice.random() < 0.1:
+        found += [norm(dice, dims, channels), dice.choice(ACTIVATIONS)()]
     if dice.random() < 0.2:
         found.append(dice.choice((nn.Dropout, DROPS[dims]))(0.0))
     return found
