@@ -84,8 +84,13 @@ class Front(nn.Module):
 
 
 class Recognised(Front, Generic[M]):
-    """A module that knows what it computes, and looks again when something has changed."""
+    """A module that knows what it computes, and looks again when something has changed.
 
+    Attributes:
+        is_recorded: that it looks by recording a copy of itself.
+    """
+
+    is_recorded: ClassVar[bool] = True
     _known: Known
 
     @staticmethod

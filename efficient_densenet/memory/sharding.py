@@ -100,7 +100,9 @@ def _whole(module: Any, is_root: bool, memo: dict[int, object]) -> nn.Module:
     kept = {name: value for name, value in vars(module).items() if not name.startswith(_ADDED)}
     for name in _HOOKS:
         kept[name] = type(kept[name])((i, h) for i, h in kept[name].items() if i not in added)
-    _, _, original, *_ = type(module).__mro__
+    original: Any = type(module).__mro__[2]  # behind the new class and FSDPModule
+    if getattr(original, "is_recorded", False):
+        original = original.converted_from  # a sharded one is naive: there is no copy to record
     whole: nn.Module = object.__new__(original)
     memo[id(module)] = whole  # what is in it may refer to it
     vars(whole).update(copy.deepcopy(kept, memo))

@@ -7,10 +7,19 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from efficient_densenet import EfficientDenseBlock, estimate, fit_, largest_batch, measure, meter
+from efficient_densenet import (
+    EfficientDenseBlock,
+    convert_,
+    estimate,
+    fit_,
+    largest_batch,
+    measure,
+    meter,
+)
 from efficient_densenet.memory.events import live_bytes
 from efficient_densenet.memory.profiler import AllocatorRecord
 from efficient_densenet.models import densenet_cifar
@@ -141,13 +150,15 @@ def test_wrapper_of_which_memory_is_unknown_is_refused_in_sentence(group: None) 
 # fully_shard
 
 
-def sharded(model: nn.Module, **options: object) -> nn.Module:
+def sharded(
+    model: nn.Module, kind: type[nn.Module] = EfficientDenseBlock, **options: object
+) -> nn.Module:
     """Its first block, and then the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (1,))
-    fully_shard(next(m for m in model.modules() if isinstance(m, EfficientDenseBlock)), mesh=mesh)
+    fully_shard(next(m for m in model.modules() if isinstance(m, kind)), mesh=mesh)
     return fully_shard(model, mesh=mesh, **options)
 
 
@@ -172,6 +183,19 @@ def test_sharded_model_has_its_largest_batch_and_its_mix(group: None) -> None:
     mix = fit_(model, SHAPE, peak - 1, **options)
     assert mix.clock == "modelled" and mix.peak < peak
     assert {chosen.mode for chosen in mix.chosen} != {"norm"}
+
+
+@pytest.mark.filterwarnings("ignore:.* is naive, since")
+def test_converted_blocks_that_are_sharded_are_estimated_as_naive_as_they_are(group: None) -> None:
+    from support.processes import peak_of
+
+    plain = torchvision.models.DenseNet(12, (3, 3), 16, num_classes=5)
+    convert_(plain, strict=True)
+    model = sharded(plain, kind=type(plain.features.denseblock1))
+    images, target = torch.randn(4, 3, 64, 64), torch.arange(4)
+    took = peak_of(model, images, target, SGD)
+    found = estimate(model, images, target=target, make_optimizer=SGD, device="cpu").peak.total
+    assert 0.99 * took <= found <= 1.03 * took
 
 
 def test_gathered_parameters_are_transient(group: None) -> None:
