@@ -24,7 +24,7 @@ from efficient_densenet import EfficientDenseBlock, meter
 from efficient_densenet.modules.naive import DenseBlock
 
 SIZE, SHAPE = (24, 24, 4, 12), (8, 24, 32, 32)
-WARM, STEPS = 2, 9
+WARM, STEPS = 2, 25
 
 
 class SqueezeExcitation(nn.Module):

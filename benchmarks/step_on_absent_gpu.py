@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 # All kernels, before the environment says what makes the package run them on a CPU.
-from efficient_densenet.kernels.triton import elementwise, gradients, product, vectors  # noqa: F401
+from efficient_densenet.kernels.triton import operations  # noqa: F401
 
 
 class AbsentGPU:
