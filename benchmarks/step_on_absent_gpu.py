@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -22,8 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import efficient_densenet.kernels.triton as kernels
+
 # All kernels, before the environment says what makes the package run them on a CPU.
-from efficient_densenet.kernels.triton import operations  # noqa: F401
+for found in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+    if not found.name.endswith("interpreted"):
+        import_module(found.name)
 
 
 class AbsentGPU:
