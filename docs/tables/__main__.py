@@ -37,6 +37,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/architecture.md": {"files": files.files},
     "docs/benchmarks.md": {
         "alternatives": alternatives.tables,
+        "processes": benchmarks.processes,
         "traffic": benchmarks.traffic,
         "any-layer": benchmarks.any_layer,
         "choices": benchmarks.choices,

@@ -1,6 +1,8 @@
-"""Tables of docs/benchmarks.md: memory traffic, layers of any kind, and choices on a CPU."""
+"""Tables of docs/benchmarks.md: times by process, traffic, layers of any kind, choices on a CPU."""
 
 from __future__ import annotations
+
+from statistics import median
 
 from docs.tables.markdown import MIB, Found, origin, results, table
 
@@ -39,6 +41,23 @@ def _bytes(row: Found) -> list[str]:
     for model, count in zip(row["modelled"], row["counted"], strict=True):
         cells += [f"{model / MIB:.1f}", f"{count / MIB:.1f}", f"{model / count:.3f}"]
     return cells
+
+
+def processes() -> str:
+    """Times of the suite's cases beside the naive step's, over several processes."""
+    return processes_of(results("processes"))
+
+
+def processes_of(found: Found) -> str:
+    """The same of what the program found."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in found["rows"]:
+        some = row["ratios"]
+        text = f"{median(some):.2f} ({min(some):.2f}–{max(some):.2f})"
+        cells.setdefault(row["case"], {})[row["competitor"]] = text
+    competitors = list(next(iter(cells.values())))
+    rows = ((case, *(of[competitor] for competitor in competitors)) for case, of in cells.items())
+    return "\n\n".join([table(("/ naive", *competitors), rows), origin("processes", found)])
 
 
 def any_layer() -> str:

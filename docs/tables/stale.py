@@ -34,6 +34,7 @@ DEPENDS = {
     "outcomes": (*STEP, "convert"),
     "planned_peaks": PLANS,
     "plans": PLANS,
+    "processes": STEP,
     "steps": STEP,
     "steps_avx2": STEP,
     "time_model": STEP,

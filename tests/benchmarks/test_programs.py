@@ -19,7 +19,10 @@ from benchmarks import (
     gradient_types,
     inference,
     plans,
+    processes,
 )
+from benchmarks.cases import BRIEF, NAIVE, block
+from docs.tables import benchmarks as shown
 from docs.tables import memory
 from efficient_densenet import EfficientDenseBlock
 from efficient_densenet.functional.modes import MODES
@@ -214,3 +217,15 @@ def test_checkouts_are_compared_in_processes_of_their_own(
     (mine,), (theirs,) = absent["this"], absent["the other"]
     assert mine["launches"] == theirs["launches"] > 100
     assert mine["calls"] == theirs["calls"] > 100
+
+
+def test_processes_are_compared_by_their_own_naive_step() -> None:
+    small = block("small", 2, 8, 4, 2, 8)
+    (found,) = processes.times([small], 1).values()
+    assert set(found) == set(map(str, BRIEF)) and min(found.values()) > 0
+    runs = [{"small": {str(NAIVE): naive, "norm": 2.0}} for naive in (1.0, 2.0, 4.0)]
+    rows = processes.ratios(runs)
+    assert rows == [{"case": "small", "competitor": "norm", "ratios": [2.0, 1.0, 0.5]}]
+    conditions = {"device": "a", "threads": "1", "torch": "3", "commit": "c", "date": "d"}
+    text = shown.processes_of({"rows": rows, "conditions": conditions})
+    assert "| small | 1.00 (0.50–2.00) |" in text
