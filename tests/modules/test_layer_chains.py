@@ -17,7 +17,7 @@ from support.compare import (
     randomise_,
     training_results,
 )
-from support.layers import CHANGES, LoRA, each, lora, no_norm, weight_norm
+from support.layers import CHANGES, Loop, LoRA, each, lora, no_norm, weight_norm
 from support.marks import slabs_and_whole
 
 
@@ -239,20 +239,6 @@ def test_modules_and_tensors_of_two_places(change, parts):
     assert [len(layer.parts) for layer in efficient.read_call(image()).layers] == [parts] * 3
     assert_same_training(efficient, naive, image(), steps=2, rtol=1e-9)
     assert all(a is b for a, b in zip(before, efficient.parameters(), strict=True))
-
-
-class Loop(nn.Module):
-    def __init__(self, make, naive, depth=3):
-        super().__init__()
-        self.layers = nn.ModuleList(make(5 + 4 * i) for i in range(depth))
-        self.naive = naive
-
-    def forward(self, x):
-        if not self.naive:
-            return recompute_dense_block(self.layers, x, 4)
-        for layer in self.layers:
-            x = torch.cat([x, layer(x)], 1)
-        return x
 
 
 def post(c):

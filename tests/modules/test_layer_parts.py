@@ -1,12 +1,13 @@
 """A layer is a chain of parts, of which only those that are not known run again."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from efficient_densenet import EfficientDenseBlock, estimate, recompute_dense_block
+from efficient_densenet import EfficientDenseBlock, estimate
 from efficient_densenet.functional.units import UnitRunner
 from efficient_densenet.modules.calls import BlockCall
 from efficient_densenet.modules.naive import CONVS, NORMS, DenseBlock
@@ -24,6 +25,7 @@ from support.compare import (
 from support.layers import (
     CHANGES,
     Gaussian,
+    Loop,
     SqueezeExcitation,
     each,
     every_second,
@@ -409,28 +411,14 @@ def own(channels, dims, place):
     return nn.Sequential(*first, *second)
 
 
-class Loop(nn.Module):
-    def __init__(self, dims, place):
-        super().__init__()
-        self.layers = nn.ModuleList(own(5 + 4 * i, dims, place) for i in range(3))
-        self.naive = False
-
-    def forward(self, x):
-        if not self.naive:
-            return recompute_dense_block(self.layers, x, 4)
-        for layer in self.layers:
-            x = torch.cat([x, layer(x)], 1)
-        return x
-
-
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("place", ["first", "second"])
 def test_own_layers_of_which_half_is_known(place, dims, monkeypatch):
     calls, run = [], BlockCall.run
     monkeypatch.setattr(BlockCall, "run", lambda self: calls.append(self) or run(self))
-    recomputed, plain = Loop(dims, place).double(), Loop(dims, place).double()
+    make = partial(own, dims=dims, place=place)
+    recomputed, plain = (Loop(make, naive).double() for naive in (False, True))
     recomputed.load_state_dict(plain.state_dict())
-    plain.naive = True
     assert_same_training(recomputed, plain, image(dims=dims), steps=3, rtol=1e-8)
     parts = [kinds(layer) for layer in calls[0].layers]
     assert parts == ["?U" if place == "first" else "UN?"] * 3

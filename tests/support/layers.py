@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from efficient_densenet import recompute_dense_block
 from efficient_densenet.modules.naive import CONVS
 
 Block = nn.ModuleDict
@@ -193,3 +194,19 @@ def changes() -> Iterator[tuple[str, Callable[[Block], None]]]:
     for name, change in CHANGES.items():
         for part, spread in EFFECTS.items():
             yield f"{name}-{part}", spread(change)
+
+
+class Loop(nn.Module):
+    """A dense block of own layers that add 4 channels each to the 5 of its input."""
+
+    def __init__(self, make: Callable[[int], nn.Module], naive: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(make(5 + 4 * i) for i in range(3))
+        self.naive = naive
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.naive:
+            return recompute_dense_block(self.layers, x, 4)
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
