@@ -15,7 +15,7 @@ def copy_hollow(model: nn.Module, device: torch.device) -> nn.Module:
     """Deep copy of ``model`` whose tensors are uninitialised, on ``device``.
 
     Of a model in ``DistributedDataParallel`` or after ``fully_shard`` one that needs no other
-    process.
+    process; of a compiled one what was compiled, since a compiler may run nothing without values.
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
@@ -26,6 +26,9 @@ def copy_hollow(model: nn.Module, device: torch.device) -> nn.Module:
             memo.setdefault(id(value), empty_like(value, device))
     replace_wrappers(model, memo)
     replace_sharded(model, memo)
+    for module in reversed(list(model.modules())):
+        if "_orig_mod" in module._modules:
+            memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
     return copy.deepcopy(model, memo)
 
 

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 from torchvision.models.densenet import _DenseBlock
 
-from efficient_densenet import EfficientDenseBlock
+from efficient_densenet import EfficientDenseBlock, convert_
 from efficient_densenet.kernels import workspace
 from efficient_densenet.memory.devices import DEVICES
 from efficient_densenet.memory.events import Event, find_peak, live_bytes
@@ -230,6 +230,24 @@ def test_model_inputs_and_random_state_are_left_untouched(instrument) -> None:
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert x.grad is None and all(p.grad is None for p in parameters)
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("where", ["all", "a part"])
+def test_compiled_model_is_estimated_as_it_was_written(where: str) -> None:
+    """Nothing is compiled for it: Inductor fails on tensors without values."""
+
+    def refuse(graph: object, inputs: object) -> None:
+        raise AssertionError("compiles")
+
+    model = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=4)
+    convert_(model)
+    x = torch.randn(2, 3, 32, 32)
+    expected = estimate(model, x).peak
+    if where == "all":
+        model = torch.compile(model, backend=refuse)
+    else:
+        model.features = torch.compile(model.features, backend=refuse)
+    assert estimate(model, x).peak == expected
 
 
 def test_report_does_not_change_after_step() -> None:
