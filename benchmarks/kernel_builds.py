@@ -87,9 +87,15 @@ class Launch:
 
     @property
     def title(self) -> str:
-        """The name, and which of its two poolings it is."""
-        maximum = self.arguments.get("MAXIMUM")
-        return self.name + ("" if maximum is None else ", maximum" if maximum else ", average")
+        """The name, which of its two poolings it is, and what it does besides."""
+        parts, given = [self.name], self.arguments
+        if "MAXIMUM" in given:
+            parts.append("maximum" if given["MAXIMUM"] else "average")
+        if given.get("reader") is not None:
+            parts.append("activated")
+        if given.get("terms") is not None:
+            parts.append("corrected")
+        return ", ".join(parts)
 
     @property
     def tile(self) -> str:
@@ -160,12 +166,12 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     summed = operations.summed_dtype(dtype, torch.float32)
     features, total = a_map(reads + growth), a_map(reads + growth, summed)
     new, z, dz = a_map(growth), a_map(width), a_map(width)
+    first, second = unit(reads, width, 1), unit(width, growth, 3)
+    mean, a, b, _ = vectors(width)
     scratch = workspace.Workspace(features, reads, dtype, memory_format)
     operations.append(new, features, reads, Statistics(*vectors(reads + growth)[:2]))
-    for map, reader, target in (
-        (features, unit(reads, width, 1), total),
-        (z, unit(width, growth, 3), dz),
-    ):
+    operations.recompute(features, first, second, scratch)
+    for map, reader, target in ((features, first, total), (z, second, dz), (z, second, None)):
         is_first = map is features
         operations.forward_unit(map, reader, scratch, need_statistics=is_first)
         gradient = operations.backward_unit(
@@ -178,25 +184,31 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
             need_sums=True,
             target=target,
             accumulate=is_first,
+            waits=target is None,
         )
+        if gradient.waiting:
+            gradient.waiting(slice(0, samples), a, b)
         totals = vectors(map.shape[1])[:2]
         operations.collect(gradient.sums, reader, 1.0, (totals[0], totals[1]), is_first)
     for pool in (Pool("average", (2, 2), (2, 2), (0, 0)), Pool("maximum", (3, 3), (2, 2), (1, 1))):
         reader = unit(reads, width, 1)
         reader = reader._replace(tail=Tail(pool, None, dtype))
         pooled, _ = operations.forward_unit(features, reader, scratch, need_statistics=False)
-        operations.backward_unit(
-            pooled,
-            features,
-            reader,
-            scratch,
-            need_weight=False,
-            need_bias=False,
-            need_sums=True,
-            target=total,
-            accumulate=True,
-        )
-    mean, a, b, _ = vectors(width)
+        for target in (total, None):
+            gradient = operations.backward_unit(
+                pooled,
+                features,
+                reader,
+                scratch,
+                need_weight=False,
+                need_bias=False,
+                need_sums=True,
+                target=target,
+                accumulate=True,
+                waits=target is None,
+            )
+            if gradient.waiting:
+                gradient.waiting(slice(0, samples), *vectors(reads)[:2])
     operations.correct(dz, z, slice(0, width), mean, a, b, a_map(width))
 
 

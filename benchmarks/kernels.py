@@ -23,7 +23,7 @@ from efficient_densenet.memory.shapes import tensors_of
 WRITES = {
     "append": ("into", "pair"),
     "fold_moments": ("statistics",),
-    "product": ("y", "pair"),
+    "product": ("y", "pair", "activated"),
     "rectify": ("out",),
     "rectify_backward": ("target", "pair"),
     "pool": ("out", "choice"),
@@ -50,6 +50,8 @@ def moved(launch: Launch) -> tuple[int, int]:
     for name, value in launch.arguments.items():
         if not launch.arguments.get(OPTIONAL.get(name, ""), True):
             continue
+        if name == "pair" and launch.arguments.get("terms") is not None:
+            continue  # sums are given instead of made
         adds = name == "totals" and launch.arguments["ACCUMULATE"]
         adds |= name == "target" and launch.arguments["ACCUMULATE"]
         if name in WRITES[launch.name]:

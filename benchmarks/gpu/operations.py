@@ -175,7 +175,7 @@ def _backward(
         target.fill_(1.0)
 
         def run() -> Sequence[Tensor]:
-            weight, _, sums = ops.backward_unit(
+            weight, _, sums, _ = ops.backward_unit(
                 grad,
                 x,
                 unit,

@@ -40,10 +40,19 @@ def backward_block(
 
 
 class Ready(NamedTuple):
-    """A part of a layer that is ready to be gone back through, and what it reads."""
+    """A part of a layer that is ready to be gone back through, and what it reads.
+
+    ``activated`` is what it reads as a unit activates it, if that was made on the way.
+    """
 
     reading: Reading
     run: Unit | Rebuilt
+    activated: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of what it leaves."""
+        return self.run.tail.dtype if isinstance(self.run, Unit) else self.run.y.dtype
 
 
 class BlockBackward:
@@ -128,16 +137,23 @@ class BlockBackward:
         ``needs_read`` says of each whether what it reads needs a gradient.
         """
         layer, kept = self.spec.layers[i], self.saved.layers[i]
-        reading = self.total.reading(layer.channels)
+        maps, channels, statistics = self.total.reading(layer.channels)
+        dtype, activated = maps.dtype, None
         found: list[Ready] = []
         for j, part in enumerate(layer.parts):
             if j:
-                z = self._made(i, j - 1, found[-1])
-                reading = Reading(z, layer.widths[j - 1], kept[j - 1].statistics)
+                channels, statistics = layer.widths[j - 1], kept[j - 1].statistics
+                dtype = found[-1].dtype
+            unit = None
             if isinstance(part, UnitSpec):
-                found.append(Ready(reading, self.units.ready(part, self.layers[i][j], reading)))
-            else:
-                found.append(Ready(reading, self._rebuilt(i, j, reading, needs_read[j])))
+                tensors = self.layers[i][j]
+                unit = self.units.ready_for(part, tensors, dtype, channels, statistics)
+            if j:
+                is_last = j + 1 == len(layer.parts)
+                maps, activated = self._made(i, j - 1, found[-1], unit if is_last else None)
+            reading = Reading(maps, channels, statistics)
+            run = unit or self._rebuilt(i, j, reading, needs_read[j])
+            found.append(Ready(reading, run, activated))
         return found
 
     def _rebuilt(self, i: int, j: int, reading: Reading, needs_read: bool) -> Rebuilt:
@@ -148,13 +164,18 @@ class BlockBackward:
         needs = [*[needs_read] * len(maps), *self.needs[i][j]]
         return rebuild(part, surroundings, maps, self.layers[i][j], random, needs)
 
-    def _made(self, i: int, j: int, ready: Ready) -> Tensor:
-        """The map that a part leaves for the next one, kept or made again."""
-        (reading, run), (kept, statistics, _) = ready, self.saved.layers[i][j]
+    def _made(
+        self, i: int, j: int, ready: Ready, reader: Unit | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The map that a part leaves for the next one, kept or made again.
+
+        And as that ``reader`` activates it, if that is made on the way: the next unit to run.
+        """
+        (reading, run, _), (kept, statistics, _) = ready, self.saved.layers[i][j]
         if kept is not None:
-            return kept
+            return kept, None
         if isinstance(run, Unit):
-            return self.units.forward(reading.maps, run)[0]
+            return self.units.recompute(reading.maps, run, reader)
         z = run.y.detach().contiguous(memory_format=self.units.memory_format)
         assert statistics is not None
         # The map is not kept; its means show whether any share of it has changed.
@@ -162,18 +183,18 @@ class BlockBackward:
         (mean,) = joined_means([mean], z.numel() // z.shape[1], self.spec.process_group)
         size = (statistics.var + statistics.mean.square()).max().sqrt()
         self._note(i, j, is_same(mean, statistics.mean, size))
-        return z
+        return z, None
 
     def _through(
         self, i: int, j: int, grad: Tensor, ready: Ready, needs_read: bool
     ) -> tuple[Gradients, Tensor | None]:
         """Gradients of a part's tensors, and of what it reads; that of the features is added."""
-        (reading, run), tensors = ready, self.layers[i][j]
+        (reading, run, activated), tensors = ready, self.layers[i][j]
         part, needs = self.spec.layers[i].parts[j], self.needs[i][j]
         if isinstance(run, Unit):
             assert isinstance(part, UnitSpec)
-            of = self._gradient_of(i, j, reading) if j else self.total
-            through = of.back_through(grad, run, part, tensors, needs, needs_read)
+            of = self._gradient_of(i, j, reading, run) if j else self.total
+            through = of.back_through(grad, run, part, tensors, needs, needs_read, activated)
             return through, of.finish(0, reading.channels) if j and needs_read else None
         assert isinstance(part, Opaque)
         found = run.gradients(grad)
@@ -186,8 +207,8 @@ class BlockBackward:
         (dz,) = maps
         return own, None if dz is None else dz.contiguous(memory_format=self.units.memory_format)
 
-    def _gradient_of(self, i: int, j: int, reading: Reading) -> MapGradient:
-        """That of the map that the ``j``-th part of a layer reads.
+    def _gradient_of(self, i: int, j: int, reading: Reading, reader: Unit) -> MapGradient:
+        """That of the map that the ``j``-th part of a layer reads, and nothing else.
 
         Of every layer in turn in the same memory: fresh pages cost more than what is computed. But
         for autograd, which may hand it on to who keeps it.
@@ -200,6 +221,7 @@ class BlockBackward:
             self.spec.process_group,
             self.units.corrected_dtype,  # of one reader's contribution alone
             self.storage.get(j) if reuses else None,
+            waits=self.units.can_wait(reading.maps, reader),
         )
         if reuses:
             self.storage[j] = of.storage

@@ -11,20 +11,27 @@ from torch import Tensor
 from efficient_densenet.functional.spec import BlockSpec, UnitSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means
 from efficient_densenet.functional.units import Reading, UnitRunner
-from efficient_densenet.kernels.interface import Statistics, Unit
+from efficient_densenet.kernels.interface import Statistics, Unit, Waiting
 from efficient_densenet.kernels.layout import empty_map, in_dtype
 
 
 class GradientStorage(NamedTuple):
     """Where the gradients of a map are summed.
 
-    ``grad`` is ``(N, channels, *spatial)``. ``mean_d`` and ``mean_dx`` are ``S1 / M`` and
-    ``S2 / M`` of docs/derivation.md, section 6: vectors ``(channels,)`` in the statistics' type.
+    ``grad`` is ``(N, channels, *spatial)``, ``None`` of one that waits. ``mean_d`` and ``mean_dx``
+    are ``S1 / M`` and ``S2 / M`` of docs/derivation.md, section 6: vectors ``(channels,)`` in the
+    statistics' type.
     """
 
-    grad: Tensor
+    grad: Tensor | None
     mean_d: Tensor
     mean_dx: Tensor
+
+    def fits(self, maps: Tensor, waits: bool) -> bool:
+        """Whether the gradient of these maps can lie here."""
+        if self.grad is None:
+            return waits and len(self.mean_d) == maps.shape[1]
+        return not waits and self.grad.shape == maps.shape
 
 
 class MapGradient:
@@ -34,7 +41,8 @@ class MapGradient:
     (docs/derivation.md, section 6). ``maps`` is ``(N, channels, *spatial)``, ``G`` of its shape and
     of ``dtype``; ``statistics`` are those of ``maps``, ``None`` if no reader uses any. The sums are
     written into ``storage`` if it has the map's shape. The channels of a block's features are
-    counted by age; ``spec`` says where they lie.
+    counted by age; ``spec`` says where they lie. That of a map with one reader ``waits`` if it can:
+    it is written once, when it is finished.
     """
 
     def __init__(
@@ -46,21 +54,29 @@ class MapGradient:
         dtype: torch.dtype,
         storage: GradientStorage | None = None,
         spec: BlockSpec | None = None,
+        waits: bool = False,
     ) -> None:
         self.units, self.maps, self.statistics = units, maps, statistics
         self.process_group = process_group
         self.spec = spec if spec and spec.new_first else None
-        if storage is None or storage.grad.shape != maps.shape:
-            exact = units.types.statistics
-            means = [maps.new_empty(maps.shape[1], dtype=exact) for _ in range(2)]
-            storage = GradientStorage(
-                empty_map(maps, maps.shape[1], units.memory_format, dtype), *means
-            )
+        if storage is None or not storage.fits(maps, waits):
+            exact, channels = units.types.statistics, maps.shape[1]
+            means = [maps.new_empty(channels, dtype=exact) for _ in range(2)]
+            grad = None if waits else empty_map(maps, channels, units.memory_format, dtype)
+            storage = GradientStorage(grad, *means)
         self.storage = storage
-        self.grad, self.mean_d, self.mean_dx = storage
+        _, self.mean_d, self.mean_dx = storage
+        self.waits = waits
+        self.waiting: Waiting | None = None
         self.count = maps.numel() // maps.shape[1]
         self.written = False
         self.corrected_channels = 0
+
+    @property
+    def grad(self) -> Tensor:
+        """``G``, which one that waits has not."""
+        assert self.storage.grad is not None
+        return self.storage.grad
 
     def reading(self, channels: int) -> Reading:
         """The first ``channels``, for a part that reads them."""
@@ -93,21 +109,26 @@ class MapGradient:
         tensors: UnitTensors,
         needs: UnitTensors,
         needs_maps: bool,
+        activated: Tensor | None = None,
     ) -> UnitTensors:
         """Add the gradient through ``unit``, which reads the channels of its norm.
 
-        Returns the gradients of the unit's own tensors.
+        Returns the gradients of the unit's own tensors. ``activated`` is what it reads as it
+        activates it, if that was made on the way.
         """
         corrects = needs_maps and unit.batch_statistics
         defers = corrects and not self.units.ops.corrects_each_reader()
-        weight, bias, sums = self.units.backward(
+        waits = needs_maps and self.waits
+        weight, bias, sums, self.waiting = self.units.backward(
             grad,
             self._first(ready.channels, self.maps, 1),
             ready,
             needs,
             need_sums=needs.weight or needs.bias or defers,
-            target=self._first(ready.channels, self.grad, 1) if needs_maps else None,
+            target=self._first(ready.channels, self.grad, 1) if needs_maps and not waits else None,
             accumulate=self.written,
+            waits=waits,
+            activated=activated,
         )
         self.written = self.written or needs_maps
         dbeta = dgamma = None
@@ -132,6 +153,9 @@ class MapGradient:
 
         In ``dtype``, by default in the type of corrected gradients.
         """
+        if self.waiting is not None:
+            self._join(slice(None))
+            return self.waiting(slice(0, self.maps.shape[0]), self.mean_d, self.mean_dx)
         dtype, channels = dtype or self.units.corrected_dtype, slice(start, stop)
         if self.spec:
             channels = self.spec.span(start, stop)
@@ -143,13 +167,14 @@ class MapGradient:
             out = empty_map(self.grad, stop - start, self.units.memory_format, dtype)
         if self.statistics is None or not corrects:
             return out if whole else out.copy_(self.grad[:, channels])
-        if self.process_group is not None:
-            self._join(channels)
+        self._join(channels)
         vectors = (self.statistics.mean, self.mean_d, self.mean_dx)
         return self.units.ops.correct(self.grad, self.maps, channels, *vectors, out)
 
     def _join(self, channels: slice) -> None:
-        """Take the means over all processes, of channels that are finished."""
+        """Take the means over all processes, if there are several, of finished channels."""
+        if self.process_group is None:
+            return
         means = [self.mean_d[channels], self.mean_dx[channels]]
         joined = joined_means(means, self.count, self.process_group)
         for mean, of_all in zip(means, joined, strict=True):

@@ -16,7 +16,7 @@ from efficient_densenet.functional.spec import StemSpec, UnitTensors
 from efficient_densenet.functional.synchronise import joined_means, joined_statistics
 from efficient_densenet.functional.units import Reading, UnitRunner
 from efficient_densenet.kernels.aten import convolve, convolve_backward
-from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients
+from efficient_densenet.kernels.interface import Conv, Statistics, UnitGradients, Waiting
 from efficient_densenet.kernels.layout import empty_map
 
 # If one sample takes more than this, it is computed in groups of channels, each about half of this
@@ -119,6 +119,7 @@ class StemBackward:
         self.y = y = convolve(self.image, conv)
         self.units = UnitRunner(spec, y, y.shape[1], memory_format)
         self.statistics = statistics
+        self.waiting: Waiting | None = None
         self.ready = self.units.ready(spec.unit, tensors, Reading(y, y.shape[1], statistics))
 
     def run(self, needs_x: bool, needs: UnitTensors) -> tuple[Tensor | None, UnitTensors]:
@@ -128,7 +129,8 @@ class StemBackward:
         corrects = corrects and not self.units.ops.corrects_each_reader()
         dbeta = dgamma = dx = weight = bias = corrections = None
         if needs.weight or needs.bias or corrects:
-            sums = self._back_through(slice(None), None).sums
+            waits = corrects and self.units.can_wait(self.y, self.ready)
+            sums, self.waiting = self._back_through(slice(None), None, waits)[2:]
             assert sums is not None
             count = self.y.numel() // self.y.shape[1]
             totals = self._vector(), self._vector()
@@ -151,7 +153,9 @@ class StemBackward:
     def _vector(self) -> Tensor:
         return self.y.new_empty(self.y.shape[1], dtype=self.spec.types.statistics)
 
-    def _back_through(self, rows: slice, target: Tensor | None) -> UnitGradients:
+    def _back_through(
+        self, rows: slice, target: Tensor | None, waits: bool = False
+    ) -> UnitGradients:
         """Through pool, activation and norm: the sums if there is no ``target`` to write into."""
         return self.units.backward(
             self.grad[rows],
@@ -160,6 +164,7 @@ class StemBackward:
             UnitTensors(),
             need_sums=target is None,
             target=target,
+            waits=waits,
         )
 
     def _slab(
@@ -169,13 +174,20 @@ class StemBackward:
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One slab's gradients of image, weight and bias."""
+        dy = self._gradient_of(rows, corrections).to(self.y.dtype)
+        return convolve_backward(dy, self.image[rows], self.conv, needs)
+
+    def _gradient_of(self, rows: slice, corrections: list[Tensor] | None) -> Tensor:
+        """That of samples of the convolved image."""
+        if self.waiting and corrections:
+            return self.waiting(rows, *corrections)
         y = self.y[rows]
         dy = empty_map(y, y.shape[1], self.units.memory_format, self.units.corrected_dtype)
         self._back_through(rows, dy)
         if corrections and self.statistics:
             (mean, _), (mean_d, mean_dx) = self.statistics, corrections
             self.units.ops.correct(dy, y, slice(0, y.shape[1]), mean, mean_d, mean_dx, dy)
-        return convolve_backward(dy.to(y.dtype), self.image[rows], self.conv, needs)
+        return dy
 
 
 def _total(parts: Sequence[Tensor | None]) -> Tensor | None:

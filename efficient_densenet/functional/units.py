@@ -61,14 +61,29 @@ class UnitRunner:
         scratch = self.ops.scratch_dtype(spec.types.features, spec.types.statistics)
         self.workspace = Workspace(like, widest, scratch, memory_format)
 
+    def can_wait(self, maps: Tensor, ready: Unit) -> bool:
+        """Whether the gradient of maps that only this unit reads can wait for their batch terms."""
+        return ready.batch_statistics and self.ops.can_wait(maps, ready, self.workspace)
+
     def ready(self, unit: UnitSpec, tensors: UnitTensors, reading: Reading) -> Unit:
         """The unit for what it reads."""
         maps, channels, statistics = reading
+        return self.ready_for(unit, tensors, maps.dtype, channels, statistics)
+
+    def ready_for(
+        self,
+        unit: UnitSpec,
+        tensors: UnitTensors,
+        dtype: torch.dtype,
+        channels: int,
+        statistics: Statistics | None,
+    ) -> Unit:
+        """The same, for maps of ``dtype`` that need not be there yet."""
         if statistics is None or not unit.batch_statistics:
             running = (tensors.running_mean, tensors.running_var)
             statistics = Statistics(*(in_dtype(v, self.types.statistics) for v in running))
         norm = self.ops.make_norm(statistics, channels, tensors.weight, tensors.bias, unit.eps)
-        tail = self._tail(unit, tensors, maps.dtype)
+        tail = self._tail(unit, tensors, dtype)
         return Unit(norm, unit.activation, tail, channels, unit.batch_statistics)
 
     def _tail(self, unit: UnitSpec, tensors: UnitTensors, dtype: torch.dtype) -> Tail:
@@ -83,6 +98,17 @@ class UnitRunner:
         """What a unit makes of the map ``x``, and the batch statistics of the result."""
         return self.ops.forward_unit(x, ready, self.workspace, need_statistics=need_statistics)
 
+    def recompute(
+        self, x: Tensor, ready: Unit, reader: Unit | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same again, and as the ``reader`` activates it: ``None`` without one, or if unknown.
+
+        The latter is good until another unit runs.
+        """
+        if reader is None:
+            return self.forward(x, ready)[0], None
+        return self.ops.recompute(x, ready, reader, self.workspace)
+
     def backward(
         self,
         grad: Tensor,
@@ -93,6 +119,8 @@ class UnitRunner:
         need_sums: bool,
         target: Tensor | None,
         accumulate: bool = False,
+        waits: bool = False,
+        activated: Tensor | None = None,
     ) -> UnitGradients:
         """The operation's gradients, ``needs`` those of its convolution; see the interface."""
         return self.ops.backward_unit(
@@ -105,6 +133,8 @@ class UnitRunner:
             need_sums=need_sums,
             target=target,
             accumulate=accumulate,
+            waits=waits,
+            activated=activated,
         )
 
     def dropped(self, y: Tensor, layer: LayerSpec, seed: Tensor) -> Tensor:

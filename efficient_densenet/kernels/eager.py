@@ -121,6 +121,16 @@ def forward_unit(
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
 
 
+def recompute(
+    x: Tensor, unit: Unit, reader: Unit, workspace: Workspace
+) -> tuple[Tensor, Tensor | None]:
+    return forward_unit(x, unit, workspace, need_statistics=False)[0], None
+
+
+def can_wait(x: Tensor, unit: Unit, workspace: Workspace) -> bool:
+    return False
+
+
 def backward_unit(
     grad: Tensor,
     x: Tensor,
@@ -132,13 +142,15 @@ def backward_unit(
     need_sums: bool,
     target: Tensor | None,
     accumulate: bool,
+    waits: bool = False,
+    activated: Tensor | None = None,
 ) -> UnitGradients:
     norm, activation, tail, channels, _ = unit
     x = first_channels(x, channels)
     target = None if target is None else first_channels(target, channels)
     scale = per_channel(norm.scale, x.dim())
     normalised = _normalised(norm, x.dim())
-    activated = _activated(normalised, activation)
+    activate = _activated(normalised, activation)
     sums: Sums | None = None
 
     def receive(rows: slice, y: Tensor, d: Tensor) -> None:
@@ -155,7 +167,7 @@ def backward_unit(
             torch.mul(d, scale, out=rows_of(target, rows))
 
     needs = (need_sums or target is not None, need_weight, need_bias)
-    weight, bias = backward_of_slabs(grad, x, tail, workspace, activated, needs, receive)
+    weight, bias = backward_of_slabs(grad, x, tail, workspace, activate, needs, receive)
     return UnitGradients(weight, bias, sums)
 
 

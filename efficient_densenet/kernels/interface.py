@@ -7,7 +7,7 @@ type: float32, or float64 where maps are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -126,16 +126,23 @@ class Unit(NamedTuple):
     batch_statistics: bool = True
 
 
+Waiting = Callable[[slice, Tensor, Tensor], Tensor]
+"""Makes the gradient of some samples of a map that one unit alone reads, by the vectors ``a`` and
+``b`` of :meth:`Operations.correct`; of each sample once."""
+
+
 class UnitGradients(NamedTuple):
     """Gradients of a unit's convolution, and the sums that :meth:`Operations.collect` reads.
 
     ``conv_weight`` is ``(out_channels, in_channels / groups, *kernel)``, ``conv_bias``
     ``(out_channels,)``, each of the implementation's type; ``None`` where it was not wanted.
+    ``waiting`` makes the gradient of what the unit reads, where that was to wait.
     """
 
     conv_weight: Tensor | None
     conv_bias: Tensor | None
     sums: Sums
+    waiting: Waiting | None = None
 
 
 class Operations(Protocol):
@@ -182,6 +189,14 @@ class Operations(Protocol):
         The normalised map is not kept; ``y`` has memory of its own.
         """
 
+    def recompute(
+        self, x: Tensor, unit: Unit, reader: Unit, workspace: Workspace
+    ) -> tuple[Tensor, Tensor | None]:
+        """``y`` of :meth:`forward_unit` again, and as the only unit that reads it activates it.
+
+        The latter lies in the workspace, and is ``None`` unless it can be made on the way.
+        """
+
     def backward_unit(
         self,
         grad: Tensor,
@@ -194,6 +209,8 @@ class Operations(Protocol):
         need_sums: bool,
         target: Tensor | None,
         accumulate: bool,
+        waits: bool = False,
+        activated: Tensor | None = None,
     ) -> UnitGradients:
         """Gradients of :meth:`forward_unit`.
 
@@ -205,6 +222,16 @@ class Operations(Protocol):
         ``scale * d`` into ``target``, a map as ``x`` (adds it if ``accumulate``; ``None``: not
         wanted), and returns the convolution's gradients and the sums that :meth:`collect` reads,
         good until the next operation.
+
+        Where the gradient of ``x`` ``waits``, as far as it :meth:`can_wait`, there is no target: it
+        is made when the batch terms are known. ``activated`` is what :meth:`recompute` has made
+        beside ``x``.
+        """
+
+    def can_wait(self, x: Tensor, unit: Unit, workspace: Workspace) -> bool:
+        """Whether the gradient of a map that only ``unit`` reads can wait for its batch terms.
+
+        It is then written once, instead of without them first.
         """
 
     def collect(

@@ -68,16 +68,20 @@ def backward_of_slabs(
     needs: tuple[bool, bool, bool],
     receive: Callable[[slice, Tensor, Tensor], None],
     stored: torch.dtype | None = None,
+    activated: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`tail_of_slabs` with respect to weight and bias, as far as needed.
 
     ``receive`` gets each slab's rows, its activated map, and the gradient with respect to that; it
-    may overwrite both. ``stored`` as in :meth:`Workspace.slabs`.
+    may overwrite both. ``stored`` as in :meth:`Workspace.slabs`. A map that is one slab may be
+    ``activated`` already.
     """
     weight = bias = None
     for rows in workspace.distinct_slabs(x, stored):
         slab = rows_of(x, rows)
-        y = activate(slab, workspace.scratch(slab, tail.dtype))
+        y = activated
+        if y is None:
+            y = activate(slab, workspace.scratch(slab, tail.dtype))
         d, slab_weight, slab_bias = tail_backward(
             in_dtype(rows_of(grad, rows), tail.dtype), y, tail, needs
         )

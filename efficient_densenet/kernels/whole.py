@@ -16,6 +16,7 @@ from efficient_densenet.kernels.activations import (
     activate_backward_,
     derivative_reads_input,
 )
+from efficient_densenet.kernels.eager import can_wait as can_wait
 from efficient_densenet.kernels.eager import correct as correct
 from efficient_densenet.kernels.eager import corrected_dtype as corrected_dtype
 from efficient_densenet.kernels.eager import drop as drop
@@ -92,6 +93,12 @@ def forward_unit(
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
 
 
+def recompute(
+    x: Tensor, unit: Unit, reader: Unit, workspace: Workspace
+) -> tuple[Tensor, Tensor | None]:
+    return forward_unit(x, unit, workspace, need_statistics=False)[0], None
+
+
 def backward_unit(
     grad: Tensor,
     x: Tensor,
@@ -103,6 +110,8 @@ def backward_unit(
     need_sums: bool,
     target: Tensor | None,
     accumulate: bool,
+    waits: bool = False,
+    activated: Tensor | None = None,
 ) -> UnitGradients:
     norm, activation = unit.norm, unit.activation
     x = _dense(x, unit, workspace)

@@ -78,6 +78,10 @@ class Workspace:
         for start in range(0, samples, step):
             yield slice(start, min(start + step, samples))
 
+    def holds(self, x: Tensor, dtype: torch.dtype | None = None) -> bool:
+        """Whether ``x`` is a single slab."""
+        return len(list(self.slabs(x, dtype))) == 1
+
     def distinct_slabs(self, x: Tensor, dtype: torch.dtype | None = None) -> Iterable[slice]:
         """The rows of each slab; of a map without values, of the slabs that differ in memory.
 

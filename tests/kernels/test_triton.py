@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: run in Triton's interpreter, and built for absent GPUs.
 
 The interpreter replaces Triton's functions when they are defined, so that it needs a process of its
-own: each file of ``tests/kernels/interpreter`` is run in one.
+own: each file of ``tests/kernels/triton`` is run in one.
 """
 
 import os

@@ -21,6 +21,7 @@ from efficient_densenet.kernels.interface import (
     Unit,
     per_channel,
 )
+from efficient_densenet.kernels.workspace import Workspace
 from support.compare import FORMATS
 
 # Samples, channels read, channels left, spatial size: odd, single, several tiles.
@@ -120,6 +121,43 @@ def naive_unit(
         conv = tail.conv
         y = CONVOLUTIONS[dims - 1](y, conv.weight, conv.bias, padding=conv.geometry.padding)
     return y
+
+
+def finished_gradient(
+    ops: Operations,
+    grad: Tensor,
+    x: Tensor,
+    unit: Unit,
+    workspace: Workspace,
+    mean: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> list[Tensor]:
+    """The gradient of a map that a unit alone reads, in its type, and dβ and dγ.
+
+    Where it waits, the first sample is made by itself, as a stem makes its slabs.
+    """
+    waits = ops.can_wait(x, unit, workspace)
+    dx = torch.empty_like(x, dtype=ops.corrected_dtype(unit.tail.dtype, mean.dtype))
+    through = ops.backward_unit(
+        grad,
+        x,
+        unit,
+        workspace,
+        need_weight=False,
+        need_bias=False,
+        need_sums=True,
+        target=None if waits else dx,
+        accumulate=False,
+        waits=waits,
+    )
+    of_norm = [vector.flatten() for vector in ops.collect(through.sums, unit, 0.1, None, False)]
+    if through.waiting is None:
+        ops.correct(dx, x, slice(0, x.shape[1]), mean, a, b, dx)
+    else:
+        for rows in (slice(0, 1), slice(1, len(x))):
+            dx[rows] = through.waiting(rows, a, b)
+    return [dx.to(unit.tail.dtype), *of_norm]
 
 
 def doubled(value: object) -> object:

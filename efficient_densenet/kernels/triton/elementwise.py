@@ -80,6 +80,7 @@ def rectify_backward(
     target,
     norm,
     pair,
+    terms,
     first,
     M,
     N,
@@ -93,8 +94,8 @@ def rectify_backward(
 ):
     """``target += scale * d`` where ``x`` was rectified to more than zero.
 
-    ``d`` is the gradient of the rectified map. Leaves sums as ``store_through_rectifier`` does, in
-    the rows of ``pair`` from ``first`` on.
+    ``d`` is the gradient of the rectified map. Leaves sums or subtracts batch norm's ``terms``, as
+    ``store_through_rectifier`` does; sums in the rows of ``pair`` from ``first`` on.
     """
     N = known_multiple(N, x.multiple)
     row, m, n = own_tile(N, BLOCK_M, BLOCK_N)
@@ -106,6 +107,7 @@ def rectify_backward(
         target,
         norm,
         pair,
+        terms,
         first + row,
         m,
         n,
@@ -253,8 +255,12 @@ def launch_rectify_backward(
     accumulate: bool,
     pair: Tensor,
     first: int,
+    terms: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Writes or adds the gradient through them, if there is a target; the sums into ``pair``."""
+    """Writes or adds the gradient through them, if there is a target; the sums into ``pair``.
+
+    With batch norm's ``terms`` it is the whole gradient, and nothing is summed.
+    """
     arriving, source = matrix(d), matrix(x)
     place = source if target is None else matrix(target)
     grid, tile = elementwise(source)
@@ -266,6 +272,7 @@ def launch_rectify_backward(
         place,
         norm,
         pair,
+        terms,
         first,
         source.rows,
         source.channels,

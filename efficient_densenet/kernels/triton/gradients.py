@@ -44,9 +44,6 @@ INPUT_TILES = (
     Tile(m=128, n=64, k=64, warps=8, stages=2),
 )
 EXACT_INPUT = Tile(m=64, n=16, k=64, warps=8, stages=2)
-# Programs of a weight's gradient that a multiprocessor runs at a time: each takes up to 120
-# registers in 256 threads, and 73 KiB.
-RESIDENT = 2
 
 
 @triton.jit
@@ -142,6 +139,7 @@ def input_gradient(
         target,
         norm,
         pair,
+        None,
         row,
         m,
         k,
@@ -163,14 +161,15 @@ def launch_weight_gradient(grad: Tensor, x: Tensor, unit: Unit) -> Tensor:
     source, arriving = matrix(x, slice(0, reads)), matrix(grad)
     leaves = arriving.channels
     constants = product_constants(tail.dtype) | shared(source, arriving)
-    together = RESIDENT * launch.multiprocessors(x.device)
+    programs = launch.multiprocessors(x.device)
     ones = (1,) * (x.dim() - 2)
 
     def attempt(tile: Tile) -> Tensor:
-        # The sum is divided among as many programs as run at a time: one more would run alone.
+        # The sum is divided among a program per multiprocessor. Of two, each would have half as
+        # much to read but as many sums to write, and of small maps those are most of its bytes.
         tiles = quotient(leaves, tile.n) * quotient(reads, tile.k)
         steps = quotient(source.rows, tile.m)
-        share = quotient(steps, min(steps, max(1, together // tiles))) * tile.m
+        share = quotient(steps, min(steps, max(1, programs // tiles))) * tile.m
         parts = norm.mean.new_empty((quotient(source.rows, share), leaves, reads, *ones))
         launch.run(
             weight_gradient,

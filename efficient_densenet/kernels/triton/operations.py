@@ -16,8 +16,14 @@ import triton
 from torch import Tensor
 
 from efficient_densenet.kernels.aten import convolve, convolve_backward
-from efficient_densenet.kernels.interface import Statistics, Tail, Unit, UnitGradients
-from efficient_densenet.kernels.layout import CHANNELS_LAST, first_channels, in_dtype, rows_of
+from efficient_densenet.kernels.interface import Statistics, Tail, Unit, UnitGradients, Waiting
+from efficient_densenet.kernels.layout import (
+    CHANNELS_LAST,
+    empty_map,
+    first_channels,
+    in_dtype,
+    rows_of,
+)
 from efficient_densenet.kernels.slabs import backward_of_slabs, tail_of_slabs
 from efficient_densenet.kernels.triton import vectors
 from efficient_densenet.kernels.triton.elementwise import (
@@ -101,7 +107,8 @@ def forward_unit(
     x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
     if is_product(unit.tail):
-        return launch_product(x, unit, workspace, need_statistics)
+        y, statistics, _ = launch_product(x, unit, workspace, need_statistics)
+        return y, statistics
     tail = unit.tail
     if pools_windows(x, tail):
         y, _ = launch_pool(x, unit, workspace)
@@ -110,6 +117,16 @@ def forward_unit(
         x, activate = first_channels(x, unit.channels), partial(launch_rectify, unit.norm)
         y = tail_of_slabs(x, tail, workspace, activate, stored=tail.dtype)
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
+
+
+def recompute(
+    x: Tensor, unit: Unit, reader: Unit, workspace: Workspace
+) -> tuple[Tensor, Tensor | None]:
+    if not is_product(unit.tail):
+        return forward_unit(x, unit, workspace, need_statistics=False)[0], None
+    in_slabs = not is_product(reader.tail) and not pools_windows(x, reader.tail)
+    y, _, activated = launch_product(x, unit, workspace, False, reader if in_slabs else None)
+    return y, activated
 
 
 def backward_unit(
@@ -123,29 +140,39 @@ def backward_unit(
     need_sums: bool,
     target: Tensor | None,
     accumulate: bool,
+    waits: bool = False,
+    activated: Tensor | None = None,
 ) -> UnitGradients:
-    want = Wanted(need_weight, need_bias, need_sums, target, accumulate)
+    want = Wanted(need_weight, need_bias, need_sums, target, accumulate, waits)
     if is_product(unit.tail):
         return _through_product(grad, x, unit, workspace, want)
     grad = in_dtype(grad, unit.tail.dtype)
     if pools_windows(x, unit.tail):
         return _through_windows(grad, x, unit, workspace, want)
-    return _through_slabs(grad, x, unit, workspace, want)
+    return _through_slabs(grad, x, unit, workspace, want, activated)
+
+
+def can_wait(x: Tensor, unit: Unit, workspace: Workspace) -> bool:
+    """Where the gradient of the activated map exists as a whole, or is collected from windows."""
+    if is_product(unit.tail):
+        return False
+    return pools_windows(x, unit.tail) or workspace.holds(x, unit.tail.dtype)
 
 
 class Wanted(NamedTuple):
-    """Which gradients :func:`backward_unit` is asked for, and where that of ``x`` goes."""
+    """Which gradients :func:`backward_unit` is asked for, and where or when that of ``x`` goes."""
 
     weight: bool
     bias: bool
     sums: bool
     target: Tensor | None
     accumulate: bool
+    waits: bool
 
     @property
     def input(self) -> bool:
         """Whether the gradient of what the tail reads is needed."""
-        return self.sums or self.target is not None
+        return self.sums or self.waits or self.target is not None
 
     @property
     def tail(self) -> tuple[bool, bool, bool]:
@@ -173,32 +200,59 @@ def _through_windows(
     weight = bias = None
     if unit.tail.conv:
         dy, weight, bias = convolve_backward(grad, y, unit.tail.conv, want.tail)
-    sums = None
-    if want.input and dy is not None:
-        sums = launch_pool_backward(dy, choice, x, unit, workspace, want.target, want.accumulate)
-    return UnitGradients(weight, bias, sums if want.sums else None)
+    if not want.input or dy is None:
+        return UnitGradients(weight, bias, None)
+    sums = launch_pool_backward(dy, choice, x, unit, workspace, want.target, want.accumulate)
+
+    def corrected(rows: slice, a: Tensor, b: Tensor) -> Tensor:
+        part, arriving, chosen = (rows_of(map, rows) for map in (x, dy, choice))
+        out = empty_map(part, unit.channels, workspace.memory_format, unit.tail.dtype)
+        launch_pool_backward(arriving, chosen, part, unit, workspace, out, False, (a, b))
+        return out
+
+    return UnitGradients(
+        weight, bias, sums if want.sums else None, corrected if want.waits else None
+    )
 
 
 def _through_slabs(
-    grad: Tensor, x: Tensor, unit: Unit, workspace: Workspace, want: Wanted
+    grad: Tensor,
+    x: Tensor,
+    unit: Unit,
+    workspace: Workspace,
+    want: Wanted,
+    activated: Tensor | None,
 ) -> UnitGradients:
     norm, tail, channels = unit.norm, unit.tail, unit.channels
     x = first_channels(x, channels)
     target = None if want.target is None else first_channels(want.target, channels)
     tiles = [tile_rows(rows_of(x, rows)) for rows in workspace.slabs(x, tail.dtype)]
     pair, written = workspace.vectors(sum(tiles) * 2 * channels), 0
+    waiting: Waiting | None = None
 
     def receive(rows: slice, a: Tensor, d: Tensor) -> None:
-        nonlocal written
+        nonlocal written, waiting
         into = None if target is None else rows_of(target, rows)
         launch_rectify_backward(d, rows_of(x, rows), norm, into, want.accumulate, pair, written)
         written += tile_rows(d)
+        if want.waits:
+            waiting = partial(_corrected, d, x, norm)
 
     activate = partial(launch_rectify, norm)
     weight, bias = backward_of_slabs(
-        grad, x, tail, workspace, activate, want.tail, receive, stored=tail.dtype
+        grad, x, tail, workspace, activate, want.tail, receive, tail.dtype, activated
     )
-    return UnitGradients(weight, bias, TileSums(pair, sum(tiles)) if want.sums else None)
+    sums = TileSums(pair, sum(tiles)) if want.sums else None
+    return UnitGradients(weight, bias, sums, waiting)
+
+
+def _corrected(
+    d: Tensor, x: Tensor, norm: vectors.Norm, rows: slice, a: Tensor, b: Tensor
+) -> Tensor:
+    """The gradient of samples of ``x``, in the place of that of the activated map."""
+    d, x = rows_of(d, rows), rows_of(x, rows)
+    launch_rectify_backward(d, x, norm, d, False, a, 0, (a, b))
+    return d
 
 
 def is_product(tail: Tail) -> bool:

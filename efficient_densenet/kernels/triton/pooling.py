@@ -97,6 +97,7 @@ def pool_backward(
     target,
     norm,
     pair,
+    terms,
     M,
     N,
     height,
@@ -120,7 +121,7 @@ def pool_backward(
     """``target += scale * d`` where ``x`` was rectified to more than zero.
 
     ``d`` is what the windows that hold a position give it of ``grad``, the gradient of their means
-    or maxima. Leaves sums as ``store_through_rectifier`` does.
+    or maxima. Leaves sums or subtracts batch norm's ``terms``, as ``store_through_rectifier`` does.
     """
     N = known_multiple(N, x.multiple)
     tile, m, n = own_tile(N, BLOCK_M, BLOCK_N)
@@ -147,6 +148,7 @@ def pool_backward(
         target,
         norm,
         pair,
+        terms,
         tile,
         m,
         n,
@@ -237,14 +239,18 @@ def launch_pool_backward(
     workspace: Workspace,
     target: Tensor | None,
     accumulate: bool,
+    terms: tuple[Tensor, Tensor] | None = None,
 ) -> TileSums:
-    """Writes or adds the gradient of what was pooled, if there is a target; the sums by tile."""
+    """Writes or adds the gradient of what was pooled, if there is a target; the sums by tile.
+
+    With batch norm's ``terms`` it is the whole gradient, and nothing is summed.
+    """
     windows, channels = _Windows.of(x, unit.tail), slice(0, unit.channels)
     arriving, chosen, source = matrix(grad), matrix(choice), matrix(x, channels)
     into = source if target is None else matrix(target, channels)
     grid, tile = elementwise(source)
     tiles = quotient(source.rows, tile["BLOCK_M"])
-    pair = workspace.vectors(tiles * 2 * source.channels)
+    pair = terms[0] if terms else workspace.vectors(tiles * 2 * source.channels)
     launch.run(
         pool_backward,
         grid,
@@ -254,6 +260,7 @@ def launch_pool_backward(
         into,
         unit.norm,
         pair,
+        terms,
         source.rows,
         source.channels,
         *windows.size,

@@ -48,6 +48,8 @@ def product(
     conv_bias,
     y,
     pair,
+    activated,
+    reader,
     M,
     N,
     K,
@@ -65,7 +67,8 @@ def product(
     """``y[m, n] = Σ_k relu((x[m, k] - mean[k]) * scale[k] + bias[k]) * weight[n, k]``.
 
     Plus ``conv_bias[n]`` if ``BIAS``. ``weight`` is dense ``(N, K)``. With ``STATISTICS``, ``pair``
-    gets those of ``y`` by ``store_moments``, a row for each row of tiles.
+    gets those of ``y`` by ``store_moments``, a row for each row of tiles. With the norm of a
+    ``reader``, ``activated`` gets ``y`` normalised and rectified by it.
     """
     N, K = known_multiple(N, y.multiple), known_multiple(K, x.multiple)
     across = tl.cdiv(N, BLOCK_N)
@@ -87,21 +90,34 @@ def product(
     if BIAS:
         total += tl.load(conv_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     stored = total.to(y.data.dtype.element_ty)
-    store_tile(y, stored, m, n, (m < M)[:, None] & (n < N)[None, :], positions, FLAT, INDEX)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    store_tile(y, stored, m, n, inside, positions, FLAT, INDEX)
+    if reader is not None:
+        mean, scale, bias = norm_vectors(reader, n, n < N)
+        a = rectified(stored, mean, scale, bias, activated.data.dtype.element_ty)
+        store_tile(activated, a, m, n, inside, positions, FLAT, INDEX)
     if STATISTICS:
         store_moments(pair, row, stored.to(tl.float32), m, M, n, N, BLOCK_M)
 
 
 def launch_product(
-    x: Tensor, unit: Unit, workspace: Workspace, need_statistics: bool
-) -> tuple[Tensor, Statistics | None]:
-    """The product, and if needed its statistics."""
+    x: Tensor,
+    unit: Unit,
+    workspace: Workspace,
+    need_statistics: bool,
+    reader: Unit | None = None,
+) -> tuple[Tensor, Statistics | None, Tensor | None]:
+    """The product, its statistics if needed, and if scratch holds it what ``reader`` activates."""
     norm, _, tail, reads, _ = unit
     weight, conv_bias = factors(tail)
     leaves = len(weight)
     y = empty_map(x, leaves, workspace.memory_format, tail.dtype)
+    activated = then = None
+    if reader is not None and workspace.holds(y, reader.tail.dtype):
+        activated, then = workspace.scratch(y, reader.tail.dtype), reader.norm
     source, place = matrix(x, slice(0, reads)), matrix(y)
-    constants = product_constants(tail.dtype) | shared(source, place)
+    beside = place if activated is None else matrix(activated)
+    constants = product_constants(tail.dtype) | shared(source, place, beside)
 
     def attempt(tile: Tile) -> Tensor:
         pair = y
@@ -116,6 +132,8 @@ def launch_product(
             weight if conv_bias is None else conv_bias,
             place,
             pair,
+            beside,
+            then,
             source.rows,
             leaves,
             reads,
@@ -127,11 +145,11 @@ def launch_product(
         )
         return pair
 
-    key = ("product", leaves, tail.dtype)
+    key = ("product", leaves, tail.dtype, then is not None)
     tile = tiling.fastest(tiles_for(tail.dtype, TILES, EXACT), source, key, attempt)
     pair = attempt(tile)
     if not need_statistics:
-        return y, None
+        return y, None, activated
     statistics = Statistics(*(norm.mean.new_empty(leaves) for _ in range(2)))
     launch_fold(pair, 0, place, tile.m, statistics)
-    return y, statistics
+    return y, statistics, activated

@@ -133,6 +133,7 @@ def store_through_rectifier(
     target,
     norm,
     pair,
+    terms,
     row,
     m,
     k,
@@ -148,7 +149,9 @@ def store_through_rectifier(
 ):
     """Masks the gradient ``d`` of a rectified tile; adds ``scale * d`` to the target; leaves sums.
 
-    ``scale`` is the norm's. The sums are ``Σ d`` and ``Σ d * (x - mean)`` of each column.
+    ``scale`` is the norm's. The sums are ``Σ d`` and ``Σ d * (x - mean)`` of each column. Where
+    batch norm's two ``terms`` are known, vectors ``a`` and ``b``, it leaves no sums, and
+    ``scale * d - a - (x - mean) * b`` is what the target gets.
     """
     K = known_multiple(K, x.multiple)
     inside = (m < M)[:, None] & (k < K)[None, :]
@@ -156,10 +159,15 @@ def store_through_rectifier(
     mean, scale, bias = norm_vectors(norm, k, k < K)
     stops = rectified(x_tile, mean, scale, bias, DTYPE) <= 0  # not so NaN: it passes, as in PyTorch
     d = tl.where(inside & ~stops, d, 0.0)
-    sum_d, sum_dx = tl.sum(d, 0), tl.sum(d * (x_tile - mean[None, :]), 0)
-    store_pair(pair, row, k, K, k < K, sum_d, sum_dx)
+    distance = x_tile - mean[None, :]
+    g = d * scale[None, :]
+    if terms is None:
+        store_pair(pair, row, k, K, k < K, tl.sum(d, 0), tl.sum(d * distance, 0))
+    else:
+        a = tl.load(terms[0] + k, mask=k < K, other=0.0)
+        b = tl.load(terms[1] + k, mask=k < K, other=0.0)
+        g -= a[None, :] + distance * b[None, :]
     if TARGET:
-        g = d * scale[None, :]
         if ACCUMULATE:
             g += load_tile(target, m, k, inside, positions, FLAT, INDEX)
         store_tile(target, g, m, k, inside, positions, FLAT, INDEX)

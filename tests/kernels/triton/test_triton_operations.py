@@ -10,7 +10,7 @@ from efficient_densenet.kernels.interface import Conv, Geometry, Statistics, Tai
 from efficient_densenet.kernels.triton import launch
 from efficient_densenet.kernels.triton import operations as triton
 from efficient_densenet.kernels.triton import tiles as tiling
-from efficient_densenet.kernels.triton.gradients import RESIDENT, launch_weight_gradient
+from efficient_densenet.kernels.triton.gradients import launch_weight_gradient
 from efficient_densenet.kernels.workspace import Workspace
 from support.operations import (
     LAYOUTS,
@@ -18,6 +18,7 @@ from support.operations import (
     a_map,
     a_unit,
     assert_as_precise_as_eager,
+    finished_gradient,
     layout,
     noted,
     tails,
@@ -112,7 +113,7 @@ def check_backward(shape, dtype, last, accumulate):
         target = target.clone(memory_format=torch.preserve_format)
         unit = a_unit(ops, (mean, var, gamma, beta), tail)
         workspace = Workspace(x, shape[1], mean.dtype, layout(dims, last))
-        weight, bias, sums = ops.backward_unit(
+        weight, bias, sums, _ = ops.backward_unit(
             grad,
             x,
             unit,
@@ -137,6 +138,61 @@ def check_backward(shape, dtype, last, accumulate):
         with noted(name):
             grad = torch.randn_like(y)
             assert_precise(compute, dtype, x, *norm_vectors, target, grad, tail)
+
+
+@every_case
+def test_gradient_of_map_with_one_reader_waits_for_its_batch_terms(shape, dtype, last):
+    x = a_map(shape, shape[1], dtype, last)
+
+    def compute(ops, x, mean, var, gamma, beta, a, b, grad, tail):
+        unit = a_unit(ops, (mean, var, gamma, beta), tail)
+        workspace = Workspace(x, shape[1], mean.dtype, layout(x.dim() - 2, last))
+        waits = ops.can_wait(x, unit, workspace)
+        assert waits == (ops is triton and not triton.is_product(tail))
+        return finished_gradient(ops, grad, x, unit, workspace, mean, a, b)
+
+    for name, tail in tails(shape, dtype).items():
+        workspace = Workspace(x, shape[1], torch.float32, layout(x.dim() - 2, last))
+        norm_vectors = vectors(6, shape[1])
+        unit = a_unit(eager, norm_vectors[:4], tail)
+        y, _ = eager.forward_unit(x, unit, workspace, need_statistics=False)
+        with noted(name):
+            assert_precise(compute, dtype, x, *norm_vectors, torch.randn_like(y), tail)
+
+
+@every_case
+def test_product_made_again_comes_activated_for_its_reader(shape, dtype, last):
+    x = a_map(shape, shape[1] + 2, dtype, last)
+    some = tails(shape, dtype)
+    pointwise, kernel = some["1x1"], 3
+    dims, leaves = len(shape[-1]), shape[2]
+    weight = torch.randn(4, leaves, *(kernel,) * dims)
+    reads = Tail(None, Conv(weight, None, some["3x3"].conv.geometry), dtype)
+    grad = a_map(shape, 4, dtype, last)
+
+    def compute(ops, x, tail, reads, grad, *given):
+        unit = a_unit(ops, [vector[: shape[1]] for vector in given[:4]], tail)
+        reader = a_unit(ops, [vector[:leaves] for vector in given[4:]], reads)
+        memory_format = layout(dims, last)
+        workspace = Workspace(x, max(shape[1:3]), given[0].dtype, memory_format)
+        z, activated = ops.recompute(x, unit, reader, workspace)
+        assert (activated is not None) == (ops is triton)
+        found = ops.backward_unit(
+            grad,
+            z,
+            reader,
+            workspace,
+            need_weight=True,
+            need_bias=False,
+            need_sums=True,
+            target=torch.empty_like(z),
+            accumulate=False,
+            activated=activated,
+        )
+        return z, found.conv_weight.to(given[0].dtype)
+
+    given = vectors(8, max(shape[1:3]))
+    assert_precise(compute, dtype, x, pointwise, reads, grad, *given)
 
 
 @every_case
@@ -166,7 +222,14 @@ def test_corrected_gradient_is_rounded_to_type_of_its_readers(dtype):
 def test_slabs_add_up(monkeypatch):
     for size in ("WORKSPACE_BYTES", "GPU_WORKSPACE_BYTES"):
         monkeypatch.setattr(workspace, size, 1)
-    check_backward(SHAPES["many-rows"], torch.float32, True, accumulate=True)
+    shape = SHAPES["many-rows"]
+    check_backward(shape, torch.float32, True, accumulate=True)
+    x, some = a_map(shape, shape[1], torch.float32, True), tails(shape, torch.float32)
+    scratch = Workspace(x, shape[1], torch.float32, torch.channels_last)
+    reader = a_unit(triton, vectors(4, shape[1]), some["3x3"])
+    assert not triton.can_wait(x, reader, scratch)
+    unit = a_unit(triton, vectors(4, shape[1]), some["1x1"])
+    assert triton.recompute(x, unit, reader, scratch)[1] is None
 
 
 def test_map_beyond_32_bits_has_64_bit_offsets():
@@ -226,9 +289,8 @@ def test_weight_gradient_fills_device_once(sizes, multiprocessors, monkeypatch):
     launch_weight_gradient(grad, x, unit)
     assert len(grids) == 3
     for tiles, parts in grids:
-        together = RESIDENT * multiprocessors
-        assert tiles * parts <= max(together, tiles)
-        assert 2 * tiles * parts > together or tiles > together
+        assert tiles * parts <= max(multiprocessors, tiles)
+        assert 2 * tiles * parts > multiprocessors or tiles > multiprocessors
 
 
 @every_shape

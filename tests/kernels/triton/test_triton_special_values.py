@@ -17,6 +17,7 @@ from support.operations import (
     a_map,
     a_unit,
     doubled,
+    finished_gradient,
     layout,
     noted,
     tails,
@@ -99,7 +100,7 @@ def test_unit_backward(where, values, dtype, last):
     def compute(ops, grad, x, tail, *norm):
         workspace = Workspace(x, CHANNELS, norm[0].dtype, layout(2, last))
         unit, target = a_unit(ops, norm, tail, eps=0.0), torch.ones_like(x, dtype=norm[0].dtype)
-        weight, bias, sums = ops.backward_unit(
+        weight, bias, sums, _ = ops.backward_unit(
             grad,
             x,
             unit,
@@ -142,6 +143,33 @@ def test_appended_map_and_corrected_gradient(values, dtype, last):
         return [place, *statistics, ops.correct(grad, x, channels, mean, a, b, out)]
 
     assert_alike(compute, dtype, True, grad, x, mean, a, b)
+
+
+@every_value
+@every_type
+@either_layout
+@pytest.mark.parametrize("where", ["map", "gradient"])
+def test_gradient_that_waits(where, values, dtype, last):
+    """Infinite sums are another test's: here the batch terms are finite."""
+    ordinary = a_map(SHAPE, CHANNELS, dtype, last)
+    x, n = special_map(values, dtype, last) if where == "map" else ordinary, norm_vectors()
+
+    def compute(ops, grad, x, tail, a, b, *norm):
+        workspace = Workspace(x, CHANNELS, norm[0].dtype, layout(2, last))
+        unit = a_unit(ops, norm, tail, eps=0.0)
+        return finished_gradient(ops, grad, x, unit, workspace, norm[0], a, b)
+
+    waiting = {name: tail for name, tail in tails(SHAPE, dtype).items() if "1x1" not in name}
+    for name, tail in waiting.items():
+        workspace = Workspace(x, CHANNELS, torch.float32, layout(2, last))
+        unit = a_unit(eager, n, tail, eps=0.0)
+        y, _ = eager.forward_unit(ordinary, unit, workspace, need_statistics=False)
+        grad = torch.randn_like(y)
+        if where == "gradient":
+            for sample, value in enumerate(values):
+                grad[sample, 0, 0, 0] = value
+        with noted(name):
+            assert_alike(compute, dtype, False, grad, x, tail, *vectors(2, CHANNELS), *n)
 
 
 @pytest.mark.parametrize("tail", ["1x1", "3x3"])

@@ -66,7 +66,7 @@ def test_units_are_as_precise_as_eager(shape, lies, arrives):
         unit = a_unit(ops, norm_vectors, tail)
         workspace = Workspace(x, channels, norm_vectors[0].dtype, torch.channels_last)
         y, statistics = ops.forward_unit(x, unit, workspace, need_statistics=True)
-        weight, _, sums = ops.backward_unit(
+        weight, _, sums, _ = ops.backward_unit(
             grad,
             x,
             unit,
