@@ -92,9 +92,11 @@ class Launch:
         if "MAXIMUM" in given:
             parts.append("maximum" if given["MAXIMUM"] else "average")
         if given.get("reader") is not None:
-            parts.append("activated")
+            parts.append("activated too")
         if given.get("terms") is not None:
-            parts.append("corrected")
+            parts.append("the whole gradient")
+        if given.get("TARGET") is False:
+            parts.append("sums alone")
         return ", ".join(parts)
 
     @property
@@ -170,7 +172,7 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     mean, a, b, _ = vectors(width)
     scratch = workspace.Workspace(features, reads, dtype, memory_format)
     operations.append(new, features, reads, Statistics(*vectors(reads + growth)[:2]))
-    operations.recompute(features, first, second, scratch)
+    operations.forward_unit(features, first, scratch, need_statistics=False, reader=second)
     for map, reader, target in ((features, first, total), (z, second, dz), (z, second, None)):
         is_first = map is features
         operations.forward_unit(map, reader, scratch, need_statistics=is_first)
@@ -184,7 +186,6 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
             need_sums=True,
             target=target,
             accumulate=is_first,
-            waits=target is None,
         )
         if gradient.waiting:
             gradient.waiting(slice(0, samples), a, b)
@@ -205,7 +206,6 @@ def _walk_layer(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
                 need_sums=True,
                 target=target,
                 accumulate=True,
-                waits=target is None,
             )
             if gradient.waiting:
                 gradient.waiting(slice(0, samples), *vectors(reads)[:2])

@@ -50,8 +50,6 @@ def moved(launch: Launch) -> tuple[int, int]:
     for name, value in launch.arguments.items():
         if not launch.arguments.get(OPTIONAL.get(name, ""), True):
             continue
-        if name == "pair" and launch.arguments.get("terms") is not None:
-            continue  # sums are given instead of made
         adds = name == "totals" and launch.arguments["ACCUMULATE"]
         adds |= name == "target" and launch.arguments["ACCUMULATE"]
         if name in WRITES[launch.name]:
@@ -65,7 +63,7 @@ def _bytes(launch: Launch, name: str, value: Any) -> dict[int, int]:
     """Each tensor once: where one is not wanted, another stands in its place."""
     if isinstance(value, Matrix):
         return {id(value): value.rows * value.channels * value.data.itemsize}
-    if name == "pair":  # as much of it as there are tiles
+    if name == "pair" and value is not None:  # as much of it as there are tiles
         sizes = launch.arguments
         width = sizes["K"] if launch.name == "input_gradient" else sizes["N"]
         tiles = sizes["tiles"] if "tiles" in sizes else -(-sizes["M"] // sizes["BLOCK_M"])

@@ -137,18 +137,18 @@ def calls(site: Site) -> list[Call]:
         Call("1×1", site, (c + b) * value, 2 * c * b * positions, _forward(features, first, True)),
         Call("3×3", site, (b + k) * value, 18 * b * k * positions, _forward(z, second, False)),
         Call(
-            "3×3 backward",
+            "3×3 backward, corrected",
             site,
             (k + 2 * b) * value,
             36 * b * k * positions,
-            _backward(dnew, z, second, torch.empty_like(z), False),
+            _backward_of_only_reader(dnew, z, second),
         ),
         Call(
             "1×1 backward",
             site,
             (b + 3 * c) * value,
             4 * c * b * positions,
-            _backward(dz, features, first, gradients, True),
+            _backward(dz, features, first, gradients),
         ),
         Call("correct", site, 3 * k * value, 0, correct),
     ]
@@ -167,9 +167,9 @@ def _forward(x: Tensor, conv: Conv, need_statistics: bool) -> Callable[[Operatio
     return prepare
 
 
-def _backward(
-    grad: Tensor, x: Tensor, conv: Conv, target: Tensor, accumulate: bool
-) -> Callable[[Operations], Run]:
+def _backward(grad: Tensor, x: Tensor, conv: Conv, target: Tensor) -> Callable[[Operations], Run]:
+    """Adds to what other readers have left in ``target``."""
+
     def prepare(ops: Operations) -> Run:
         unit, workspace = _unit(ops, x, conv)
         target.fill_(1.0)
@@ -184,10 +184,50 @@ def _backward(
                 need_bias=False,
                 need_sums=True,
                 target=target,
-                accumulate=accumulate,
+                accumulate=True,
             )
             assert weight is not None and sums is not None
             return [weight.flatten(), target, *_flat(ops.collect(sums, unit, 1.0, None, False))]
+
+        return run
+
+    return prepare
+
+
+def _backward_of_only_reader(grad: Tensor, x: Tensor, conv: Conv) -> Callable[[Operations], Run]:
+    """The gradient of ``x`` is finished: batch norm's terms are subtracted."""
+    samples, channels = x.shape[:2]
+    share = channels / x.numel()
+
+    def prepare(ops: Operations) -> Run:
+        unit, workspace = _unit(ops, x, conv)
+        mean = x.mean((0, 2, 3), dtype=torch.float32)
+        waits = ops.can_wait(x, unit, workspace)
+        target = (
+            None if waits else torch.empty_like(x, dtype=ops.corrected_dtype(x.dtype, mean.dtype))
+        )
+
+        def run() -> Sequence[Tensor]:
+            weight, _, sums, waiting = ops.backward_unit(
+                grad,
+                x,
+                unit,
+                workspace,
+                need_weight=True,
+                need_bias=False,
+                need_sums=True,
+                target=target,
+                accumulate=False,
+            )
+            totals = torch.empty_like(mean), torch.empty_like(mean)
+            of_norm = ops.collect(sums, unit, share, totals, False)
+            if target is not None:
+                dx = ops.correct(target, x, slice(0, channels), mean, *totals, target)
+            else:
+                assert waiting is not None
+                dx = waiting(slice(0, samples), *totals)
+            assert weight is not None
+            return [weight.flatten(), dx, *_flat(of_norm)]
 
         return run
 

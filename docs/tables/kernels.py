@@ -63,6 +63,7 @@ def host_time() -> str:
         "ms",
         "ms at " + found["other"],
         "ratio (range)",
+        "ms if Triton launched in no time",
     )
     rows = (_times(row) for row in found["rows"])
     return "\n\n".join([table(header, rows), origin("host_time", found)])
@@ -78,4 +79,6 @@ def _times(row: Found) -> tuple[str, ...]:
         for name in ("launches", "calls")
     )
     spread = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-    return row["what"], *counts, f"{now:.1f}", f"{before:.1f}", spread
+    found = [one["without_triton"] * 1e3 for one in this if "without_triton" in one]
+    without = f"{median(found):.1f}" if found else ""
+    return row["what"], *counts, f"{now:.1f}", f"{before:.1f}", spread, without

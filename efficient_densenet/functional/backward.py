@@ -40,14 +40,10 @@ def backward_block(
 
 
 class Ready(NamedTuple):
-    """A part of a layer that is ready to be gone back through, and what it reads.
-
-    ``activated`` is what it reads as a unit activates it, if that was made on the way.
-    """
+    """A part of a layer that is ready to be gone back through, and what it reads."""
 
     reading: Reading
     run: Unit | Rebuilt
-    activated: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,7 +134,7 @@ class BlockBackward:
         """
         layer, kept = self.spec.layers[i], self.saved.layers[i]
         maps, channels, statistics = self.total.reading(layer.channels)
-        dtype, activated = maps.dtype, None
+        dtype = maps.dtype
         found: list[Ready] = []
         for j, part in enumerate(layer.parts):
             if j:
@@ -149,11 +145,9 @@ class BlockBackward:
                 tensors = self.layers[i][j]
                 unit = self.units.ready_for(part, tensors, dtype, channels, statistics)
             if j:
-                is_last = j + 1 == len(layer.parts)
-                maps, activated = self._made(i, j - 1, found[-1], unit if is_last else None)
+                maps = self._made(i, j - 1, found[-1], unit)
             reading = Reading(maps, channels, statistics)
-            run = unit or self._rebuilt(i, j, reading, needs_read[j])
-            found.append(Ready(reading, run, activated))
+            found.append(Ready(reading, unit or self._rebuilt(i, j, reading, needs_read[j])))
         return found
 
     def _rebuilt(self, i: int, j: int, reading: Reading, needs_read: bool) -> Rebuilt:
@@ -164,18 +158,13 @@ class BlockBackward:
         needs = [*[needs_read] * len(maps), *self.needs[i][j]]
         return rebuild(part, surroundings, maps, self.layers[i][j], random, needs)
 
-    def _made(
-        self, i: int, j: int, ready: Ready, reader: Unit | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The map that a part leaves for the next one, kept or made again.
-
-        And as that ``reader`` activates it, if that is made on the way: the next unit to run.
-        """
-        (reading, run, _), (kept, statistics, _) = ready, self.saved.layers[i][j]
+    def _made(self, i: int, j: int, ready: Ready, reader: Unit | None) -> Tensor:
+        """The map that a part leaves for the next one, kept or made again for its ``reader``."""
+        (reading, run), (kept, statistics, _) = ready, self.saved.layers[i][j]
         if kept is not None:
-            return kept, None
+            return kept
         if isinstance(run, Unit):
-            return self.units.recompute(reading.maps, run, reader)
+            return self.units.forward(reading.maps, run, reader=reader)[0]
         z = run.y.detach().contiguous(memory_format=self.units.memory_format)
         assert statistics is not None
         # The map is not kept; its means show whether any share of it has changed.
@@ -183,18 +172,18 @@ class BlockBackward:
         (mean,) = joined_means([mean], z.numel() // z.shape[1], self.spec.process_group)
         size = (statistics.var + statistics.mean.square()).max().sqrt()
         self._note(i, j, is_same(mean, statistics.mean, size))
-        return z, None
+        return z
 
     def _through(
         self, i: int, j: int, grad: Tensor, ready: Ready, needs_read: bool
     ) -> tuple[Gradients, Tensor | None]:
         """Gradients of a part's tensors, and of what it reads; that of the features is added."""
-        (reading, run, activated), tensors = ready, self.layers[i][j]
+        (reading, run), tensors = ready, self.layers[i][j]
         part, needs = self.spec.layers[i].parts[j], self.needs[i][j]
         if isinstance(run, Unit):
             assert isinstance(part, UnitSpec)
             of = self._gradient_of(i, j, reading, run) if j else self.total
-            through = of.back_through(grad, run, part, tensors, needs, needs_read, activated)
+            through = of.back_through(grad, run, part, tensors, needs, needs_read)
             return through, of.finish(0, reading.channels) if j and needs_read else None
         assert isinstance(part, Opaque)
         found = run.gradients(grad)

@@ -109,27 +109,24 @@ class MapGradient:
         tensors: UnitTensors,
         needs: UnitTensors,
         needs_maps: bool,
-        activated: Tensor | None = None,
     ) -> UnitTensors:
         """Add the gradient through ``unit``, which reads the channels of its norm.
 
-        Returns the gradients of the unit's own tensors. ``activated`` is what it reads as it
-        activates it, if that was made on the way.
+        Returns the gradients of the unit's own tensors.
         """
         corrects = needs_maps and unit.batch_statistics
         defers = corrects and not self.units.ops.corrects_each_reader()
-        waits = needs_maps and self.waits
-        weight, bias, sums, self.waiting = self.units.backward(
+        written = needs_maps and not self.waits
+        weight, bias, sums, waiting = self.units.backward(
             grad,
             self._first(ready.channels, self.maps, 1),
             ready,
             needs,
             need_sums=needs.weight or needs.bias or defers,
-            target=self._first(ready.channels, self.grad, 1) if needs_maps and not waits else None,
+            target=self._first(ready.channels, self.grad, 1) if written else None,
             accumulate=self.written,
-            waits=waits,
-            activated=activated,
         )
+        self.waiting = waiting if needs_maps and self.waits else None
         self.written = self.written or needs_maps
         dbeta = dgamma = None
         if sums is not None:

@@ -129,8 +129,7 @@ class StemBackward:
         corrects = corrects and not self.units.ops.corrects_each_reader()
         dbeta = dgamma = dx = weight = bias = corrections = None
         if needs.weight or needs.bias or corrects:
-            waits = corrects and self.units.can_wait(self.y, self.ready)
-            sums, self.waiting = self._back_through(slice(None), None, waits)[2:]
+            sums, self.waiting = self._back_through(slice(None), None)[2:]
             assert sums is not None
             count = self.y.numel() // self.y.shape[1]
             totals = self._vector(), self._vector()
@@ -153,9 +152,7 @@ class StemBackward:
     def _vector(self) -> Tensor:
         return self.y.new_empty(self.y.shape[1], dtype=self.spec.types.statistics)
 
-    def _back_through(
-        self, rows: slice, target: Tensor | None, waits: bool = False
-    ) -> UnitGradients:
+    def _back_through(self, rows: slice, target: Tensor | None) -> UnitGradients:
         """Through pool, activation and norm: the sums if there is no ``target`` to write into."""
         return self.units.backward(
             self.grad[rows],
@@ -164,7 +161,6 @@ class StemBackward:
             UnitTensors(),
             need_sums=target is None,
             target=target,
-            waits=waits,
         )
 
     def _slab(

@@ -93,21 +93,12 @@ class UnitRunner:
         return self.ops.make_tail(Tail(unit.pool, conv, self.types.compute))
 
     def forward(
-        self, x: Tensor, ready: Unit, need_statistics: bool = False
+        self, x: Tensor, ready: Unit, need_statistics: bool = False, reader: Unit | None = None
     ) -> tuple[Tensor, Statistics | None]:
         """What a unit makes of the map ``x``, and the batch statistics of the result."""
-        return self.ops.forward_unit(x, ready, self.workspace, need_statistics=need_statistics)
-
-    def recompute(
-        self, x: Tensor, ready: Unit, reader: Unit | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same again, and as the ``reader`` activates it: ``None`` without one, or if unknown.
-
-        The latter is good until another unit runs.
-        """
-        if reader is None:
-            return self.forward(x, ready)[0], None
-        return self.ops.recompute(x, ready, reader, self.workspace)
+        return self.ops.forward_unit(
+            x, ready, self.workspace, need_statistics=need_statistics, reader=reader
+        )
 
     def backward(
         self,
@@ -119,8 +110,6 @@ class UnitRunner:
         need_sums: bool,
         target: Tensor | None,
         accumulate: bool = False,
-        waits: bool = False,
-        activated: Tensor | None = None,
     ) -> UnitGradients:
         """The operation's gradients, ``needs`` those of its convolution; see the interface."""
         return self.ops.backward_unit(
@@ -133,8 +122,6 @@ class UnitRunner:
             need_sums=need_sums,
             target=target,
             accumulate=accumulate,
-            waits=waits,
-            activated=activated,
         )
 
     def dropped(self, y: Tensor, layer: LayerSpec, seed: Tensor) -> Tensor:

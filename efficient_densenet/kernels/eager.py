@@ -113,18 +113,17 @@ def append(y: Tensor, into: Tensor | None, start: int, statistics: Statistics | 
 
 
 def forward_unit(
-    x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
+    x: Tensor,
+    unit: Unit,
+    workspace: Workspace,
+    *,
+    need_statistics: bool,
+    reader: Unit | None = None,
 ) -> tuple[Tensor, Statistics | None]:
     x = first_channels(x, unit.channels)
     activated = _activated(_normalised(unit.norm, x.dim()), unit.activation)
     y = tail_of_slabs(x, unit.tail, workspace, activated)
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
-
-
-def recompute(
-    x: Tensor, unit: Unit, reader: Unit, workspace: Workspace
-) -> tuple[Tensor, Tensor | None]:
-    return forward_unit(x, unit, workspace, need_statistics=False)[0], None
 
 
 def can_wait(x: Tensor, unit: Unit, workspace: Workspace) -> bool:
@@ -142,8 +141,6 @@ def backward_unit(
     need_sums: bool,
     target: Tensor | None,
     accumulate: bool,
-    waits: bool = False,
-    activated: Tensor | None = None,
 ) -> UnitGradients:
     norm, activation, tail, channels, _ = unit
     x = first_channels(x, channels)

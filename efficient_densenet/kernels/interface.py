@@ -136,7 +136,7 @@ class UnitGradients(NamedTuple):
 
     ``conv_weight`` is ``(out_channels, in_channels / groups, *kernel)``, ``conv_bias``
     ``(out_channels,)``, each of the implementation's type; ``None`` where it was not wanted.
-    ``waiting`` makes the gradient of what the unit reads, where that was to wait.
+    ``waiting`` makes the gradient of what the unit reads, where that can wait.
     """
 
     conv_weight: Tensor | None
@@ -182,19 +182,18 @@ class Operations(Protocol):
         """
 
     def forward_unit(
-        self, x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
+        self,
+        x: Tensor,
+        unit: Unit,
+        workspace: Workspace,
+        *,
+        need_statistics: bool,
+        reader: Unit | None = None,
     ) -> tuple[Tensor, Statistics | None]:
         """``y = tail(activation((x - mean) * scale + bias))``, and the batch statistics of ``y``.
 
-        The normalised map is not kept; ``y`` has memory of its own.
-        """
-
-    def recompute(
-        self, x: Tensor, unit: Unit, reader: Unit, workspace: Workspace
-    ) -> tuple[Tensor, Tensor | None]:
-        """``y`` of :meth:`forward_unit` again, and as the only unit that reads it activates it.
-
-        The latter lies in the workspace, and is ``None`` unless it can be made on the way.
+        The normalised map is not kept; ``y`` has memory of its own. For the unit that reads ``y``
+        next an implementation may leave it activated in the workspace.
         """
 
     def backward_unit(
@@ -209,8 +208,6 @@ class Operations(Protocol):
         need_sums: bool,
         target: Tensor | None,
         accumulate: bool,
-        waits: bool = False,
-        activated: Tensor | None = None,
     ) -> UnitGradients:
         """Gradients of :meth:`forward_unit`.
 
@@ -223,9 +220,8 @@ class Operations(Protocol):
         wanted), and returns the convolution's gradients and the sums that :meth:`collect` reads,
         good until the next operation.
 
-        Where the gradient of ``x`` ``waits``, as far as it :meth:`can_wait`, there is no target: it
-        is made when the batch terms are known. ``activated`` is what :meth:`recompute` has made
-        beside ``x``.
+        Without a target, but with sums, the gradient of ``x`` is left ``waiting`` for its batch
+        terms, as far as it :meth:`can_wait`.
         """
 
     def can_wait(self, x: Tensor, unit: Unit, workspace: Workspace) -> bool:

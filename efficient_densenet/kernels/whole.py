@@ -86,17 +86,16 @@ def append(y: Tensor, into: Tensor | None, start: int, statistics: Statistics | 
 
 
 def forward_unit(
-    x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
+    x: Tensor,
+    unit: Unit,
+    workspace: Workspace,
+    *,
+    need_statistics: bool,
+    reader: Unit | None = None,
 ) -> tuple[Tensor, Statistics | None]:
     a = activate_(_normalised(_dense(x, unit, workspace), unit.norm), unit.activation)
     y = apply_tail(a, unit.tail)
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
-
-
-def recompute(
-    x: Tensor, unit: Unit, reader: Unit, workspace: Workspace
-) -> tuple[Tensor, Tensor | None]:
-    return forward_unit(x, unit, workspace, need_statistics=False)[0], None
 
 
 def backward_unit(
@@ -110,8 +109,6 @@ def backward_unit(
     need_sums: bool,
     target: Tensor | None,
     accumulate: bool,
-    waits: bool = False,
-    activated: Tensor | None = None,
 ) -> UnitGradients:
     norm, activation = unit.norm, unit.activation
     x = _dense(x, unit, workspace)

@@ -44,6 +44,7 @@ class Workspace:
         self._samples = samples
         self._storage = torch.empty(self._size(widest), dtype=dtype, device=like.device)
         self._vectors = self._storage.new_empty(0, dtype=torch.float32)
+        self._left: tuple[Tensor, object, Tensor] | None = None
 
     def _size(self, widest: int) -> int:
         sample = widest * self._positions
@@ -52,6 +53,7 @@ class Workspace:
     def narrow(self, widest: int) -> None:
         """Shrink to maps of at most ``widest`` channels: no wider ones follow."""
         size, device = self._size(widest), self._storage.device
+        self._left = None
         if size < len(self._storage):
             self._storage = self._storage.new_empty(0)  # the old one dies before the new one lives
             self._storage = torch.empty(size, dtype=self.dtype, device=device)
@@ -96,6 +98,7 @@ class Workspace:
 
     def scratch(self, slab: Tensor, dtype: torch.dtype) -> Tensor:
         """The buffer in the shape of ``slab`` and in ``dtype``: whatever it held is lost."""
+        self._left = None
         channels = slab.shape[1]
         last = self.memory_format is not torch.contiguous_format
         across_channels, step = (1, channels) if last else (self._positions, 1)
@@ -104,3 +107,12 @@ class Workspace:
         return storage.as_strided(
             slab.shape, (channels * self._positions, across_channels, *spatial)
         )
+
+    def leave(self, activated: Tensor, x: Tensor, norm: object) -> None:
+        """Note that the scratch holds ``x`` as this norm, and what follows it, activates it."""
+        self._left = x, norm, activated
+
+    def take(self, x: Tensor, norm: object) -> Tensor | None:
+        """What was left of just these two, if nothing has asked for scratch since; once."""
+        left, self._left = self._left, None
+        return left[2] if left and left[0] is x and left[1] is norm else None

@@ -190,12 +190,16 @@ def test_kernels_move_at_least_their_maps_and_builds_are_read(
     from benchmarks import kernels
 
     monkeypatch.setattr(kernels, "TARGETS", (90,))
-    found = {launch.name: launch for launch in kernels.launches(torch.bfloat16)}
-    assert found.keys() == kernels.WRITES.keys()
-    moved = {name: kernels.moved(launch) for name, launch in found.items()}
+    found = {launch.title: launch for launch in kernels.launches(torch.bfloat16)}
+    assert {launch.name for launch in found.values()} == kernels.WRITES.keys()
+    moved = {title: kernels.moved(launch) for title, launch in found.items()}
     assert all(read > 0 and written > 0 for read, written in moved.values()), moved
     samples, side, channels, *_ = kernels.LAYER
     assert moved["product"][0] > 2 * samples * side**2 * channels
+    z = 2 * samples * side**2 * kernels.LAYER[3]
+    assert moved["product, activated too"][1] == 2 * z < 2 * moved["product"][1]  # statistics
+    assert moved["rectify_backward, sums alone"][1] < z / 10
+    assert moved["rectify_backward, the whole gradient"][1] == z
     row = json.loads(json.dumps(kernels.row(found["fold_moments"])))
     assert row["builds"].keys() == {"sm_90"} and row["builds"]["sm_90"]["registers"] > 0
 

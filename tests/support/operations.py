@@ -149,8 +149,8 @@ def finished_gradient(
         need_sums=True,
         target=None if waits else dx,
         accumulate=False,
-        waits=waits,
     )
+    assert (through.waiting is not None) == waits
     of_norm = [vector.flatten() for vector in ops.collect(through.sums, unit, 0.1, None, False)]
     if through.waiting is None:
         ops.correct(dx, x, slice(0, x.shape[1]), mean, a, b, dx)

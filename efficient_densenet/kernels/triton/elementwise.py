@@ -20,7 +20,7 @@ from efficient_densenet.kernels.triton.tile import (
     store_through_rectifier,
     store_tile,
 )
-from efficient_densenet.kernels.triton.vectors import Norm, launch_fold
+from efficient_densenet.kernels.triton.vectors import Norm, Terms, TileSums, launch_fold
 
 
 @triton.jit
@@ -92,10 +92,10 @@ def rectify_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``target += scale * d`` where ``x`` was rectified to more than zero.
+    """``target += scale * d`` where ``x`` was rectified to more than zero; sums, or batch terms.
 
-    ``d`` is the gradient of the rectified map. Leaves sums or subtracts batch norm's ``terms``, as
-    ``store_through_rectifier`` does; sums in the rows of ``pair`` from ``first`` on.
+    ``d`` is the gradient of the rectified map. What becomes of sums and terms is in
+    ``store_through_rectifier``; sums are in the rows of ``pair`` from ``first`` on.
     """
     N = known_multiple(N, x.multiple)
     row, m, n = own_tile(N, BLOCK_M, BLOCK_N)
@@ -253,14 +253,14 @@ def launch_rectify_backward(
     norm: Norm,
     target: Tensor | None,
     accumulate: bool,
-    pair: Tensor,
-    first: int,
-    terms: tuple[Tensor, Tensor] | None = None,
+    sums: TileSums | Terms,
+    first: int = 0,
 ) -> None:
-    """Writes or adds the gradient through them, if there is a target; the sums into ``pair``.
+    """Writes or adds the gradient through them, if there is a target; the sums from tile ``first``.
 
-    With batch norm's ``terms`` it is the whole gradient, and nothing is summed.
+    Given the batch terms instead of a place for sums, it is the whole gradient.
     """
+    pair, terms = (sums.pair, None) if isinstance(sums, TileSums) else (None, sums)
     arriving, source = matrix(d), matrix(x)
     place = source if target is None else matrix(target)
     grid, tile = elementwise(source)

@@ -161,15 +161,17 @@ def launch_weight_gradient(grad: Tensor, x: Tensor, unit: Unit) -> Tensor:
     source, arriving = matrix(x, slice(0, reads)), matrix(grad)
     leaves = arriving.channels
     constants = product_constants(tail.dtype) | shared(source, arriving)
-    programs = launch.multiprocessors(x.device)
+    multiprocessors = launch.multiprocessors(x.device)
     ones = (1,) * (x.dim() - 2)
 
     def attempt(tile: Tile) -> Tensor:
-        # The sum is divided among a program per multiprocessor. Of two, each would have half as
-        # much to read but as many sums to write, and of small maps those are most of its bytes.
+        # The sum is divided among about eight warps per multiprocessor, half of what fits: with
+        # more, each program would write as many sums for less that it reads, and of small maps
+        # those would be most of its bytes.
+        programs = multiprocessors * 8 // tile.warps
         tiles = quotient(leaves, tile.n) * quotient(reads, tile.k)
         steps = quotient(source.rows, tile.m)
-        share = quotient(steps, min(steps, max(1, programs // tiles))) * tile.m
+        share = quotient(steps, min(steps, max(1, round(programs / tiles)))) * tile.m
         parts = norm.mean.new_empty((quotient(source.rows, share), leaves, reads, *ones))
         launch.run(
             weight_gradient,

@@ -104,11 +104,17 @@ def batch_statistics(x: Tensor, dtype: torch.dtype) -> Statistics:
 
 
 def forward_unit(
-    x: Tensor, unit: Unit, workspace: Workspace, *, need_statistics: bool
+    x: Tensor,
+    unit: Unit,
+    workspace: Workspace,
+    *,
+    need_statistics: bool,
+    reader: Unit | None = None,
 ) -> tuple[Tensor, Statistics | None]:
     if is_product(unit.tail):
-        y, statistics, _ = launch_product(x, unit, workspace, need_statistics)
-        return y, statistics
+        if reader and (is_product(reader.tail) or pools_windows(x, reader.tail)):
+            reader = None  # which activates what it reads by itself
+        return launch_product(x, unit, workspace, need_statistics, reader)
     tail = unit.tail
     if pools_windows(x, tail):
         y, _ = launch_pool(x, unit, workspace)
@@ -117,16 +123,6 @@ def forward_unit(
         x, activate = first_channels(x, unit.channels), partial(launch_rectify, unit.norm)
         y = tail_of_slabs(x, tail, workspace, activate, stored=tail.dtype)
     return y, batch_statistics(y, unit.norm.mean.dtype) if need_statistics else None
-
-
-def recompute(
-    x: Tensor, unit: Unit, reader: Unit, workspace: Workspace
-) -> tuple[Tensor, Tensor | None]:
-    if not is_product(unit.tail):
-        return forward_unit(x, unit, workspace, need_statistics=False)[0], None
-    in_slabs = not is_product(reader.tail) and not pools_windows(x, reader.tail)
-    y, _, activated = launch_product(x, unit, workspace, False, reader if in_slabs else None)
-    return y, activated
 
 
 def backward_unit(
@@ -140,16 +136,14 @@ def backward_unit(
     need_sums: bool,
     target: Tensor | None,
     accumulate: bool,
-    waits: bool = False,
-    activated: Tensor | None = None,
 ) -> UnitGradients:
-    want = Wanted(need_weight, need_bias, need_sums, target, accumulate, waits)
+    want = Wanted(need_weight, need_bias, need_sums, target, accumulate)
     if is_product(unit.tail):
         return _through_product(grad, x, unit, workspace, want)
     grad = in_dtype(grad, unit.tail.dtype)
     if pools_windows(x, unit.tail):
         return _through_windows(grad, x, unit, workspace, want)
-    return _through_slabs(grad, x, unit, workspace, want, activated)
+    return _through_slabs(grad, x, unit, workspace, want)
 
 
 def can_wait(x: Tensor, unit: Unit, workspace: Workspace) -> bool:
@@ -160,19 +154,18 @@ def can_wait(x: Tensor, unit: Unit, workspace: Workspace) -> bool:
 
 
 class Wanted(NamedTuple):
-    """Which gradients :func:`backward_unit` is asked for, and where or when that of ``x`` goes."""
+    """Which gradients :func:`backward_unit` is asked for, and where that of ``x`` goes."""
 
     weight: bool
     bias: bool
     sums: bool
     target: Tensor | None
     accumulate: bool
-    waits: bool
 
     @property
     def input(self) -> bool:
         """Whether the gradient of what the tail reads is needed."""
-        return self.sums or self.waits or self.target is not None
+        return self.sums or self.target is not None
 
     @property
     def tail(self) -> tuple[bool, bool, bool]:
@@ -202,57 +195,80 @@ def _through_windows(
         dy, weight, bias = convolve_backward(grad, y, unit.tail.conv, want.tail)
     if not want.input or dy is None:
         return UnitGradients(weight, bias, None)
-    sums = launch_pool_backward(dy, choice, x, unit, workspace, want.target, want.accumulate)
+    sums = _room(tile_rows(first_channels(x, unit.channels)), unit, workspace)
+    launch_pool_backward(dy, choice, x, unit, want.target, want.accumulate, sums)
 
     def corrected(rows: slice, a: Tensor, b: Tensor) -> Tensor:
-        part, arriving, chosen = (rows_of(map, rows) for map in (x, dy, choice))
+        part, arriving = rows_of(x, rows), rows_of(dy, rows)
+        chosen = None if choice is None else rows_of(choice, rows)
         out = empty_map(part, unit.channels, workspace.memory_format, unit.tail.dtype)
-        launch_pool_backward(arriving, chosen, part, unit, workspace, out, False, (a, b))
+        launch_pool_backward(arriving, chosen, part, unit, out, False, (a, b))
         return out
 
-    return UnitGradients(
-        weight, bias, sums if want.sums else None, corrected if want.waits else None
-    )
+    return _left(want, weight, bias, sums, corrected)
 
 
 def _through_slabs(
-    grad: Tensor,
-    x: Tensor,
-    unit: Unit,
-    workspace: Workspace,
-    want: Wanted,
-    activated: Tensor | None,
+    grad: Tensor, x: Tensor, unit: Unit, workspace: Workspace, want: Wanted
 ) -> UnitGradients:
     norm, tail, channels = unit.norm, unit.tail, unit.channels
+    activated = workspace.take(x, norm)
     x = first_channels(x, channels)
     target = None if want.target is None else first_channels(want.target, channels)
-    tiles = [tile_rows(rows_of(x, rows)) for rows in workspace.slabs(x, tail.dtype)]
-    pair, written = workspace.vectors(sum(tiles) * 2 * channels), 0
-    waiting: Waiting | None = None
+    tiles = sum(tile_rows(rows_of(x, rows)) for rows in workspace.slabs(x, tail.dtype))
+    sums, written = _room(tiles, unit, workspace), 0
+    whole: Tensor | None = None
 
     def receive(rows: slice, a: Tensor, d: Tensor) -> None:
-        nonlocal written, waiting
+        nonlocal written, whole
         into = None if target is None else rows_of(target, rows)
-        launch_rectify_backward(d, rows_of(x, rows), norm, into, want.accumulate, pair, written)
+        launch_rectify_backward(d, rows_of(x, rows), norm, into, want.accumulate, sums, written)
         written += tile_rows(d)
-        if want.waits:
-            waiting = partial(_corrected, d, x, norm)
+        whole = d if len(d) == len(x) else None
 
     activate = partial(launch_rectify, norm)
     weight, bias = backward_of_slabs(
         grad, x, tail, workspace, activate, want.tail, receive, tail.dtype, activated
     )
-    sums = TileSums(pair, sum(tiles)) if want.sums else None
-    return UnitGradients(weight, bias, sums, waiting)
+    waiting = None
+    if whole is not None:
+        waiting = partial(_corrected, whole, x, norm, workspace.memory_format)
+    return _left(want, weight, bias, sums, waiting)
+
+
+def _left(
+    want: Wanted,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: TileSums,
+    waiting: Waiting | None,
+) -> UnitGradients:
+    """What is wanted of these: the input's gradient waits where it has no target."""
+    if not want.sums:
+        return UnitGradients(weight, bias, None)
+    return UnitGradients(weight, bias, sums, waiting if want.target is None else None)
+
+
+def _room(tiles: int, unit: Unit, workspace: Workspace) -> TileSums:
+    """For the sums of so many tiles."""
+    return TileSums(workspace.vectors(tiles * 2 * unit.channels), tiles)
 
 
 def _corrected(
-    d: Tensor, x: Tensor, norm: vectors.Norm, rows: slice, a: Tensor, b: Tensor
+    d: Tensor,
+    x: Tensor,
+    norm: vectors.Norm,
+    memory_format: torch.memory_format,
+    rows: slice,
+    a: Tensor,
+    b: Tensor,
 ) -> Tensor:
-    """The gradient of samples of ``x``, in the place of that of the activated map."""
+    """The gradient of samples of ``x``, in the place of that of the activated map if it fits."""
     d, x = rows_of(d, rows), rows_of(x, rows)
-    launch_rectify_backward(d, x, norm, d, False, a, 0, (a, b))
-    return d
+    in_place = d.is_contiguous(memory_format=memory_format)
+    out = d if in_place else empty_map(d, d.shape[1], memory_format)
+    launch_rectify_backward(d, x, norm, out, False, (a, b))
+    return out
 
 
 def is_product(tail: Tail) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from efficient_densenet.kernels.aten import of_rows
 from efficient_densenet.kernels.interface import Tail, Unit
 from efficient_densenet.kernels.triton import launch
-from efficient_densenet.kernels.triton.launch import elementwise, matrix, quotient, shared
+from efficient_densenet.kernels.triton.launch import elementwise, matrix, shared
 from efficient_densenet.kernels.triton.tile import (
     known_multiple,
     load_tile,
@@ -23,7 +23,7 @@ from efficient_densenet.kernels.triton.tile import (
     store_through_rectifier,
     store_tile,
 )
-from efficient_densenet.kernels.triton.vectors import TileSums
+from efficient_densenet.kernels.triton.vectors import Terms, TileSums
 from efficient_densenet.kernels.workspace import Workspace
 
 # Places in a window are kept in eight bits.
@@ -118,10 +118,10 @@ def pool_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``target += scale * d`` where ``x`` was rectified to more than zero.
+    """``target += scale * d`` where ``x`` was rectified to more than zero; sums, or batch terms.
 
     ``d`` is what the windows that hold a position give it of ``grad``, the gradient of their means
-    or maxima. Leaves sums or subtracts batch norm's ``terms``, as ``store_through_rectifier`` does.
+    or maxima. What becomes of sums and terms is in ``store_through_rectifier``.
     """
     N = known_multiple(N, x.multiple)
     tile, m, n = own_tile(N, BLOCK_M, BLOCK_N)
@@ -203,15 +203,16 @@ class _Windows(NamedTuple):
         return cls(size, (pooled[0], pooled[1]), constants)
 
 
-def launch_pool(x: Tensor, unit: Unit, workspace: Workspace) -> tuple[Tensor, Tensor]:
+def launch_pool(x: Tensor, unit: Unit, workspace: Workspace) -> tuple[Tensor, Tensor | None]:
     """The pooled map, and where in its window each maximum lay: for means, nothing."""
     windows = _Windows.of(x, unit.tail)
     shape = (len(x), unit.channels, *windows.pooled[4 - x.dim() :])
     y = torch.empty(
         shape, dtype=unit.tail.dtype, device=x.device, memory_format=workspace.memory_format
     )
-    choice = torch.empty_like(y, dtype=torch.int8) if windows.constants["MAXIMUM"] else y
-    source, out, chosen = matrix(x, slice(0, unit.channels)), matrix(y), matrix(choice)
+    choice = torch.empty_like(y, dtype=torch.int8) if windows.constants["MAXIMUM"] else None
+    source, out = matrix(x, slice(0, unit.channels)), matrix(y)
+    chosen = out if choice is None else matrix(choice)
     grid, tile = elementwise(out)
     launch.run(
         pool,
@@ -233,24 +234,23 @@ def launch_pool(x: Tensor, unit: Unit, workspace: Workspace) -> tuple[Tensor, Te
 
 def launch_pool_backward(
     grad: Tensor,
-    choice: Tensor,
+    choice: Tensor | None,
     x: Tensor,
     unit: Unit,
-    workspace: Workspace,
     target: Tensor | None,
     accumulate: bool,
-    terms: tuple[Tensor, Tensor] | None = None,
-) -> TileSums:
+    sums: TileSums | Terms,
+) -> None:
     """Writes or adds the gradient of what was pooled, if there is a target; the sums by tile.
 
-    With batch norm's ``terms`` it is the whole gradient, and nothing is summed.
+    Given the batch terms instead of a place for sums, it is the whole gradient.
     """
     windows, channels = _Windows.of(x, unit.tail), slice(0, unit.channels)
-    arriving, chosen, source = matrix(grad), matrix(choice), matrix(x, channels)
+    arriving, source = matrix(grad), matrix(x, channels)
+    chosen = arriving if choice is None else matrix(choice)
     into = source if target is None else matrix(target, channels)
     grid, tile = elementwise(source)
-    tiles = quotient(source.rows, tile["BLOCK_M"])
-    pair = terms[0] if terms else workspace.vectors(tiles * 2 * source.channels)
+    pair, terms = (sums.pair, None) if isinstance(sums, TileSums) else (None, sums)
     launch.run(
         pool_backward,
         grid,
@@ -271,4 +271,3 @@ def launch_pool_backward(
         **shared(arriving, chosen, source, into),
         **tile,
     )
-    return TileSums(pair, tiles)

@@ -106,8 +106,8 @@ def launch_product(
     workspace: Workspace,
     need_statistics: bool,
     reader: Unit | None = None,
-) -> tuple[Tensor, Statistics | None, Tensor | None]:
-    """The product, its statistics if needed, and if scratch holds it what ``reader`` activates."""
+) -> tuple[Tensor, Statistics | None]:
+    """The product, and its statistics if needed; leaves it activated for a ``reader`` of slabs."""
     norm, _, tail, reads, _ = unit
     weight, conv_bias = factors(tail)
     leaves = len(weight)
@@ -115,6 +115,7 @@ def launch_product(
     activated = then = None
     if reader is not None and workspace.holds(y, reader.tail.dtype):
         activated, then = workspace.scratch(y, reader.tail.dtype), reader.norm
+        workspace.leave(activated, y, then)
     source, place = matrix(x, slice(0, reads)), matrix(y)
     beside = place if activated is None else matrix(activated)
     constants = product_constants(tail.dtype) | shared(source, place, beside)
@@ -145,11 +146,11 @@ def launch_product(
         )
         return pair
 
-    key = ("product", leaves, tail.dtype, then is not None)
+    key = ("product", leaves, tail.dtype)  # the same tile makes the same bits again
     tile = tiling.fastest(tiles_for(tail.dtype, TILES, EXACT), source, key, attempt)
     pair = attempt(tile)
     if not need_statistics:
-        return y, None, activated
+        return y, None
     statistics = Statistics(*(norm.mean.new_empty(leaves) for _ in range(2)))
     launch_fold(pair, 0, place, tile.m, statistics)
-    return y, statistics, activated
+    return y, statistics

@@ -147,11 +147,11 @@ def store_through_rectifier(
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Masks the gradient ``d`` of a rectified tile; adds ``scale * d`` to the target; leaves sums.
+    """Masks the gradient ``d`` of a rectified tile, and adds ``scale * d`` to the target.
 
-    ``scale`` is the norm's. The sums are ``Σ d`` and ``Σ d * (x - mean)`` of each column. Where
-    batch norm's two ``terms`` are known, vectors ``a`` and ``b``, it leaves no sums, and
-    ``scale * d - a - (x - mean) * b`` is what the target gets.
+    ``scale`` is the norm's. ``pair`` gets the sums ``Σ d`` and ``Σ d * (x - mean)`` of each column.
+    With batch norm's two ``terms``, vectors ``a`` and ``b``, what the target gets is
+    ``scale * d - a - (x - mean) * b``. There may be no sums, terms or target.
     """
     K = known_multiple(K, x.multiple)
     inside = (m < M)[:, None] & (k < K)[None, :]
@@ -161,9 +161,9 @@ def store_through_rectifier(
     d = tl.where(inside & ~stops, d, 0.0)
     distance = x_tile - mean[None, :]
     g = d * scale[None, :]
-    if terms is None:
+    if pair is not None:
         store_pair(pair, row, k, K, k < K, tl.sum(d, 0), tl.sum(d * distance, 0))
-    else:
+    if terms is not None:
         a = tl.load(terms[0] + k, mask=k < K, other=0.0)
         b = tl.load(terms[1] + k, mask=k < K, other=0.0)
         g -= a[None, :] + distance * b[None, :]

@@ -117,6 +117,10 @@ class Norm(NamedTuple):
     eps: tl.constexpr
 
 
+Terms = tuple[Tensor, Tensor]
+"""Batch norm's two batch terms of a map, vectors ``a`` and ``b`` of the operation ``correct``."""
+
+
 class TileSums(NamedTuple):
     """``Σ d`` and ``Σ d * (x - mean)`` of ``tiles`` tiles, in the first of ``pair``."""
 

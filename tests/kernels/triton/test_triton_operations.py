@@ -161,38 +161,37 @@ def test_gradient_of_map_with_one_reader_waits_for_its_batch_terms(shape, dtype,
 
 
 @every_case
-def test_product_made_again_comes_activated_for_its_reader(shape, dtype, last):
+def test_product_is_left_activated_for_its_reader(shape, dtype, last):
     x = a_map(shape, shape[1] + 2, dtype, last)
-    some = tails(shape, dtype)
-    pointwise, kernel = some["1x1"], 3
-    dims, leaves = len(shape[-1]), shape[2]
-    weight = torch.randn(4, leaves, *(kernel,) * dims)
+    some, leaves, dims = tails(shape, dtype), shape[2], len(shape[-1])
+    weight = torch.randn(4, leaves, *(3,) * dims)
     reads = Tail(None, Conv(weight, None, some["3x3"].conv.geometry), dtype)
     grad = a_map(shape, 4, dtype, last)
 
     def compute(ops, x, tail, reads, grad, *given):
         unit = a_unit(ops, [vector[: shape[1]] for vector in given[:4]], tail)
         reader = a_unit(ops, [vector[:leaves] for vector in given[4:]], reads)
-        memory_format = layout(dims, last)
-        workspace = Workspace(x, max(shape[1:3]), given[0].dtype, memory_format)
-        z, activated = ops.recompute(x, unit, reader, workspace)
-        assert (activated is not None) == (ops is triton)
+        scratch = Workspace(x, max(shape[1:3]), given[0].dtype, layout(dims, last))
+        z, _ = ops.forward_unit(x, unit, scratch, need_statistics=False, reader=reader)
+        left = scratch.take(z, reader.norm)
+        assert (left is not None) == (ops is triton)
+        if left is not None:
+            scratch.leave(left, z, reader.norm)
         found = ops.backward_unit(
             grad,
             z,
             reader,
-            workspace,
+            scratch,
             need_weight=True,
             need_bias=False,
             need_sums=True,
             target=torch.empty_like(z),
             accumulate=False,
-            activated=activated,
         )
         return z, found.conv_weight.to(given[0].dtype)
 
     given = vectors(8, max(shape[1:3]))
-    assert_precise(compute, dtype, x, pointwise, reads, grad, *given)
+    assert_precise(compute, dtype, x, some["1x1"], reads, grad, *given)
 
 
 @every_case
@@ -229,7 +228,8 @@ def test_slabs_add_up(monkeypatch):
     reader = a_unit(triton, vectors(4, shape[1]), some["3x3"])
     assert not triton.can_wait(x, reader, scratch)
     unit = a_unit(triton, vectors(4, shape[1]), some["1x1"])
-    assert triton.recompute(x, unit, reader, scratch)[1] is None
+    y, _ = triton.forward_unit(x, unit, scratch, need_statistics=False, reader=reader)
+    assert scratch.take(y, reader.norm) is None
 
 
 def test_map_beyond_32_bits_has_64_bit_offsets():
@@ -270,8 +270,8 @@ def test_measuring_tiles_changes_no_result(name, monkeypatch):
 @pytest.mark.parametrize("multiprocessors", [1, 16, 108, 128, 132])
 @pytest.mark.parametrize("sizes", [(64, 64), (252, 128), (1024, 128), (1664, 832)], ids=str)
 def test_weight_gradient_fills_device_once(sizes, multiprocessors, monkeypatch):
-    """Its programs, of each tile, all run at a time, unless there are more tiles than that."""
-    grids = []
+    """Eight warps of them, of each tile, run on a multiprocessor, or about so many."""
+    launched = []
 
     def every(tiles, x, key, run):
         for tile in tiles:
@@ -279,7 +279,9 @@ def test_weight_gradient_fills_device_once(sizes, multiprocessors, monkeypatch):
         return tiles[0]
 
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(launch, "run", lambda kernel, grid, *_, **__: grids.append(grid))
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, grid, *_, warps, **__: launched.append((*grid, warps))
+    )
     monkeypatch.setattr(tiling, "fastest", every)
     reads, leaves = sizes
     weight = torch.empty(leaves, reads, 1, 1, device="meta")
@@ -287,10 +289,11 @@ def test_weight_gradient_fills_device_once(sizes, multiprocessors, monkeypatch):
     unit = a_unit(triton, torch.empty(4, reads, 1, 1, device="meta"), tail)
     x, grad = (torch.empty(32, c, 28, 28, device="meta", dtype=torch.bfloat16) for c in sizes)
     launch_weight_gradient(grad, x, unit)
-    assert len(grids) == 3
-    for tiles, parts in grids:
-        assert tiles * parts <= max(multiprocessors, tiles)
-        assert 2 * tiles * parts > multiprocessors or tiles > multiprocessors
+    assert len(launched) == 3
+    for tiles, parts, warps in launched:
+        programs = multiprocessors * 8 // warps
+        assert tiles * parts <= programs + tiles // 2
+        assert 3 * tiles * parts >= 2 * programs or parts == 1
 
 
 @every_shape
