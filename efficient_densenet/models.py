@@ -54,27 +54,33 @@ class ImageNetOptions(Options, total=False):
 class DenseNet(nn.Module):
     """DenseNet whose dense blocks keep only their features for the backward pass.
 
-    Maps images ``(N, in_channels, *spatial)`` to logits ``(N, num_classes)``. The
-    positional arguments (without ``memory_efficient``) and the state-dict keys are those of
-    ``torchvision.models.DenseNet``.
+    Maps images ``(N, in_channels, *spatial)`` to logits ``(N, num_classes)``: a stem, dense blocks
+    with transitions between them, batch norm, ReLU, the mean over all positions, and a linear
+    layer. The positional arguments (without ``memory_efficient``) and the state-dict keys are those
+    of ``torchvision.models.DenseNet``. Source: Huang et al., "Densely Connected Convolutional
+    Networks", CVPR 2017.
 
     Args:
         growth_rate: channels ``k`` that each layer adds.
         block_config: layers of each dense block.
-        num_init_features: channels that leave the first convolution.
-        bn_size: bottleneck width in units of ``k``; ``None`` makes basic layers (BN-ReLU-Conv3x3).
+        num_init_features: channels that the first convolution returns.
+        bn_size: bottleneck width in units of ``k``; ``None`` makes basic layers
+            (BN - ReLU - Conv3x3).
         drop_rate: dropout probability after each layer.
         num_classes: number of logits.
         in_channels: channels of the image.
         stem: ``"imagenet"`` (7x7 stride 2, BN, ReLU, 3x3 max-pool stride 2) or ``"cifar"`` (3x3).
-        compression: share θ of the channels that a transition keeps.
+        compression: a transition returns ``floor(θ * channels)`` channels for this ``θ``, above 0
+            and at most 1.
         bias: whether convolutions have a bias.
         dims: spatial dimensions, 1, 2 or 3.
-        recompute: what the backward passes of blocks recompute, see :class:`EfficientDenseBlock`.
-            With any mode but ``"none"``, stem, transitions and head keep nothing of their own, and
-            the stem's convolution runs twice.
-        kernels: the implementation of the operations that all of them use, see
-            :class:`EfficientDenseBlock`.
+        recompute: the mode of all blocks, see :class:`EfficientDenseBlock`. With any mode but
+            ``"none"``, stem, transitions and head keep none of their inner maps either, and the
+            stem's convolution runs twice.
+        kernels: the implementation that all of them use, see :class:`EfficientDenseBlock`.
+
+    Raises:
+        ValueError: if an argument is out of range; the message quotes it.
     """
 
     def __init__(
@@ -180,27 +186,47 @@ def _named(
 
 
 def densenet121(**options: Unpack[ImageNetOptions]) -> DenseNet:
-    """DenseNet-121 (k=32, blocks of 6, 12, 24, 16 layers); options as for :class:`DenseNet`."""
+    """DenseNet-121 (k=32, blocks of 6, 12, 24, 16 layers); options as for :class:`DenseNet`.
+
+    Raises:
+        TypeError: if ``weights`` or ``memory_efficient`` is given; the message says what to do.
+    """
     return _named("densenet121", 32, (6, 12, 24, 16), 64, options)
 
 
 def densenet161(**options: Unpack[ImageNetOptions]) -> DenseNet:
-    """DenseNet-161 (k=48, blocks of 6, 12, 36, 24 layers); options as for :class:`DenseNet`."""
+    """DenseNet-161 (k=48, blocks of 6, 12, 36, 24 layers); options as for :class:`DenseNet`.
+
+    Raises:
+        TypeError: if ``weights`` or ``memory_efficient`` is given; the message says what to do.
+    """
     return _named("densenet161", 48, (6, 12, 36, 24), 96, options)
 
 
 def densenet169(**options: Unpack[ImageNetOptions]) -> DenseNet:
-    """DenseNet-169 (k=32, blocks of 6, 12, 32, 32 layers); options as for :class:`DenseNet`."""
+    """DenseNet-169 (k=32, blocks of 6, 12, 32, 32 layers); options as for :class:`DenseNet`.
+
+    Raises:
+        TypeError: if ``weights`` or ``memory_efficient`` is given; the message says what to do.
+    """
     return _named("densenet169", 32, (6, 12, 32, 32), 64, options)
 
 
 def densenet201(**options: Unpack[ImageNetOptions]) -> DenseNet:
-    """DenseNet-201 (k=32, blocks of 6, 12, 48, 32 layers); options as for :class:`DenseNet`."""
+    """DenseNet-201 (k=32, blocks of 6, 12, 48, 32 layers); options as for :class:`DenseNet`.
+
+    Raises:
+        TypeError: if ``weights`` or ``memory_efficient`` is given; the message says what to do.
+    """
     return _named("densenet201", 32, (6, 12, 48, 32), 64, options)
 
 
 def densenet264(**options: Unpack[ImageNetOptions]) -> DenseNet:
-    """DenseNet-264 (k=32, blocks of 6, 12, 64, 48 layers); options as for :class:`DenseNet`."""
+    """DenseNet-264 (k=32, blocks of 6, 12, 64, 48 layers); options as for :class:`DenseNet`.
+
+    Raises:
+        TypeError: if ``weights`` or ``memory_efficient`` is given; the message says what to do.
+    """
     return _named("densenet264", 32, (6, 12, 64, 48), 64, options)
 
 
@@ -211,14 +237,21 @@ def densenet_cifar(
     compression: float = 0.5,
     **options: Unpack[Options],
 ) -> DenseNet:
-    """DenseNet of the paper's CIFAR experiments: three blocks of equal depth on 32x32 images.
+    """DenseNet of the paper's CIFAR experiments: three blocks of ``n`` layers, for 32x32 images.
 
-    ``depth = 3 * n * (2 if bottleneck else 1) + 4`` for a whole number ``n`` of layers per block.
-    With bottleneck and ``compression < 1`` (DenseNet-BC) the first convolution has ``2k`` channels,
-    otherwise 16. Options as for :class:`DenseNet`; ``num_classes`` is 10 by default.
+    With ``bottleneck`` and ``compression < 1`` (DenseNet-BC) the first convolution returns ``2k``
+    channels, otherwise 16. Options as for :class:`DenseNet`; ``num_classes`` is 10 by default.
+    Source: Huang et al., "Densely Connected Convolutional Networks", CVPR 2017, section 4.
+
+    Args:
+        depth: convolutions and linear layers of the network: ``6 * n + 4`` with ``bottleneck``,
+            ``3 * n + 4`` without.
+        growth_rate: channels ``k`` that each layer adds.
+        bottleneck: whether layers have a 1x1 convolution of ``4k`` channels before the 3x3 one.
+        compression: as for :class:`DenseNet`.
 
     Raises:
-        ValueError: if no such network has ``depth`` layers.
+        ValueError: if no such network has ``depth`` layers; the message names the nearest depth.
     """
     step = 6 if bottleneck else 3
     layers, remainder = divmod(depth - 4, step)
@@ -243,9 +276,9 @@ def densenet_cifar(
 def fashion_densenet(**options: Unpack[Options]) -> DenseNet:
     """The small network for 1-channel images: four blocks of 4 basic layers, k=32, with biases.
 
-    758,226 parameters; a ``(1, 1, 224, 224)`` input has 64, 192, 224, 240 and 248 channels after
-    the stem and each block. Options as for :class:`DenseNet`. Source: Zhang et al., "Dive into Deep
-    Learning", section on DenseNet.
+    758,226 parameters. The maps of an image have 64 channels after the stem, and 192, 224, 240 and
+    248 after the blocks. Options as for :class:`DenseNet`; ``num_classes`` is 10 by default.
+    Source: Zhang et al., "Dive into Deep Learning", section on DenseNet.
     """
     given: Options = {"num_classes": 10, "in_channels": 1, "bias": True, **options}
     return DenseNet(32, (4, 4, 4, 4), 64, None, **given)

@@ -43,35 +43,47 @@ class RecomputingBlock(Recomputing):
 
 
 class EfficientDenseBlock(RecomputingBlock, DenseBlock):
-    """Dense block that keeps ``k`` channels per layer instead of ``2c + 2b``, and trains the same.
+    """Dense block that keeps only its features for the backward pass, and computes the rest again.
 
     Maps ``(N, num_input_features, *spatial)`` to
     ``(N, num_input_features + num_layers * growth_rate, *spatial)``, in the input's memory format.
-    Parameters, state-dict keys, outputs, gradients and running statistics are those of
-    torchvision's ``_DenseBlock``; only dropout draws other masks (from a seed of torch's default
-    generator).
+    Equals, with its gradients, ::
+
+        for layer in block.values():  # BN - ReLU - Conv1x1 - BN - ReLU - Conv3x3 - Dropout
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+    For a layer that reads ``c`` channels, and has ``b = bn_size * k`` channels between its
+    convolutions, it keeps ``k`` channels where the naive block keeps ``2c + 2b``. Parameters,
+    state-dict keys, outputs, gradients and running statistics are those of torchvision's
+    ``_DenseBlock``; only dropout draws other masks (from a seed of torch's default generator).
 
     Args:
         num_layers: layers ``L`` of the block.
         num_input_features: channels ``c0`` that enter.
-        bn_size: bottleneck width in units of ``growth_rate``; ``None`` makes basic layers.
+        bn_size: bottleneck width in units of ``growth_rate``; ``None`` makes basic layers
+            (BN - ReLU - Conv3x3).
         growth_rate: channels ``k`` that each layer adds.
         drop_rate: dropout probability after each layer.
-        recompute: ``"bottleneck"`` keeps only the features and computes normalised maps and the 1x1
-            convolutions again in the backward pass; ``"norm"`` (Pleiss et al., 2017) keeps the
-            bottleneck maps too and convolves nothing twice; ``"none"`` is the naive block. May be
-            changed at any time.
+        recompute: ``"bottleneck"`` keeps only the features; normalised maps and 1x1 convolutions
+            are computed again in the backward pass. ``"norm"`` (Pleiss et al., 2017) keeps the
+            bottleneck maps too, and runs no convolution twice. ``"none"`` is the naive block. May
+            be changed at any time.
         dims: spatial dimensions, 1, 2 or 3.
         bias: whether convolutions have a bias.
-        kernels: the implementation to run on, ``"triton"`` (for CUDA) or ``"eager"`` (PyTorch's
-            operators); where it cannot run, the next slower one does, and :meth:`why_kernels` says
-            why. ``"auto"`` is what the environment variable ``EFFICIENT_DENSENET_KERNELS`` says, or
-            the fastest one.
+        kernels: the first implementation to try. ``"triton"``: kernels for NVIDIA GPUs, for ReLU
+            only. ``"whole"``: PyTorch's operators on whole maps, for maps of up to 2 MiB on a CPU.
+            ``"eager"``: PyTorch's operators on some samples at a time, for everything. One that
+            cannot run the input leaves it to the next in this order; :meth:`why_kernels` says which
+            one runs, and why. ``"auto"`` is the value of the environment variable
+            ``EFFICIENT_DENSENET_KERNELS``, or the fastest one that can run the input.
 
     Raises:
         ValueError: if an argument is out of range; the message quotes it.
 
-    What the efficient path does not support runs on the naive one; :meth:`why_naive` says why.
+    A call that the efficient path does not support runs on the naive one, with a warning;
+    :meth:`why_naive` says why. Source: Huang et al., "Densely Connected Convolutional Networks",
+    CVPR 2017.
     """
 
     structures: ClassVar[Mapping[Forward, Structure]] = {

@@ -43,25 +43,27 @@ def recompute_connection(
 ) -> Tensor:
     """``conv(activation(norm(torch.cat(features, 1))))``, of which only ``features`` are kept.
 
-    ``features`` are maps ``(N, channels_i, *spatial)`` that their makers keep anyway; the result is
-    the convolution's. Concatenation, normalised and rectified map are computed again in the
+    ``features`` are maps ``(N, channels_i, *spatial)``, which the network keeps anyway; the result
+    is the convolution's. The concatenation and the normalised map are computed again in the
     backward pass. Running statistics are updated once. Equals, with its gradients, ::
 
         x = torch.cat(features, 1)
         return conv(activation(norm(x)))
 
-    How: with ``nn.BatchNorm`` or ``nn.SyncBatchNorm``, a known activation and a plain ``nn.Conv``,
-    without hooks, by the functions of the dense blocks: batch statistics are kept, not computed
-    again. Anything else is run again by autograd, on copies of its buffers, in the modes, under
-    the autocast and with the random numbers of the forward pass. Where that cannot be (while being
-    compiled, or with a ``SyncBatchNorm`` beside something that is not known) it runs as written
-    above, and a warning says why.
+    How: a batch norm of PyTorch's, ReLU, LeakyReLU, ELU, SiLU or GELU, and a convolution of
+    PyTorch's, all without hooks, run by the functions of the dense blocks: batch statistics are
+    kept, not computed again. Anything else is run again by autograd, on copies of its buffers, in
+    the same modes, under the same autocast and with the same random numbers as in the forward pass.
+
+    What cannot be recomputed runs as written above. A warning says why, such as a synchronised norm
+    beside an activation that is not known. While being compiled, exported or traced, it always runs
+    so, without a warning.
 
     Args:
-        features: at least one map; all of one batch and size.
-        norm: applied to the concatenation; ``None`` for none.
-        activation: a module or function; ``None`` for none.
-        conv: what reads the result.
+        features: at least one map; all have the same batch and size.
+        norm: module that is applied to the concatenation; ``None`` for none.
+        activation: a module or a function; ``None`` for none.
+        conv: module that reads the result; usually a convolution.
 
     Raises:
         ValueError: if ``features`` is empty.

@@ -44,25 +44,26 @@ def recompute_dense_block(
         return x
 
     ``x`` is ``(N, channels, *spatial)``, the result ``(N, channels + growth, *spatial)``, where
-    ``growth`` is that of all layers. Never kept for the backward pass: the concatenations, and
-    whatever a layer makes on its way.
+    ``growth`` is the sum over all layers. Neither the concatenations nor any map inside a layer is
+    kept for the backward pass.
 
-    Of an ``nn.Sequential`` (with dropout at the end, or none) batch norms with an activation after
-    them, and perhaps a convolution, run as in :class:`EfficientDenseBlock`. What is between those,
-    and any other layer, is run again by autograd: the peak is near that of one layer. Its buffers
-    learn once, and it draws the random numbers of the forward pass again, in the modes and under
-    the autocast of the forward pass.
+    In an ``nn.Sequential`` (with dropout at the end, or none) every batch norm with an activation
+    after it, and the convolution after that, run as in :class:`EfficientDenseBlock`. Everything
+    between those, and any other layer, is run again by autograd in the backward pass: the peak is
+    near that of one layer. Its buffers are updated once, it draws the same random numbers, and it
+    runs in the same modes and under the same autocast as in the forward pass.
 
     Args:
-        layers: modules, each called once with the concatenation so far; or functions that read no
+        layers: modules that map the concatenation so far to new maps; or functions that read no
             parameters.
-        x: the first map.
-        growth_rate: channels that every layer returns, or those of each.
+        x: the input of the first layer.
+        growth_rate: channels that each layer returns: one number for all, or a sequence of them.
 
     Raises:
         ValueError: if there is no layer, or not one growth rate for each.
 
-    What cannot be recomputed takes the loop above; a warning says why.
+    If a layer cannot be recomputed, the loop above runs as it is written, and a warning says why;
+    while being compiled, exported or traced, without a warning.
     """
     growths = [growth_rate] * len(layers) if isinstance(growth_rate, int) else list(growth_rate)
     if not layers or len(growths) != len(layers):

@@ -35,9 +35,9 @@ class Settings(nn.Module):
     """What can be chosen of a module that recomputes, at any time.
 
     ``recompute`` says what the backward pass recomputes: ``"bottleneck"``, ``"norm"`` or
-    ``"none"``. ``kernels`` says which implementation of the operations to run on: that one if it
-    can run the input, otherwise the next slower one. ``"auto"`` leaves it to the environment
-    variable ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
+    ``"none"``. ``kernels`` says which implementation of the operations to try first; if it cannot
+    run the input, the next slower one does. ``"auto"`` leaves it to the environment variable
+    ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
     """
 
     _recompute: Recompute = "bottleneck"
@@ -57,7 +57,7 @@ class Settings(nn.Module):
 
     @property
     def kernels(self) -> Kernels:
-        """``"auto"``, ``"triton"`` or ``"eager"``."""
+        """``"auto"``, ``"triton"``, ``"whole"`` or ``"eager"``."""
         return self._kernels
 
     @kernels.setter
@@ -115,7 +115,7 @@ class Recomputing(Settings):
             warnings.warn(f"{type(self).__name__} is naive, since {reason}", stacklevel=5)
 
     def why_naive(self, *args: Any, **kwargs: Any) -> str | None:
-        """Why a call would take the naive path, or ``None`` if it takes the efficient one."""
+        """Why a call with these arguments would take the naive path; ``None`` if it would not."""
         try:
             self.read_call(*args, **kwargs)
         except Unsupported as reason:
@@ -123,7 +123,11 @@ class Recomputing(Settings):
         return None
 
     def why_kernels(self, x: Tensor) -> str:
-        """Which kernels the efficient path would run ``x`` on, and why not on faster ones."""
+        """Which implementation the efficient path would run ``x`` on, and why no faster one.
+
+        Such as ``"eager runs; triton does not: Triton is not installed; whole does not: its maps
+        are not small"``.
+        """
         call = supported(self.read_call, x)
         types, spec = types_of(x), None if call is None else call.spec
         return explain_choice(
