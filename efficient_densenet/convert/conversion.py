@@ -42,27 +42,31 @@ def convert_(
 ) -> Report:
     """Make the dense blocks of ``model`` recompute, in place, and report on every one.
 
-    Blocks, transitions and stems are recognised by what they compute, whatever their classes are:
-    the model's forward pass is recorded on tensors without values, and leaves no trace. A converted
-    module gets a subclass of its class; nothing else about it changes: children, parameters,
-    state-dict keys, hooks and what refers to them stay, and so do copies and pickles. What has
-    changed since is seen at every call. A call that the efficient path does not support runs on the
-    class's own forward function: a warning says why once, and ``why_naive(x)`` when it is asked.
+    Outputs, gradients and running statistics stay the same up to rounding; only dropout draws other
+    masks. Blocks, transitions and stems are recognised by what they compute, whatever their classes
+    are: the model's forward pass is recorded on tensors without values, and changes nothing in it.
+
+    A converted module gets a subclass of its class. Nothing else about it changes: children,
+    parameters, state-dict keys, hooks and references to them stay, and it can be copied and
+    pickled. Every call checks whether the module has changed since. A call that the efficient path
+    does not support runs the class's own forward function; a warning says why, and
+    ``module.why_naive(x)`` says it beforehand.
 
     Args:
         model: any model, or a single block.
-        filter_fn: called with each recognised module and its name in ``model``; one for which it
-            is false is left as it is.
-        recompute: ``"bottleneck"`` keeps only the features, ``"norm"`` the bottleneck maps too. A
-            converted model may be converted again to change it.
-        strict: raise unless there is a dense block, and every one that ``filter_fn`` lets through
-            would recompute. Nothing is changed then.
+        filter_fn: called with each recognised module and its name in ``model``; a module for which
+            it returns false is left as it is.
+        recompute: ``"bottleneck"`` keeps only the features, ``"norm"`` the bottleneck maps too. To
+            change it, convert the model again.
+        strict: if the model has no dense block, or one that ``filter_fn`` accepts and that would
+            not recompute, change nothing and raise an error.
 
     Returns:
-        What was replaced and what was not, with the reason; as text, a table.
+        What was converted and what was not, with the reason; as text, a table.
 
     Raises:
-        ValueError: if ``recompute`` is none of these, ``strict`` finds a block left over, or none.
+        ValueError: if ``recompute`` is none of these, or because of ``strict``; the message then
+            names each block and the reason.
     """
     if recompute not in get_args(Recomputes):
         raise ValueError(
@@ -87,7 +91,10 @@ def _check_none_is_left(candidates: list[_Candidate]) -> None:
 
 
 def revert_(model: nn.Module) -> None:
-    """Give every converted module of ``model`` its own class back, in place."""
+    """Give every converted module of ``model`` its own class back, in place.
+
+    The model then runs its own forward functions again. Parameters and buffers stay as they are.
+    """
     for module in model.modules():
         if isinstance(module, Converted):
             module.__class__ = module.converted_from  # type: ignore[assignment]
@@ -96,13 +103,18 @@ def revert_(model: nn.Module) -> None:
 
 
 def explain(model: nn.Module, *inputs: Any) -> Report:
-    """What of ``model`` recomputes, what could, and what cannot and why; nothing is changed.
+    """Which modules of ``model`` recompute, which could, and which cannot and why.
+
+    Nothing is changed.
 
     Args:
         model: any module, converted or not.
-        inputs: what it is called with. If they are given, the answers are those for maps of the
-            sizes that they lead to, and the report says how many bytes each module keeps for the
-            backward pass. Shapes and types alone are looked at: nothing is computed.
+        inputs: arguments of a call. With them the answers are for maps of the sizes that this call
+            would have, and the report says how many bytes each module keeps for the backward pass.
+            Only their shapes and types are used: nothing is computed.
+
+    Returns:
+        A finding for each recognised module; as text, a table.
     """
     candidates = _candidates(model, None, inputs or None)
     return _report(candidates, measured=bool(inputs))

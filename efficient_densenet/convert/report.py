@@ -11,16 +11,16 @@ class Finding:
     """One module that was recognised.
 
     Attributes:
-        path: its name in the model, as ``named_modules`` says it.
+        path: the module's name in the model, as in ``named_modules``.
         kind: ``"dense block"``, ``"transition"``, ``"stem"``, ``"norm of a stem"`` or
             ``"sequence"``.
-        class_name: the name of its class.
-        converted: whether it was converted, or is a block of this package.
+        class_name: the name of the module's class.
+        converted: whether it was converted, or is a module of this package.
         reason: why it does not recompute, or would not; ``None`` if it does or would.
-        run_again: why the backward pass runs layers of it again as they are, or parts of them.
-        naive_bytes: what a call of the naive module keeps for the backward pass, its result
+        run_again: for each layer with parts that the backward pass runs again by autograd, why.
+        naive_bytes: bytes that a call of the naive module keeps for the backward pass, its result
             included but neither its input nor parameters; ``None`` if no input was given.
-        kept_bytes: the same as it is, or as it would be converted.
+        kept_bytes: the same for the module as it is, or as it would be after a conversion.
     """
 
     path: str
@@ -34,7 +34,7 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """In words: what was done, or what would be."""
+        """What the module does, or could do, in words; with the reason if it is naive."""
         if self.reason:
             return f"{'naive' if self.converted else 'not converted'}: {self.reason}"
         if not self.converted:
@@ -55,18 +55,26 @@ def _mebibytes(size: int | None) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """Findings in the order of ``named_modules``; its text is a table."""
+    """What was recognised in a model, module by module. ``print`` shows it as a table.
+
+    Iterating gives the findings; ``report[path]`` is that of one module, by its name in the model,
+    and raises ``KeyError`` if nothing was recognised there.
+
+    Attributes:
+        findings: one :class:`Finding` for each recognised module, in the order of
+            ``named_modules``.
+    """
 
     findings: tuple[Finding, ...]
 
     @property
     def replaced(self) -> tuple[Finding, ...]:
-        """The modules that recompute."""
+        """The findings of modules that were converted, or are modules of this package."""
         return tuple(f for f in self.findings if f.converted)
 
     @property
     def left(self) -> tuple[Finding, ...]:
-        """The modules that do not, and say why."""
+        """The findings of modules that do not recompute, or would not; each has a reason."""
         return tuple(f for f in self.findings if f.reason)
 
     def __iter__(self) -> Iterator[Finding]:

@@ -24,10 +24,10 @@ CORRECTIONS = 8
 
 
 class BudgetTooSmall(ValueError):
-    """No mix fits a budget.
+    """No mix of modes fits the budget.
 
     Attributes:
-        needed: bytes of the smallest budget that one fits.
+        needed: bytes of the smallest budget that a mix fits.
     """
 
     def __init__(self, needed: int, budget: int | str | None) -> None:
@@ -60,28 +60,33 @@ def fit_(
         print(mix)
 
     How: the step is estimated with every module in the mode that keeps least, and again with each
-    of them in each other mode, which shows where in the step, and by how much, that changes the
-    live bytes. So the peak of any mix is known, and the fastest of those within the budget is
-    found by dynamic programming. It is estimated as a whole before it is set.
+    module, one at a time, in each other mode. That shows where in the step, and by how much, the
+    mode changes the live bytes, so the peak of any mix is known. Dynamic programming finds the
+    fastest mix within the budget; it is estimated as a whole before it is set.
 
     Args:
-        model: one that recomputes: of this package, or after :func:`~efficient_densenet.convert_`.
+        model: one whose modules recompute: from this package, or after
+            :func:`~efficient_densenet.convert_`.
         inputs: the model's argument, or a tuple of its arguments, as for
             :func:`~efficient_densenet.measure`.
-        budget: bytes, or a size such as ``"8GiB"``; unless given, what the present GPU has free.
+        budget: bytes, or a size such as ``"8GiB"``; by default the free memory of the current GPU.
         target: as for :func:`~efficient_densenet.measure`.
         loss_fn: as for :func:`~efficient_densenet.measure`.
         make_optimizer: as for :func:`~efficient_densenet.measure`.
         autocast_dtype: as for :func:`~efficient_densenet.estimate`.
         accumulate: as for :func:`~efficient_densenet.measure`.
         device: as for :func:`~efficient_densenet.estimate`.
-        times: seconds of each choice, such as :attr:`Mix.times` of another budget's result. Unless
-            given, copies of the modules are timed where the model is; if ``device`` is not there,
-            times are modelled from bytes and operations.
+        times: seconds of each choice, such as the ``times`` of another budget's result. By default
+            copies of the modules are timed on the model's device. If that is not ``device``, or
+            after ``fully_shard``, times are modelled from bytes and operations.
+
+    Returns:
+        The mode of each module, the estimated peak and the time.
 
     Raises:
-        ValueError: if nothing in the model recomputes, the budget is no size or less than any mix
-            needs, or ``times`` lacks a choice; else as :func:`~efficient_densenet.estimate`.
+        BudgetTooSmall: if no mix fits the budget. It is a ``ValueError``.
+        ValueError: if nothing in the model recomputes, the budget is no size, or ``times`` lacks a
+            choice; otherwise as :func:`~efficient_densenet.estimate`.
         TypeError: as :func:`~efficient_densenet.estimate`.
     """
     check_step(model, loss_fn, autocast_dtype)

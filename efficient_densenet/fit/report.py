@@ -19,11 +19,13 @@ class Chosen(NamedTuple):
     """A module and its mode.
 
     Attributes:
-        path: of the module.
-        mode: that it was given.
-        kept: bytes that it keeps more than in the mode that keeps least, together with what runs
-            with it; only the first of those has them, and ``seconds``.
-        seconds: of its forward and backward pass.
+        path: the module's name in the model.
+        mode: the value that its ``recompute`` was given.
+        kept: bytes that it keeps above what it would keep in the mode that keeps least.
+        seconds: duration of its forward and backward pass.
+
+    Modules that run together, such as a block and the transition that reads it, have one ``kept``
+    and one ``seconds`` for all of them. The first one has these values; those of the others are 0.
     """
 
     path: str
@@ -33,9 +35,12 @@ class Chosen(NamedTuple):
 
 
 class Uniform(NamedTuple):
-    """A model whose modules are all in one mode: estimated peak, and seconds of its modules.
+    """A model whose modules are all in one mode.
 
-    They are infinite where a module in this mode fits in no mix, and was not timed.
+    Attributes:
+        peak: estimated bytes at the peak of a step.
+        seconds: duration of the modules' forward and backward passes; infinite if one of them fits
+            in no mix in this mode, and so was not timed.
     """
 
     peak: int
@@ -44,18 +49,19 @@ class Uniform(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Mix:
-    """A mode for each module, so that a step fits a budget and takes least time.
+    """A mode for each module: the fastest mix of modes whose step fits a budget.
 
     ``print`` shows it as a table.
 
     Attributes:
-        room: bytes of the budget that a step may use.
-        peak: bytes at the largest moment, estimated.
-        least: bytes that the step needs in any mix.
-        chosen: the modules that have a mode, in the order of the forward pass.
-        uniform: by mode, the same model with that mode everywhere.
-        times: seconds of every choice: for another call's ``times``.
-        clock: ``"measured"``, ``"modelled"`` or ``"given"``: where the times come from.
+        room: bytes that a step may use: the budget without the device's reserve.
+        peak: estimated bytes at the peak of a step.
+        least: estimated bytes at the peak in the mix that needs least.
+        chosen: the modules that have a mode, in the order of the forward pass, each as a
+            :class:`Chosen`.
+        uniform: for each mode, the same model with that mode everywhere, as a :class:`Uniform`.
+        times: seconds of every choice, to be passed to another call as ``times``.
+        clock: where the times come from: ``"measured"``, ``"modelled"`` or ``"given"``.
     """
 
     room: int
@@ -68,7 +74,7 @@ class Mix:
 
     @property
     def seconds(self) -> float:
-        """Time of all modules that have a mode."""
+        """Seconds that all modules with a mode take, forward and backward."""
         return sum(part.seconds for part in self.chosen)
 
     def __repr__(self) -> str:
@@ -90,7 +96,7 @@ class Mix:
         return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
     def to_dict(self) -> dict[str, object]:
-        """All but the times, in bytes and seconds, fit for JSON."""
+        """Everything except the times, in bytes and seconds; can be written as JSON."""
         return {
             "room": self.room,
             "peak": self.peak,

@@ -17,7 +17,10 @@ MOST_TOLD = 5
 
 
 class BudgetExceeded(torch.OutOfMemoryError):
-    """More bytes would be live than the budget allows; the message says what was live."""
+    """More bytes would be alive than the budget allows.
+
+    The message names the operator that asked, its bytes, and which operators allocated the rest.
+    """
 
 
 class MeteredBudget(LiveMeter):
@@ -81,14 +84,25 @@ class MeteredBudget(LiveMeter):
 def enforce(
     limit: int, device: torch.device, resident: Iterable[Tensor] = ()
 ) -> Iterator[MeteredBudget | None]:
-    """Hold ``device`` to ``limit`` bytes inside the context.
+    """Context manager that limits the memory of ``device`` to ``limit`` bytes.
 
-    On CUDA the caching allocator refuses (``torch.cuda.set_per_process_memory_fraction``); it
-    counts all that this process has reserved on the device. The fraction is restored at the end.
-    Elsewhere the context is a :class:`MeteredBudget`, and yields it.
+    On CUDA the caching allocator refuses to exceed it
+    (``torch.cuda.set_per_process_memory_fraction``). It counts all that this process has reserved
+    on the device; at the end the whole device is allowed again. Elsewhere live tensors are counted
+    at every operator, which takes time. The operator that exceeds the limit runs, and its result is
+    dropped.
+
+    When the error has been handled, nothing that was allocated inside is alive, and work can
+    continue with a smaller batch.
+
+    Args:
+        limit: bytes.
+        device: where memory is limited.
+        resident: tensors that exist before, such as parameters, and count too. Ignored on CUDA.
 
     Raises:
-        torch.OutOfMemoryError: inside the context, when the limit would be exceeded.
+        torch.OutOfMemoryError: inside the context, where the limit would be exceeded; on devices
+            other than CUDA a :class:`BudgetExceeded`.
     """
     try:
         if device.type == "cuda":

@@ -24,12 +24,21 @@ class Event:
 
 @dataclass(frozen=True)
 class Peak:
-    """Live bytes at the peak of a step, by what they are.
+    """Bytes that are alive at the peak of a step, by kind.
 
-    ``parameters``, ``buffers``, ``inputs`` (targets included) and ``optimizer`` (its state) live
-    before the step and after it. ``gradients`` are those of parameters and inputs; ``activations``
-    were still alive when the forward pass ended; ``transient`` is all else. ``buckets`` are those
-    in which ``DistributedDataParallel`` exchanges gradients; they live all the time, too.
+    Parameters, buffers, inputs, optimizer state and buckets exist before the step and after it.
+
+    Attributes:
+        parameters: bytes of the parameters.
+        buffers: bytes of the buffers.
+        inputs: bytes of inputs and target.
+        optimizer: bytes of the optimizer's state.
+        gradients: bytes of the gradients of parameters and inputs.
+        activations: bytes that the forward pass left, and that are still alive at the peak.
+        transient: all other bytes that the step has allocated.
+        operator: the operator that ran at the peak.
+        phase: ``"forward"``, ``"backward"`` or ``"optimizer"``.
+        buckets: bytes of the buckets in which ``DistributedDataParallel`` exchanges gradients.
     """
 
     parameters: int
@@ -45,12 +54,12 @@ class Peak:
 
     @property
     def step(self) -> int:
-        """Bytes above those that live before the step."""
+        """Bytes that the step has allocated: gradients, activations and transient ones."""
         return self.gradients + self.activations + self.transient
 
     @property
     def total(self) -> int:
-        """All bytes: the step's, and those that live before it."""
+        """All bytes, including those that exist before the step: what a device must hold."""
         before = self.parameters + self.buffers + self.inputs + self.optimizer + self.buckets
         return before + self.step
 

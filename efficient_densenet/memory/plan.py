@@ -31,13 +31,14 @@ class Fit:
     """What fits a budget. ``print`` shows it in a sentence.
 
     Attributes:
-        room: bytes of the budget that a step may use.
+        room: bytes that a step may use: the budget without the device's reserve.
         largest: the largest size that fits; 0 if not even the smallest does.
-        peak: bytes at its largest moment; 0 with ``largest``.
-        next: one size up, which does not fit; ``None`` if the search ended before.
-        next_peak: bytes of that.
-        peaks: every size that was looked at, and its bytes.
-        tried: sizes whose step was run within ``room``, and its bytes, ``None`` if it ran out.
+        peak: estimated bytes at the peak of a step of that size; 0 if ``largest`` is.
+        next: the next size, which does not fit; ``None`` if the search ended before.
+        next_peak: estimated bytes at the peak of that one.
+        peaks: estimated bytes at the peak by size, of every size that was estimated.
+        tried: measured bytes at the peak by size, of real steps limited to ``room``; ``None`` for a
+            step that ran out of memory. Empty without ``verify``.
     """
 
     room: int
@@ -50,7 +51,7 @@ class Fit:
 
     @property
     def verified(self) -> bool:
-        """Whether the largest size ran within ``room``, and the next ran out of it."""
+        """Whether the largest size ran within ``room``, and the next one ran out of memory."""
         ran = not self.largest or self.tried.get(self.largest) is not None
         ran_out = self.next is None or (self.next in self.tried and self.tried[self.next] is None)
         return bool(self.tried) and ran and ran_out
@@ -81,10 +82,10 @@ def largest_batch(
     sizes: range = range(2, 2**20 + 1),
     verify: bool = False,
 ) -> Fit:
-    """The largest batch whose training step fits ``budget``, from a handful of estimates.
+    """The largest batch whose training step fits ``budget``, from about six estimates.
 
-    The peak is that of :func:`~efficient_densenet.estimate`; a step fits if it and the reserve of
-    the device are within the budget. ::
+    A step fits if the peak by :func:`~efficient_densenet.estimate`, together with the device's
+    reserve (on CUDA 256 MiB), is within the budget. ::
 
         largest_batch(model, (None, 3, 224, 224), "8GiB", target=(None,))
         largest_batch(model, (16, 3, None, None), "8GiB", target=(16,), sizes=range(32, 1025, 32))
@@ -92,23 +93,26 @@ def largest_batch(
     Args:
         model: left untouched; its parameters may be on any device, ``meta`` too.
         inputs: the model's argument, or a tuple of its arguments, as for
-            :func:`~efficient_densenet.measure`. What is searched stands as ``None`` in shapes; if
-            no shape has it, it is dimension 0 of all tensors and shapes.
-        budget: bytes, or a size such as ``"8GiB"``; unless given, what the present GPU has free.
+            :func:`~efficient_densenet.measure`. ``None`` marks the dimension to search in shapes;
+            if no shape has one, it is dimension 0 of all tensors and shapes.
+        budget: bytes, or a size such as ``"8GiB"``; by default the free memory of the current GPU.
         target: as for :func:`~efficient_densenet.measure`, with ``None`` as in ``inputs``.
         loss_fn: as for :func:`~efficient_densenet.measure`.
         make_optimizer: as for :func:`~efficient_densenet.measure`.
         autocast_dtype: as for :func:`~efficient_densenet.estimate`.
         accumulate: as for :func:`~efficient_densenet.measure`.
         device: as for :func:`~efficient_densenet.estimate`.
-        sizes: what is searched: where it begins and ends, and its steps. The default begins with 2,
-            as one sample may have no batch statistics.
-        verify: whether to run a real step of the largest size, and of the next, on a copy of the
-            model, held to the budget.
+        sizes: the sizes to search. The default begins with 2, as one sample may have no batch
+            statistics.
+        verify: whether to run real steps of the largest size and of the next one too, on copies of
+            the model and limited to the budget.
+
+    Returns:
+        The largest size and its peak, the next size and its peak.
 
     Raises:
-        ValueError: if the budget is no size, or what verifies is not there; else as
-            :func:`~efficient_densenet.estimate`.
+        ValueError: if the budget is no size, or if ``verify`` is set and the model is not on
+            ``device``; otherwise as :func:`~efficient_densenet.estimate`.
     """
     kind = check_device(device)
     room = room_within(budget, kind)

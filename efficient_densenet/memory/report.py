@@ -25,13 +25,14 @@ class StepReport:
     Attributes:
         source: what counted: an allocator, or the live-storage meter.
         device: where the step ran, or whose allocator was modelled.
-        kept: bytes alive when the forward pass ended, above parameters, buffers, inputs and
-            optimizer state: what is kept for the backward pass, the output included.
-        peak: live bytes at the peak, by what they are.
+        kept: bytes that the forward pass leaves for the backward pass, the output included, but
+            neither parameters, buffers, inputs nor optimizer state.
+        peak: bytes that are alive at the peak, by kind: a
+            :class:`~efficient_densenet.memory.events.Peak`.
         events: every allocation and release of a storage, in order.
-        seconds: of one step, measured without instruments; ``None`` if it was not timed.
-        allocated: CUDA only: the allocator's peak in bytes, everything on the device included.
-        requested: CUDA only: the same before the allocator's rounding.
+        seconds: duration of one step, without instruments; ``None`` if it was not timed.
+        allocated: bytes at the allocator's peak, everything on the device included; only on CUDA.
+        requested: the same before the allocator rounds sizes up; only on CUDA.
     """
 
     source: str
@@ -66,7 +67,7 @@ class StepReport:
         return f"<table>{caption}{rows}</table>"
 
     def to_dict(self) -> dict[str, object]:
-        """All but the events, in bytes and seconds, fit for JSON."""
+        """Everything except the events, in bytes and seconds; can be written as JSON."""
         return {
             "source": self.source,
             "device": self.device,
@@ -78,13 +79,13 @@ class StepReport:
         }
 
     def plot(self, axes: Axes | None = None, *, colour: str = "#2563eb") -> Axes:
-        """Draw the live bytes after every allocation and release, the phases of the step marked.
+        """Draw the live bytes after every allocation and release, with the phases of the step.
 
         The dotted line is what is kept for the backward pass. Needs matplotlib.
 
         Args:
-            axes: where to draw; by default new ones.
-            colour: of the area.
+            axes: where to draw; by default on a new figure.
+            colour: colour of the area.
         """
         if axes is None:
             from matplotlib.figure import Figure

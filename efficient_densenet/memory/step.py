@@ -36,30 +36,33 @@ def measure(
 ) -> StepReport:
     """Run training steps on a copy of ``model`` and read the allocator: the truth on this machine.
 
-    A warm-up step comes first (in ``DistributedDataParallel`` two or three, and each process must
-    measure), then a timed one, then the one whose memory is read. On a CPU the
-    account is that of ``torch.profiler``'s allocator events, oneDNN's buffers included; on CUDA the
-    caching allocator's, and ``allocated`` and ``requested`` are set.
+    First one step runs to warm up (in ``DistributedDataParallel`` two or three, and each process
+    must call this function), then one that is timed, then one whose memory is read (on CUDA two).
+    On a CPU allocations are read from ``torch.profiler``, and include oneDNN's buffers. On CUDA
+    they are the caching allocator's, and the report has ``allocated`` and ``requested`` too.
 
     Args:
         model: in the mode (training or evaluation) that the step is to have; left untouched.
         inputs: the model's arguments: tensors on its device, shapes such as ``(8, 3, 224, 224)``
             for random values of its parameters' type, or dicts, lists and tuples of them.
-        target: second argument of the loss: as an input. A shape that the output has too is that
-            of random values, any other that of class indices.
+        target: second argument of the loss: tensors or shapes, as ``inputs``. A shape equal to the
+            output's stands for random values, any other for class indices.
         loss_fn: maps the output (and the target, if there is one) to a scalar; ``cross_entropy``
-            unless given. With neither loss nor target, the backward pass starts from random
+            by default. With neither loss nor target, the backward pass starts from random
             gradients of the output's tensors.
-        make_optimizer: an optimizer's class, or a function that makes one of parameters, e.g.
-            ``functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)``. Its state is there before
+        make_optimizer: an optimizer's class, or a function that makes one from parameters, such as
+            ``functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)``. Its state exists before
             the step that is measured. Without one the step ends with the backward pass.
         autocast_dtype: type of automatic mixed precision, none by default. (A ``GradScaler``, which
             float16 needs, would add a few numbers.)
-        accumulate: whether the step adds to gradients of earlier ones, which live all the time.
+        accumulate: whether gradients of earlier steps exist already, to which the step adds.
+
+    Returns:
+        Bytes by kind, and seconds of one step.
 
     Raises:
-        ValueError: if there is no input, or a tensor on another device than the model.
-        TypeError: if an argument is not what it must be; the message names and quotes it.
+        ValueError: if there is no input, or a tensor is on another device than the model.
+        TypeError: if an argument is of a wrong kind; the message names and quotes it.
     """
     step = _real_step(model, inputs, target, loss_fn, autocast_dtype, accumulate)
     if make_optimizer is not None:
@@ -88,10 +91,11 @@ def meter(
     autocast_dtype: torch.dtype | None = None,
     accumulate: bool = False,
 ) -> StepReport:
-    """Run one training step on a copy of ``model`` under the live-storage meter.
+    """Run one training step on a copy of ``model``, and count the tensors that are alive.
 
-    Counts live tensors, on any device, and what operators are known to allocate inside themselves:
-    oneDNN's copies on a CPU, nothing on CUDA. Arguments and errors as for :func:`measure`.
+    Works on any device. What operators are known to allocate inside themselves counts too: oneDNN's
+    copies on a CPU, nothing on CUDA. Arguments, result and errors as for :func:`measure`; the
+    report has no ``seconds``.
     """
     step = _real_step(model, inputs, target, loss_fn, autocast_dtype, accumulate)
 
@@ -114,19 +118,19 @@ def estimate(
 ) -> StepReport:
     """Memory of a training step that is not computed: no data, no arithmetic, no GPU.
 
-    The step runs on shapes alone (``meta`` tensors), and the report is what :func:`meter` says of
-    the same step on real tensors on ``device``: passes take the operations, memory formats and
-    scratch that they would take there, on CUDA those of Triton's kernels where Triton is installed.
-    It leaves out what operators allocate inside themselves on a GPU (cuBLAS's and cuDNN's
-    workspaces).
+    The step runs on shapes alone (``meta`` tensors). The report is the one that :func:`meter` would
+    make of the same step on real tensors on ``device``, with the operations, memory formats and
+    scratch that would be used there: on CUDA those of Triton's kernels, if Triton is installed. It
+    leaves out what operators allocate inside themselves on a GPU (the workspaces of cuBLAS and
+    cuDNN).
 
     Args:
         model: left untouched; its parameters may be on any device, ``meta`` too.
-        inputs: as for :func:`measure`; of tensors the shape, type and ``requires_grad`` are used.
+        inputs: as for :func:`measure`; of tensors only the shape, type and ``requires_grad`` count.
         autocast_dtype: type of automatic mixed precision, with the operator lists of CPU autocast.
-        device: ``"cpu"`` or ``"cuda"``: whose way of counting; unless given, that of this machine.
+        device: ``"cpu"`` or ``"cuda"``: where the step would run; by default as on this machine.
 
-    Other arguments and errors as for :func:`measure`.
+    Other arguments, result and errors as for :func:`meter`.
     """
     check_step(model, loss_fn, autocast_dtype)
     kind = check_device(device)

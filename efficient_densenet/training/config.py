@@ -20,8 +20,8 @@ class ConfigError(ValueError):
     """An argument of a run or plan is invalid.
 
     Attributes:
-        argument: its name.
-        problem: what is wrong with it; the message is both, in one line.
+        argument: name of the argument.
+        problem: what is wrong with it. The message is the name and the problem, in one line.
     """
 
     def __init__(self, argument: str, problem: str) -> None:

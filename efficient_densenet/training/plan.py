@@ -38,16 +38,19 @@ TRAIN_IMAGES = 60_000  # of Fashion-MNIST
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits a budget on a kind of device.
+    """What fits a budget on a kind of device. ``print`` shows it as a table.
+
+    ``plan[mode]`` is ``plan.fits[mode]``.
 
     Attributes:
-        budget: bytes.
+        budget: bytes of the budget.
         device: ``"cpu"`` or ``"cuda"``.
-        reserve: bytes of the budget set aside for what the estimate cannot see.
+        reserve: bytes of the budget that are set aside for what the estimate cannot see.
         reserve_reason: what they are for.
-        varies: ``"batch"`` or ``"depth"``; the other is fixed in ``work``.
-        work: what is trained.
-        fits: what fits, by mode.
+        varies: what was searched: ``"batch"`` or ``"depth"``; ``work`` fixes the other.
+        work: the training step that was planned.
+        fits: for each mode the largest size that fits, as a
+            :class:`~efficient_densenet.memory.plan.Fit`.
     """
 
     budget: int
@@ -63,12 +66,12 @@ class Plan:
 
     @property
     def subject(self) -> str:
-        """What was planned for, in one line."""
+        """What is trained, in one line."""
         return self.work.subject(self.varies == "depth")
 
     @property
     def title(self) -> str:
-        """What was planned, in one line."""
+        """What is trained and the budget, in one line."""
         return f"{self.subject} in {format_size(self.budget)}"
 
     def __str__(self) -> str:
@@ -114,29 +117,35 @@ def plan(
     device: str | None = None,
     modes: Iterable[str] = tuple(COMPETITORS),
 ) -> Plan:
-    """The largest batch of a network, or for ``batch_size`` the deepest ``cifar-bc``, by mode.
+    """The largest batch of a network, or the deepest ``cifar-bc`` for a batch size, in each mode.
 
-    A step is forward, cross-entropy, backward and SGD with momentum. It fits if its estimated peak
-    and the reserve are within the budget; parameters, their gradients, optimizer state and the
-    batch are part of the peak.
+    A step is forward, cross-entropy, backward and SGD with momentum. It fits if its estimated peak,
+    together with the device's reserve, is within the budget; parameters, their gradients, optimizer
+    state and the batch are part of the peak. For any other model:
+    :func:`~efficient_densenet.largest_batch`.
 
     Args:
         budget: bytes, or a size such as ``"8GiB"``; by default the free memory of the current GPU.
-        model: a name of the ``train`` command.
+        model: ``"cifar-bc"``, ``"fashion"``, or ``"densenet121"``, ``161``, ``169``, ``201`` or
+            ``264``.
         image_size: pixels, height and width; by default the model's training size.
-        batch_size: fixes the batch, so that the depth is planned; for ``cifar-bc`` alone.
-        depth: layers of ``cifar-bc``, 6n+4; by default 100.
+        batch_size: if given, the depth is searched for this batch size; only for ``cifar-bc``.
+        depth: depth of ``cifar-bc``, ``6 * n + 4``; by default 100.
         growth_rate: channels ``k`` of ``cifar-bc``; by default 12.
         in_channels: channels of an image.
         num_classes: number of logits.
-        drop_rate: dropout.
-        precision: as in training.
-        device: ``"cpu"`` or ``"cuda"``: whose allocator to model; by default that of this machine.
-        modes: ``naive``; ``checkpointed``, as by torchvision's ``memory_efficient=True``; ``norm``;
-            ``bottleneck``.
+        drop_rate: dropout probability after each layer.
+        precision: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"`` or ``"64-true"``.
+        device: ``"cpu"`` or ``"cuda"``: where the step would run; by default as on this machine.
+        modes: some of ``"naive"``, ``"checkpointed"`` (as torchvision's ``memory_efficient=True``),
+            ``"norm"`` and ``"bottleneck"``; by default all.
+
+    Returns:
+        The largest size in each mode, and its peak.
 
     Raises:
-        ConfigError: if an argument is out of its range; the message names and quotes it.
+        ConfigError: if an argument is out of range; the message names and quotes it. It is a
+            ``ValueError``.
     """
     device = device or present_device()
     check_choice("device", device, DEVICES)
