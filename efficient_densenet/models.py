@@ -80,7 +80,8 @@ class DenseNet(nn.Module):
         kernels: the implementation that all of them use, see :class:`EfficientDenseBlock`.
 
     Raises:
-        ValueError: if an argument is out of range; the message quotes it.
+        ValueError: if an argument of a dense block, ``stem`` or ``compression`` is out of range;
+            the message quotes it.
     """
 
     def __init__(
