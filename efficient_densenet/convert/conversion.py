@@ -25,7 +25,7 @@ from efficient_densenet.convert.twin import Unrecordable
 from efficient_densenet.modules.block import EfficientDenseBlock
 from efficient_densenet.modules.reading import CONVS, NORMS, POOLS, Unsupported
 from efficient_densenet.modules.recomputing import Settings
-from efficient_densenet.modules.sequence import RecomputingSequence
+from efficient_densenet.modules.sequence import RecomputingSequence, iterates_plainly
 
 FilterFn = Callable[[nn.Module, str], bool]
 Recomputes = Literal["bottleneck", "norm"]
@@ -184,7 +184,8 @@ def _sequences(modules: dict[str, nn.Module], survey: Survey) -> dict[str, Found
         if is_block and holder not in survey.found and holder not in found:
             module = modules[holder]
             native = isinstance(module, RecomputingSequence) and not isinstance(module, Converted)
-            if native or class_of(module).forward is nn.Sequential.forward:
+            is_sequence = class_of(module).forward is nn.Sequential.forward
+            if native or (is_sequence and iterates_plainly(module)):
                 found[holder] = Found(SequenceFront, SequenceFront)
                 found |= {f"{holder}.{name}": norm for name, norm in _norm_of_stem(module)}
     return found

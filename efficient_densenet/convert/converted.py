@@ -5,6 +5,7 @@ They are made when they are needed, and again by :func:`rebuild` in the process 
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from functools import cache, wraps
 from typing import Any, ClassVar
 
@@ -18,6 +19,11 @@ class Converted(nn.Module):
 
     converted_from: ClassVar[type[nn.Module]]
     front: ClassVar[type[nn.Module]]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Of no concern to the class behind, which may list its subclasses or ask for keywords."""
+        if "converted_from" not in vars(cls):
+            super().__init_subclass__(**keywords)
 
     def __reduce_ex__(self, protocol: Any) -> Nest:
         reduced: tuple[Nest, ...] = super().__reduce_ex__(max(2, protocol))  # type: ignore[assignment]
@@ -43,7 +49,9 @@ def _made(original: Any, front: Any) -> Nest:
 
     names = {"converted_from": original, "front": front, "forward": forward, "is_generated": True}
     names |= {"__module__": __name__, "__doc__": original.__doc__}
-    return type(original.__name__, (Converted, front, original), names)
+    meta = type(original)
+    make = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__  # nothing of its own
+    return make(meta, original.__name__, (Converted, front, original), names)
 
 
 def rebuild(original: Any, front: Any) -> Nest:

@@ -91,7 +91,7 @@ class Recognised(Front, Generic[M]):
     """
 
     is_recorded: ClassVar[bool] = True
-    _known: Known
+    _known: Known | None = None
 
     @staticmethod
     def recognise(recording: Recording, call: RecordedCall) -> Nest:
@@ -105,9 +105,9 @@ class Recognised(Front, Generic[M]):
         kwargs: Mapping[str, Nest],
         snapshot: Snapshot | None = None,
     ) -> None:
-        if "_known" not in vars(self):
-            self._known = Known()
         arguments = arguments_of(args, kwargs)
+        if self._known is None:
+            self._known = Known()
         if snapshot is not None or self._known.find(self, arguments) is None:
             self._known.add(snapshot or Snapshot(self), arguments, match)
 
@@ -118,18 +118,23 @@ class Recognised(Front, Generic[M]):
             Unsupported: if it is not known.
         """
         arguments = ONE_TENSOR if args is None else arguments_of(args, kwargs or {})
-        found = self._known.find(self, arguments)
+        found = None if self._known is None else self._known.find(self, arguments)
         if found is None:
             if torch.compiler.is_compiling():
-                loaded = "was loaded from a pickle: call it once before it is compiled"
+                new = "has not been called since it was made: call it once before it is compiled"
                 changed = "has changed since it was recognised"
-                raise Unsupported("the module", loaded if self._known.is_empty else changed)
+                is_new = self._known is None or self._known.is_empty
+                raise Unsupported("the module", new if is_new else changed)
             found = self._look(args, kwargs or {})
+            self._known = self._known or Known()
             self._known.add(Snapshot(self), arguments, found)
         if isinstance(found, Unsupported):
             raise Unsupported(*found.args)  # without the traceback of its first time
         result: M = found
         return result
+
+    def inputs(self, args: Arguments, kwargs: Keywords) -> Iterable[Nest]:
+        return tensors_in((args, kwargs))
 
     def _look(self, args: Args, kwargs: Mapping[str, Nest]) -> M | Unsupported:
         try:
@@ -147,9 +152,6 @@ class DenseFront(Recognised[DenseMatch], RecomputingBlock):
 
     recognise = staticmethod(match_dense)
     kind = "dense block"
-
-    def inputs(self, args: Arguments, kwargs: Keywords) -> Iterable[Nest]:
-        return tensors_in((args, kwargs))
 
     def read(self, *args: Nest, **kwargs: Nest) -> BlockCall | _NewMaps | _AfterEntry:
         match = self.recognised(args, kwargs)
@@ -231,7 +233,7 @@ class TransitionFront(Recognised[TransitionMatch], RecomputingTransition):
 
     def read(self, *args: Nest, **kwargs: Nest) -> BlockCall:
         unit = read_transition(self, self.recognised(args, kwargs))
-        (x,) = tensors_in((args, kwargs))
+        x = next(tensors_in((args, kwargs)))  # which is the one that it reads
         return BlockCall.of(x, (), None, "norm", self.kernels).with_exit(unit)
 
     def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
@@ -248,12 +250,13 @@ class StemFront(Recognised[StemMatch], Recomputing):
     kind = "stem"
 
     def read(self, *args: Nest, **kwargs: Nest) -> StemCall:
-        (x,) = tensors_in((args, kwargs))
-        return StemCall.of(x, *read_stem(self, self.recognised(args, kwargs)), self.kernels)
+        read = read_stem(self, self.recognised(args, kwargs))
+        return StemCall.of(next(tensors_in((args, kwargs))), *read, self.kernels)
 
     def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         result = self.run(*args, **kwargs)
-        return in_format_of(next(tensors_in((args, kwargs))), result)
+        x = next(tensors_in((args, kwargs)), None)
+        return result if x is None else in_format_of(x, result)
 
 
 class NormFront(Recognised[NormMatch], NormWithActivation):

@@ -77,7 +77,7 @@ class RecomputingSequence(Settings):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.is_naive() or not isinstance(input, Tensor):
+        if self.is_naive() or not (isinstance(input, Tensor) and iterates_plainly(self)):
             return super().forward(input)
         modules = [module for module in self._modules.values() if module is not None]
         recompute_stems = self.recompute != "none"
@@ -91,6 +91,11 @@ class RecomputingSequence(Settings):
         """Whether its stem, and every child that has a mode, has ``recompute="none"``."""
         modules = (self, *self._modules.values())
         return all(m.recompute == "none" for m in modules if isinstance(m, Settings))
+
+
+def iterates_plainly(sequence: nn.Module) -> bool:
+    """Whether ``nn.Sequential.forward`` calls all children in their order."""
+    return type(sequence).__iter__ is nn.Sequential.__iter__  # type: ignore[attr-defined]
 
 
 class EfficientSequential(RecomputingSequence, nn.Sequential):
@@ -199,6 +204,7 @@ def is_plain(module: nn.Module | None, base: type[M]) -> TypeGuard[M]:
     return (
         isinstance(module, base)
         and (module.is_generated or type(module).forward is base.forward)
+        and type(module).__call__ is nn.Module.__call__
         and not is_patched(module)
     )
 

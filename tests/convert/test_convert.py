@@ -130,7 +130,7 @@ def test_unpickled_block_is_recognised_in_its_first_call(monkeypatch):
     loaded, x = pickled(block), torch.randn(2, 5, 8, 8, dtype=torch.float64)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert loaded.why_naive(x) == (
-        "the module was loaded from a pickle: call it once before it is compiled"
+        "the module has not been called since it was made: call it once before it is compiled"
     )
     monkeypatch.undo()
     loaded(x)

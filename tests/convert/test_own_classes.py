@@ -1,0 +1,198 @@
+"""Converted modules whose classes do more than compute: they train as before."""
+
+import copy
+import warnings
+from abc import ABC
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from efficient_densenet import convert_
+from support.compare import assert_same_training, randomise_
+
+C0, K = 4, 3
+INPUT = torch.randn(2, C0, 6, 5, dtype=torch.float64)
+
+
+class Layer(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, K, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.relu(self.norm(x)))
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(C0 + i * K) for i in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+class JoiningLayer(Layer):
+    def forward(self, x):
+        return torch.cat([x, super().forward(x)], 1)
+
+
+class Transition(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(C0 + 3 * K)
+        self.conv = nn.Conv2d(C0 + 3 * K, C0, 1)
+        self.pool = nn.AvgPool2d(2)
+
+    def forward(self, x, embedding=None):
+        return self.pool(self.conv(F.relu(self.norm(x))))
+
+
+class Stem(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(C0, C0, 3, padding=1)
+        self.norm = nn.BatchNorm2d(C0)
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x, embedding=None):
+        return self.pool(F.relu(self.norm(self.conv(x))))
+
+
+def pair(original):
+    """A converted model, and the same as it was."""
+    original = original.double()
+    randomise_(original)
+    converted = copy.deepcopy(original)
+    convert_(converted)
+    return converted, original
+
+
+class TestNewInstances:
+    """Modules that code makes of a converted class, which nobody has converted."""
+
+    @pytest.fixture
+    def blocks(self):
+        return pair(nn.Sequential(*(JoiningLayer(C0 + i * K) for i in range(3))))
+
+    def test_slice_of_block_recomputes(self, blocks):
+        converted, original = blocks
+        assert converted[:2].why_naive(INPUT) is None
+        assert_same_training(converted[:2], original[:2], INPUT)
+
+    def test_block_made_of_its_own_class_recomputes(self, blocks):
+        converted, original = blocks
+        made = type(converted)(*converted)
+        assert made.why_naive(INPUT) is None
+        assert_same_training(made, original, INPUT)
+
+    def test_copy_by_state_function_of_its_own_recomputes(self):
+        class Selective(Dense):
+            def __getstate__(self):
+                return {k: v for k, v in vars(self).items() if k in vars(nn.Module())}
+
+        converted, original = pair(Selective())
+        copied = copy.deepcopy(converted)
+        assert copied.why_naive(INPUT) is None
+        assert_same_training(copied, original, INPUT)
+
+
+class TestConvertedClass:
+    """The subclass that a conversion makes is of no concern to the class."""
+
+    def test_no_registry_lists_it(self):
+        made = []
+
+        class Base(nn.Module):
+            def __init_subclass__(cls, *, tag, **keywords):
+                super().__init_subclass__(**keywords)
+                made.append(cls)
+
+        class Tagged(Base, Dense, tag="a"):
+            pass
+
+        converted, original = pair(Tagged())
+        assert made == [Tagged]
+        assert_same_training(converted, original, INPUT)
+
+        class Further(type(converted), tag="b"):
+            pass
+
+        assert made == [Tagged, Further]
+
+    def test_no_metaclass_sees_it(self):
+        made = []
+
+        class Meta(type(ABC)):
+            def __init__(cls, *args):
+                super().__init__(*args)
+                made.append(cls)
+
+        class Noted(Dense, metaclass=Meta):
+            pass
+
+        converted, original = pair(Noted())
+        assert made == [Noted]
+        assert not isinstance(original, type(converted)) and isinstance(converted, Noted)
+        assert_same_training(converted, original, INPUT)
+
+
+class Embedded(nn.Module):
+    """Transitions and stems that are called with something that they do not read."""
+
+    def __init__(self, last, *, embeds):
+        super().__init__()
+        self.first, self.last, self.embeds = nn.Conv2d(C0, C0, 1), last, embeds
+
+    def forward(self, x):
+        embedding = x.mean((2, 3)) if self.embeds else None
+        return self.last(self.first(x) if isinstance(self.last, Stem) else self.wide(x), embedding)
+
+    def wide(self, x):
+        return torch.cat([x, x, x, self.first(x)[:, :1]], 1)
+
+
+@pytest.mark.parametrize("embeds", [True, False])
+@pytest.mark.parametrize("make", [Transition, Stem])
+def test_argument_that_nothing_reads_is_no_hindrance(make, embeds):
+    converted, original = pair(Embedded(make(), embeds=embeds))
+    assert isinstance(converted.last, make) and type(converted.last) is not make
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_training(converted, original, INPUT, rtol=1e-9)
+
+
+class TestSequences:
+    """What an ``nn.Sequential`` calls, a converted one calls."""
+
+    @pytest.mark.parametrize("base", [Dense, Transition])
+    def test_call_function_of_its_own_is_called(self, base):
+        class Doubling(base):
+            def __call__(self, x):
+                return 2 * super().__call__(x)
+
+        children = {Dense: Dense, Transition: Transition} | {base: Doubling}
+        model = nn.Sequential(nn.Conv2d(C0, C0, 1), *(make() for make in children.values()))
+        converted, original = pair(model)
+        assert type(converted) is not nn.Sequential
+        assert_same_training(converted, original, INPUT, rtol=1e-9)
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_children_that_iteration_leaves_out_are_not_called(self, when):
+        class Chosen(nn.Sequential):
+            pass
+
+        def iterate(self):
+            return iter(list(self._modules.values())[:2])
+
+        if when == "before":
+            Chosen.__iter__ = iterate
+        converted, original = pair(Chosen(nn.Conv2d(C0, C0, 1), Dense(), nn.Conv2d(1, 1, 1)))
+        Chosen.__iter__ = iterate
+        assert (type(converted) is Chosen) == (when == "before")
+        assert_same_training(converted, original, INPUT, rtol=1e-9)
