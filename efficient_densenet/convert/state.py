@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import is_
 from types import BuiltinFunctionType, FunctionType
 
 import torch
@@ -110,6 +111,26 @@ class _Part:
         return {name for name, _ in (*self.plain, *self.other)}
 
 
+@dataclass(frozen=True)
+class _Members:
+    """What a class, without its bases, held."""
+
+    cls: type
+    members: dict[str, object]
+
+    @classmethod
+    def of(cls, base: type) -> _Members:
+        return cls(base, dict(vars(base)))
+
+    def fit(self) -> bool:
+        """Whether it holds the same."""
+        found, members = vars(self.cls), self.members
+        return found.keys() == members.keys() and (
+            all(map(is_, found.values(), members.values()))
+            or all(_is_same(found[name], value) for name, value in members.items())
+        )
+
+
 class Snapshot:
     """What Python may decide by in a module and all below it, at one moment.
 
@@ -123,8 +144,9 @@ class Snapshot:
         self._parts = [
             _Part.of(part, firsts.setdefault(id(part), i)) for i, part in enumerate(live)
         ]
+        self._ties = list(_ties(live))
         bases = (base for part in self._parts for base in part.cls.__mro__)
-        self._classes = [(base, dict(vars(base))) for base in dict.fromkeys(bases)]
+        self._classes = [_Members.of(base) for base in dict.fromkeys(bases)]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Snapshot:
         return self  # which nothing changes
@@ -133,20 +155,39 @@ class Snapshot:
         """Whether Python would decide the same now, and no class has another method."""
         live: list[nn.Module] = []
         _walk([module], live)
+        if len(live) != len(self._parts):
+            return False
         if torch.compiler.is_compiling():
             # The compiler compares whatever is looked at here again before each call.
-            return len(live) == len(self._parts) and all(
+            return self._is_tied(live) and all(
                 [part.fits_as_traced(module) for module, part in zip(live, self._parts)]  # noqa: B905
             )
         firsts: dict[int, int] = {}
         return (
-            len(live) == len(self._parts)
-            and all(
+            all(
                 firsts.setdefault(id(module), i) == part.first and part.fits(module)
                 for i, (module, part) in enumerate(zip(live, self._parts, strict=True))
             )
-            and all(vars(base) == members for base, members in self._classes)
+            and self._is_tied(live)
+            and all([members.fit() for members in self._classes])
         )
+
+    def _is_tied(self, live: list[nn.Module]) -> bool:
+        """Whether tensors that were one still are; of separate ones, each is read by its path."""
+        for (i, name), (j, other) in self._ties:
+            if getattr(live[i], name, None) is not getattr(live[j], other, None):
+                return False
+        return True
+
+
+def _ties(live: list[nn.Module]) -> Iterator[tuple[tuple[int, str], tuple[int, str]]]:
+    """Every tensor that was met before, and where that was: a module's number and its name."""
+    met: dict[int, tuple[int, str]] = {}
+    for i, module in enumerate(live):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            j, other = met.setdefault(id(tensor), (i, name))
+            if tensor is not None and not (live[j] is module and other == name):
+                yield (j, other), (i, name)
 
 
 def _walk(modules: Iterable[nn.Module | None], into: list[nn.Module]) -> None:
@@ -175,7 +216,8 @@ def _is_constant(value: object) -> bool:
 
 
 def _is_same(found: object, value: object) -> bool:
-    return type(found) is type(value) and bool(found == value)
+    same_kind = type(found) is type(value) and _is_constant(value)
+    return found is value or (same_kind and bool(found == value))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, object]]:

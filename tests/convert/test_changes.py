@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -169,6 +170,44 @@ def test_replaced_convolution_is_seen():
         block.unit2.c2 = copy.deepcopy(other)
     assert converted.why_naive(INPUT) is None
     assert_same_training(converted, original, INPUT, rtol=1e-9, steps=2)
+
+
+def tied():
+    block = DictBlock()
+    for layer in (block.unit1, block.unit2):
+        layer.c2.weight = block.unit0.c2.weight
+    return block
+
+
+def untied(block):
+    for i, layer in enumerate(block.values()):
+        layer.c2.weight = nn.Parameter(layer.c2.weight.detach() * (i + 1))
+
+
+def loaded(block):
+    state = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    state["unit1.c2.weight"] *= 2
+    block.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("change", [untied, loaded], ids=lambda change: change.__name__)
+def test_tied_weights_that_are_untied_are_read_one_by_one(change):
+    converted, original = pair(tied)
+    assert_same_training(converted, original, INPUT, rtol=1e-9)
+    for block in (converted, original):
+        change(block)
+    assert converted.why_naive(INPUT) is None
+    assert_same_training(converted, original, INPUT, rtol=1e-9, steps=2)
+
+
+def test_array_of_the_class_may_be_replaced(monkeypatch):
+    class Block(DictBlock):
+        mean = np.array([1.0, 2.0])
+
+    converted, original = pair(Block)
+    monkeypatch.setattr(Block, "mean", np.array([1.0, 3.0]))
+    assert converted.why_naive(INPUT) is None
+    assert_same_training(converted, original, INPUT, rtol=1e-9)
 
 
 def test_dropout_that_starts_later_drops():
