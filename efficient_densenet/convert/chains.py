@@ -79,6 +79,9 @@ def _is_all(
     """
     if any(call.context != run.context for call in calls):
         return False
+    for inner in run.below():
+        if inner.path in region.recording.patched and not any(map(inner.within, calls)):
+            return False
     for node in region.nodes:
         if node not in run or node not in region.live:
             continue

@@ -21,6 +21,8 @@ from efficient_densenet.convert.twin import OWN_FORWARD
 from efficient_densenet.modules.opaque import Form
 from efficient_densenet.modules.reading import Unsupported
 
+OTHER_MODE = "runs in a mode of autograd or autocast of its own"
+
 
 def match_dense(recording: Recording, call: Call) -> DenseMatch:
     """The dense block that a recorded call is.
@@ -105,9 +107,9 @@ def _layer(
         steps = chain(region, value, lambda start: region.pieces(start) == prefix)
         units = units_of(steps)
         nodes = tuple([node for step in steps for node in step.nodes])
-        for node in nodes:
-            region.check_plain(node.call)
         if run is not None:
+            for inner in (run, *run.below()):
+                region.check_plain(inner)
             for note in region.recording.notes_in(run):
                 raise region.refusal(note)
     except Unsupported as why:
@@ -207,5 +209,7 @@ def _entry(region: Region, base: Value) -> Call:
     for run in region.call.children:
         takes_argument = _form(run) == "tensor" and run.args[0] in region.arguments
         if run.result is base and takes_argument and _is_closed(region, run, {*run.args}, {base}):
+            if run.context != region.call.context:
+                raise Unsupported(region.relative(run.path), OTHER_MODE)
             return run
     raise Unsupported(FORWARD, "does not connect its first map densely")

@@ -181,9 +181,6 @@ def _whole_chain(region: Region) -> list[What]:
         raise Unsupported("the module", OWN_FORWARD)
     start = region.arguments[0] if region.arguments else None
     steps = chain(region, region.result, lambda value: value is start)
-    for step in steps:
-        for node in step.nodes:
-            region.check_plain(node.call)
     region.check_nothing_else(node for step in steps for node in step.nodes)
     return [step.what for step in steps]
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import nn
 
 from efficient_densenet.convert.graph import Call, Node, Note, Recording, Value, values_in
+from efficient_densenet.convert.twin import OWN_FORWARD
 from efficient_densenet.modules.reading import Unsupported
 
 FORWARD = "the forward function"
@@ -89,11 +90,26 @@ class Region:
                 raise Unsupported(self.relative(call.path), patch)
             call = call.parent
 
+    def check_all_plain(self, opaque: Sequence[Call]) -> None:
+        """Raise :class:`Unsupported` if a module in here is patched, and runs in no ``opaque`` call.
+
+        One that is never called may have its forward function called instead, which nothing shows.
+        """
+        for inner in self.call.below():
+            if not any(inner.within(call) for call in opaque):
+                self.check_plain(inner)
+        called = {self.call.path, *(inner.path for inner in self.call.below())}
+        prefix = f"{self.call.path}." if self.call.path else ""
+        for path, patch in self.recording.patched.items():
+            if patch == OWN_FORWARD and path.startswith(prefix) and path not in called:
+                raise Unsupported(self.relative(path), patch)
+
     def check_nothing_else(self, claimed: Iterable[Node], opaque: Sequence[Call] = ()) -> None:
         """Raise :class:`Unsupported` if the call does more than is claimed or runs in ``opaque``.
 
         Concatenations need not be claimed.
         """
+        self.check_all_plain(opaque)
         known = set(claimed)
         for node in self.nodes:
             if node not in self.live or any(node in call for call in opaque):

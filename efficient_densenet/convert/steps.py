@@ -62,7 +62,7 @@ def chain(region: Region, value: Value, is_start: Callable[[Value], bool]) -> li
 def step(region: Region, value: Value) -> Step:
     """The step that made a value; raises :class:`Unsupported` if that is none that is known."""
     node = value.maker
-    if node is None:
+    if node is None or node not in region.call:
         raise Unsupported("a map", f"comes from {value.path or 'elsewhere'}")
     read = _READERS.get(node.name)
     if read is None:

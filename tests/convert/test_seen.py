@@ -1,0 +1,154 @@
+"""What a forward function does beside the known operations is seen, and done as before."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from efficient_densenet import convert_, explain
+from support.compare import assert_same_training, randomise_
+from support.wild import C0, K, BasicSequence, LoopBlock
+
+INPUT = torch.randn(3, C0, 8, 6, dtype=torch.float64)
+
+
+def pair(model, change=None):
+    """A model that was changed and then converted, one that was converted first, the original."""
+    original = model.double()
+    randomise_(original)
+    late = copy.deepcopy(original)
+    convert_(late)
+    for changed in (original, late) if change else ():
+        change(changed)
+    early = copy.deepcopy(original)
+    convert_(early)
+    return early, late, original
+
+
+def assert_trains_alike(model, change=None, x=INPUT):
+    early, late, original = pair(model, change)
+    for converted in (early, late):
+        assert_same_training(converted, copy.deepcopy(original), x, steps=2, rtol=1e-8)
+
+
+class Tapped(BasicSequence):
+    """What computes nothing, before and after the convolution."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.tap, self.drop = nn.Identity(), nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.tap(self.drop(super().forward(x)))
+
+
+class TappedInside(Tapped):
+    """The same between units and a part that is not known."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.last = nn.PReLU(K, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.last(super().forward(x))
+
+
+class Joins(nn.Module):
+    def forward(self, maps):
+        return torch.cat(maps, 1)
+
+
+class JoinedByModule(LoopBlock):
+    def __init__(self):
+        super().__init__()
+        self.join = Joins()
+
+    def forward(self, x, scratch=None):
+        for layer in self.denselayers:
+            x = self.join([x, layer(x)])
+        return x
+
+
+class Transition(nn.Sequential):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.relu, self.tap = nn.BatchNorm2d(C0), nn.ReLU(), nn.Identity()
+        self.conv, self.pool = nn.Conv2d(C0, 4, 1), nn.AvgPool2d(2)
+
+
+class Stem(nn.Sequential):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.tap = nn.Conv2d(C0, 4, 3), nn.Identity()
+        self.norm, self.relu, self.pool = nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)
+
+
+MODELS = {
+    "identity": (lambda: LoopBlock(Tapped), "denselayers.1.tap"),
+    "dropout of nothing": (lambda: LoopBlock(Tapped), "denselayers.1.drop"),
+    "in a layer that runs again": (lambda: LoopBlock(TappedInside), "denselayers.1.tap"),
+    "concatenation": (JoinedByModule, "join"),
+    "transition": (Transition, "tap"),
+    "stem": (Stem, "tap"),
+}
+
+
+def hook(module):
+    module.register_forward_hook(lambda module, args, result: 2 * result)
+
+
+def backward_hook(module):
+    module.register_full_backward_hook(lambda module, given, got: (2 * given[0],))
+
+
+def own_forward(module):
+    usual = module.forward
+    module.forward = lambda x: 2 * usual(x)
+
+
+@pytest.mark.parametrize("patch", [hook, backward_hook, own_forward])
+@pytest.mark.parametrize(("make", "path"), MODELS.values(), ids=MODELS)
+def test_patch_of_module_that_computes_nothing_acts(make, path, patch):
+    if make is JoinedByModule and patch is backward_hook:
+        pytest.skip("a backward hook sees no tensors in a list")
+    assert_trains_alike(make(), lambda model: patch(model.get_submodule(path)))
+
+
+class CallsForward(Tapped):
+    """Passes over what calling a module does beside its forward function."""
+
+    def forward(self, x):
+        return self.tap.forward(BasicSequence.forward(self, x))
+
+
+def test_forward_that_is_called_by_name_acts():
+    assert_trains_alike(
+        LoopBlock(CallsForward), lambda model: own_forward(model.denselayers[1].tap)
+    )
+
+
+class AfterStem(LoopBlock):
+    """Its first module makes the map that enters."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.stem, self.mode = nn.Conv2d(C0, C0, 3, padding=1), mode
+
+    def forward(self, x, scratch=None):
+        with self.mode():
+            x = self.stem(x)
+        return super().forward(x)
+
+
+def test_frozen_stem_gets_no_gradients():
+    model = AfterStem(torch.no_grad)
+    (found,) = explain(model)
+    assert found.reason == "stem runs in a mode of autograd or autocast of its own"
+    assert_trains_alike(model, x=INPUT)
+
+
+def test_stem_runs_under_autocast_of_its_own():
+    model = AfterStem(lambda: torch.autocast("cpu", torch.bfloat16))
+    (found,) = explain(model)
+    assert found.reason == "stem runs in a mode of autograd or autocast of its own"
