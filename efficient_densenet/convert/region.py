@@ -91,7 +91,7 @@ class Region:
             call = call.parent
 
     def check_all_plain(self, opaque: Sequence[Call]) -> None:
-        """Raise :class:`Unsupported` if a module in here is patched, and runs in no ``opaque`` call.
+        """Raise :class:`Unsupported` if a module is patched and not called in ``opaque`` calls.
 
         One that is never called may have its forward function called instead, which nothing shows.
         """

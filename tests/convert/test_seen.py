@@ -8,7 +8,7 @@ from torch import nn
 
 from efficient_densenet import convert_, explain
 from support.compare import assert_same_training, randomise_
-from support.wild import C0, K, BasicSequence, LoopBlock
+from support.wild import C0, BasicSequence, K, LoopBlock
 
 INPUT = torch.randn(3, C0, 8, 6, dtype=torch.float64)
 
