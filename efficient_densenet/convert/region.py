@@ -48,6 +48,12 @@ class Region:
                 waiting += [value.maker for value in node.values() if value.maker]
         return found
 
+    @cached_property
+    def parameters(self) -> set[str | None]:
+        """The paths of all parameters, in the recorded module."""
+        module = self.recording.root.module
+        return {path for path, _ in module.named_parameters(remove_duplicate=False)}
+
     def relative(self, path: str) -> str:
         """A path in the recorded module as one in the module that was called."""
         return path.removeprefix(self.call.path).removeprefix(".")
@@ -103,6 +109,14 @@ class Region:
         for path, patch in self.recording.patched.items():
             if patch == OWN_FORWARD and path.startswith(prefix) and path not in called:
                 raise Unsupported(self.relative(path), patch)
+
+    def check_keeps_parameters(self, run: Call) -> None:
+        """Raise :class:`Unsupported` if a call writes into a parameter: again, if it runs again."""
+        for node in self.recording.nodes_in(run):
+            for value in node.effects:
+                if value.path in self.parameters:
+                    changed = f"changes {self.relative(value.path)} in place"
+                    raise Unsupported(self.place(node), changed)
 
     def check_nothing_else(self, claimed: Iterable[Node], opaque: Sequence[Call] = ()) -> None:
         """Raise :class:`Unsupported` if the call does more than is claimed or runs in ``opaque``.

@@ -84,6 +84,10 @@ class Expected(NamedTuple):
 
 
 OVERWRITES = "overwrites maps that others read"
+CHANGES_ITSELF = (
+    "{} changes its parameters in place when it runs, and would again in the backward pass: change "
+    'them outside of the forward function, or build the block or network with recompute="none"'
+)
 
 
 def run_once(
@@ -100,6 +104,7 @@ def run_once(
 
     Raises:
         Unfit: if its result cannot be recomputed, or is not as expected.
+        RuntimeError: if it changes its parameters: they have changed now, so nothing can go on.
     """
     device = maps[0].device
     learns = learns and surroundings.grad
@@ -113,7 +118,10 @@ def run_once(
         before = None if is_hollow(maps[0]) else random_state(device)
         taken = _with_versions(opaque.arrange(leaves, surroundings.format))
         versions = [x._version for x in taken]
+        own = [x._version for x in tensors] if learns else []
         y = _run_noticing_overwritten_leaves(opaque, taken)
+        if learns and [x._version for x in tensors] != own:
+            raise RuntimeError(CHANGES_ITSELF.format(opaque.name))
         if before is None or torch.equal(before, random_state(device)):
             before = torch.empty(0, dtype=torch.uint8)
     if not isinstance(y, Tensor):

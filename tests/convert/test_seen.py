@@ -152,3 +152,24 @@ def test_stem_runs_under_autocast_of_its_own():
     model = AfterStem(lambda: torch.autocast("cpu", torch.bfloat16))
     (found,) = explain(model)
     assert found.reason == "stem runs in a mode of autograd or autocast of its own"
+
+
+class Decaying(BasicSequence):
+    """Changes its weights when it runs; its last part is not known, so that it would run again."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.last = nn.PReLU(K)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.last.weight.mul_(1 - 1e-4)
+        return self.last(super().forward(x))
+
+
+def test_weights_changed_by_forward_change_once():
+    model = LoopBlock(Decaying)
+    (found,) = explain(model)
+    assert found.reason == "denselayers.0 changes denselayers.0.last.weight in place"
+    assert_trains_alike(model)

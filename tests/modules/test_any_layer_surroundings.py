@@ -307,6 +307,26 @@ def test_layer_that_computes_something_else_again_is_refused():
         out.sum().backward()
 
 
+class Decaying(nn.PReLU):
+    """Changes its own weight at every call."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(0.999)
+        return super().forward(x)
+
+
+def test_layer_that_changes_its_parameters_is_refused():
+    def change(block):
+        block["denselayer2"].relu2 = Decaying(dtype=torch.float64)
+
+    efficient, naive = block_pair(change=change)
+    with pytest.raises(RuntimeError, match="denselayer2 changes its parameters in place"):
+        efficient(image())
+    with torch.no_grad():
+        assert efficient(image()).shape == naive(image()).shape
+
+
 def test_same_not_a_number_again_is_no_difference():
     efficient, naive = changed_pair(group_norm)
     x = image()
