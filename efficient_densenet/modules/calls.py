@@ -102,6 +102,17 @@ def check_dims(x: Tensor, units: Iterable[Unit]) -> None:
                 raise Unsupported("a norm", f"refuses the input: {error}") from error
 
 
+def check_buffers_apart(units: Iterable[Unit], parts: Iterable[OpaquePart]) -> None:
+    """Raise :class:`Unsupported` if a part and a norm would both learn the same buffer.
+
+    Norms learn when the block has run, the part while it runs: not in the order of the layers.
+    """
+    own = {id(b) for unit in units if unit.norm.training for b in unit.norm._buffers.values()}
+    for part in parts:
+        if any(id(buffer) in own for buffer, _ in part.buffers):
+            raise Unsupported(part.spec.name, "shares running statistics with another layer")
+
+
 def check_opaque(x: Tensor, part: OpaquePart) -> None:
     """Raise :class:`Unsupported` if a part could not be run by its tensors, or run again."""
     name = part.spec.name
@@ -208,6 +219,7 @@ class BlockCall:
         for layer in layers:
             for part in layer.opaque:
                 check_opaque(x, part)
+                check_buffers_apart(units, [part])
         group = common_group([unit.norm for unit in units], x.numel() // x.shape[1])
         return cls(x, layers, exit, recompute, kernels, group, new_first)
 

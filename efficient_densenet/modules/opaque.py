@@ -83,9 +83,10 @@ def read_opaque(
     """Any module as a dense layer that reads ``channels`` channels and adds ``growth``.
 
     It is run without keeping anything, and once more in the backward pass: by autograd, on copies
-    of its buffers as they were, in the modes that it had, under the same autocast, drawing the same
-    random numbers. Forward hooks that only look are called once, others twice. ``path`` is what it
-    is called in a reason. A function that has no parameters may stand in for a module.
+    of its buffers as they were, in the modes and with the hooks that it had, under the same
+    autocast, drawing the same random numbers. Forward hooks that only look are called once, others
+    twice. ``path`` is what it is called in a reason. A function that has no parameters may stand in
+    for a module.
 
     Raises:
         Unsupported: if that cannot be the same training.
@@ -143,7 +144,7 @@ def _read(
         learnt, learning = tensors[: len(parameters)], tensors[len(parameters) :]
         values = [*learnt, *(t.clone() for t in learning)]  # another backward pass may follow
         own = {name: values[i] for name, i in places.items()}
-        with _in_modes(modes), hooks.acting_only():
+        with _in_modes(modes), hooks.again():
             return form.call(lambda *args: _call_with(module, own, args), taken, growth)
 
     copies = [buffer.detach().clone() for buffer in buffers.values()]

@@ -45,22 +45,24 @@ class _Update(NamedTuple):
 def update_running_statistics(seen: Iterable[Seen], values: int | Tensor) -> None:
     """What ``nn.BatchNorm`` does to its buffers in training, for all norms together.
 
-    ``values`` is the number of values per channel. A norm that was used twice learns twice.
+    ``values`` is the number of values per channel. A norm that was used twice learns twice, and so
+    do buffers that several norms share.
     """
-    waiting = list(_updates(seen))
+    learning = [(norm, found) for norm, found in seen if norm.training and norm.track_running_stats]
+    for norm, _ in learning:
+        if norm.running_mean is None and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+    waiting = list(_updates(learning))
     unbiasing = values / (values - 1) if waiting else 1.0
     while waiting:
-        now: dict[int, _Update] = {}
-        later = [
-            update for update in waiting if now.setdefault(id(update.norm), update) is not update
-        ]
-        batches = [update.batches for update in now.values() if update.batches is not None]
+        now, later = _first_of_each(waiting)
+        batches = [update.batches for update in now if update.batches is not None]
         if batches:
             torch._foreach_add_(batches, 1)
         groups: dict[tuple[float | int, torch.dtype], list[_Update]] = {}
-        for number, update in now.items():
+        for number, update in enumerate(now):
             momentum = update.norm.momentum
-            key = (number if momentum is None else momentum, update.running_mean.dtype)
+            key = (-1 - number if momentum is None else momentum, update.running_mean.dtype)
             groups.setdefault(key, []).append(update)
         for group in groups.values():
             share = group[0].share()
@@ -70,11 +72,23 @@ def update_running_statistics(seen: Iterable[Seen], values: int | Tensor) -> Non
         waiting = later
 
 
-def _updates(seen: Iterable[Seen]) -> Iterator[_Update]:
-    """Those of the norms that learn."""
-    for norm, statistics in seen:
+def _first_of_each(updates: list[_Update]) -> tuple[list[_Update], list[_Update]]:
+    """The updates that touch no buffer of an earlier one, and the others."""
+    touched: set[int] = set()
+    first: list[_Update] = []
+    others: list[_Update] = []
+    for update in updates:
+        buffers = {id(buffer) for buffer in update[1:4] if buffer is not None}
+        (others if buffers & touched else first).append(update)
+        touched |= buffers
+    return first, others
+
+
+def _updates(learning: Iterable[tuple[_BatchNorm, Statistics | None]]) -> Iterator[_Update]:
+    """Those of the norms that have running statistics."""
+    for norm, statistics in learning:
         running_mean, running_var = norm.running_mean, norm.running_var
-        if not (norm.training and norm.track_running_stats) or running_mean is None:
+        if running_mean is None:
             continue
         assert running_var is not None and statistics is not None
         mean, var = statistics.first(norm.num_features)
