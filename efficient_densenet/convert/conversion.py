@@ -19,9 +19,9 @@ from efficient_densenet.convert.match import DenseMatch, match_norm
 from efficient_densenet.convert.record import record
 from efficient_densenet.convert.report import Finding, Report
 from efficient_densenet.convert.stand_ins import stand_in
-from efficient_densenet.convert.state import CHOICES
 from efficient_densenet.convert.survey import Found, Survey
 from efficient_densenet.convert.twin import Unrecordable
+from efficient_densenet.convert.values import CHOICES
 from efficient_densenet.modules.block import EfficientDenseBlock
 from efficient_densenet.modules.reading import CONVS, NORMS, POOLS, Unsupported
 from efficient_densenet.modules.recomputing import Settings

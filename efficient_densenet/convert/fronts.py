@@ -32,7 +32,8 @@ from efficient_densenet.convert.match import (
 from efficient_densenet.convert.record import record
 from efficient_densenet.convert.stand_ins import stand_in
 from efficient_densenet.convert.state import Known, Snapshot
-from efficient_densenet.convert.twin import Unrecordable, described, tensors_in
+from efficient_densenet.convert.twin import Unrecordable, tensors_in
+from efficient_densenet.convert.values import described
 from efficient_densenet.functional.precision import types_of
 from efficient_densenet.functional.spec import BlockSpec
 from efficient_densenet.kernels.interface import Activation

@@ -10,26 +10,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import is_
-from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor, nn
 
 from efficient_densenet.convert.converted import class_of
 from efficient_densenet.convert.graph import Nest
-from efficient_densenet.convert.twin import PLAIN, described
-from efficient_densenet.modules.reading import CONVS, NORMS, is_patched
+from efficient_densenet.convert.values import ATOMS, CHOICES, COMPILED, PLAIN, Describer, TooLarge
+from efficient_densenet.modules.reading import CONVS, NORMS, Unsupported, is_patched
 
-OFTEN = {"_compiled_call_impl", "_is_replica", "_former_parameters"}
+OFTEN = {COMPILED, "_is_replica", "_former_parameters"}
 IGNORED = {*vars(nn.Module()), *OFTEN} - {"training"}
 """What every module has, what is compiled, and ``DataParallel``'s replicas."""
-CHOICES = {"_recompute", "_kernels", "_known"}
-"""What a converted module has besides."""
 READ: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(NORMS, ("eps", "momentum")),
     **dict.fromkeys(CONVS, ("_reversed_padding_repeated_twice",)),
 }
 """What is read of exactly these classes at every call, or follows from something else."""
+LIMIT = 50_000
+"""Of how many values with contents the attributes may consist."""
 MISSING = object()
 
 
@@ -39,45 +38,47 @@ class _Part:
 
     Attributes:
         cls: its class, or what that was before the conversion.
-        first: where in the walk it was met first.
         children: their names.
         patched: whether calling it did more than its class's forward.
         plain: attributes that never change in place.
-        other: all other attributes, as :func:`twin.described` has them.
+        other: all other attributes, as a :class:`values.Describer` has them.
+        held: names of attributes that are tensors.
         tensors: names and shapes of its own parameters and buffers.
         entries: how many attributes it had in all.
     """
 
     cls: type[nn.Module]
-    first: int
     children: tuple[str, ...]
     patched: bool
     plain: tuple[tuple[str, object], ...]
     other: tuple[tuple[str, object], ...]
+    held: tuple[str, ...]
     tensors: tuple[tuple[str, object], ...]
     entries: int
 
     @classmethod
-    def of(cls, module: nn.Module, first: int) -> _Part:
+    def of(cls, module: nn.Module, describe: Describer) -> _Part:
         known = class_of(module)
-        plain, other = [], []
+        plain, other, held = [], [], []
         for name, value in _attributes(known, vars(module)):
-            if _is_constant(value):
+            if isinstance(value, Tensor):
+                held.append(name)
+            elif _is_constant(value):
                 plain.append((name, value))
             else:
-                other.append((name, described(value)))
+                other.append((name, describe(value)))
         return cls(
             known,
-            first,
             tuple(module._modules),
             is_patched(module),
             tuple(plain),
             tuple(other),
+            tuple(held),
             tuple(_tensors(module)),
             len(vars(module)),
         )
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: nn.Module, describe: Describer) -> bool:
         """Whether Python would decide the same by ``module``."""
         values = vars(module)
         for name, value in self.plain:  # a loop, since this runs at every call
@@ -85,7 +86,10 @@ class _Part:
             if found is not value and not _is_same(found, value):
                 return False
         for name, value in self.other:
-            if name not in values or described(values[name]) != value:
+            if name not in values or describe(values[name]) != value:
+                return False
+        for name in self.held:
+            if not isinstance(values.get(name), Tensor):
                 return False
         return (
             class_of(module) is self.cls
@@ -100,6 +104,9 @@ class _Part:
         for name, value in self.plain:
             if getattr(module, name) != value:
                 return False
+        for name in self.held:
+            if not isinstance(getattr(module, name), Tensor):
+                return False
         return class_of(module) is self.cls and not (self.patched or self.other)
 
     @cached_property
@@ -108,7 +115,7 @@ class _Part:
         return self.cls.__module__.startswith("torch.nn.")
 
     def _names(self) -> set[str]:
-        return {name for name, _ in (*self.plain, *self.other)}
+        return {*self.held, *(name for name, _ in (*self.plain, *self.other))}
 
 
 @dataclass(frozen=True)
@@ -135,26 +142,33 @@ class Snapshot:
     """What Python may decide by in a module and all below it, at one moment.
 
     It names no module, so that it holds for copies as well.
+
+    Attributes:
+        is_too_large: whether there is more than can be compared at every call; it always holds.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        firsts: dict[int, int] = {}
-        live: list[nn.Module] = []
-        _walk([module], live)
-        self._parts = [
-            _Part.of(part, firsts.setdefault(id(part), i)) for i, part in enumerate(live)
-        ]
+        live = _walked(module)
+        describe = Describer(live, limit=LIMIT)
+        self._places = _places(live, describe)
         self._ties = list(_ties(live))
-        bases = (base for part in self._parts for base in part.cls.__mro__)
+        bases = (base for part in live for base in class_of(part).__mro__)
         self._classes = [_Members.of(base) for base in dict.fromkeys(bases)]
+        self._parts: list[_Part] = []
+        try:
+            self._parts += [_Part.of(part, describe) for part in live]
+            self.is_too_large = False
+        except (TooLarge, RecursionError):
+            self.is_too_large = True
 
     def __deepcopy__(self, memo: dict[int, object]) -> Snapshot:
         return self  # which nothing changes
 
     def holds(self, module: nn.Module) -> bool:
         """Whether Python would decide the same now, and no class has another method."""
-        live: list[nn.Module] = []
-        _walk([module], live)
+        if self.is_too_large:
+            return True
+        live = _walked(module)
         if len(live) != len(self._parts):
             return False
         if torch.compiler.is_compiling():
@@ -162,15 +176,19 @@ class Snapshot:
             return self._is_tied(live) and all(
                 [part.fits_as_traced(module) for module, part in zip(live, self._parts)]  # noqa: B905
             )
-        firsts: dict[int, int] = {}
-        return (
-            all(
-                firsts.setdefault(id(module), i) == part.first and part.fits(module)
-                for i, (module, part) in enumerate(zip(live, self._parts, strict=True))
+        describe = Describer(live, limit=LIMIT)
+        try:
+            return (
+                _places(live, describe) == self._places
+                and all([members.fit() for members in self._classes])
+                and self._is_tied(live)
+                and all(
+                    part.fits(module, describe)
+                    for module, part in zip(live, self._parts, strict=True)
+                )
             )
-            and self._is_tied(live)
-            and all([members.fit() for members in self._classes])
-        )
+        except (TooLarge, RecursionError):
+            return False
 
     def _is_tied(self, live: list[nn.Module]) -> bool:
         """Whether tensors that were one still are; of separate ones, each is read by its path."""
@@ -190,6 +208,18 @@ def _ties(live: list[nn.Module]) -> Iterator[tuple[tuple[int, str], tuple[int, s
                 yield (j, other), (i, name)
 
 
+def _walked(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it, as often as they are held."""
+    live: list[nn.Module] = []
+    _walk([module], live)
+    return live
+
+
+def _places(live: list[nn.Module], describe: Describer) -> list[int]:
+    """Where each module is met first."""
+    return [describe.numbers[id(module)] for module in live]
+
+
 def _walk(modules: Iterable[nn.Module | None], into: list[nn.Module]) -> None:
     for module in modules:
         if module is not None:
@@ -197,22 +227,22 @@ def _walk(modules: Iterable[nn.Module | None], into: list[nn.Module]) -> None:
             _walk(module._modules.values(), into)
 
 
-def _attributes(cls: type[nn.Module], values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """The attributes that Python may decide by."""
+def _attributes(cls: type[nn.Module], values: Mapping[str, Nest]) -> Iterator[tuple[str, Nest]]:
+    """The attributes that Python may decide by, without the parameters of replicas."""
+    left_out = {*READ.get(cls, ()), *values.get("_former_parameters", ())}
     for name, value in values.items():
-        ignored = name in IGNORED or name in CHOICES or name in READ.get(cls, ())
-        if not ignored and not isinstance(value, Tensor):
+        if name not in IGNORED and name not in CHOICES and name not in left_out:
             yield name, value
 
 
-def _names(cls: type[nn.Module], values: Mapping[str, object]) -> set[str]:
+def _names(cls: type[nn.Module], values: Mapping[str, Nest]) -> set[str]:
     return {name for name, _ in _attributes(cls, values)}
 
 
 def _is_constant(value: object) -> bool:
     if isinstance(value, tuple):
         return all(_is_constant(item) for item in value)
-    return value is None or isinstance(value, (*PLAIN, FunctionType, BuiltinFunctionType, type))
+    return value is None or isinstance(value, (*PLAIN, *ATOMS))
 
 
 def _is_same(found: object, value: object) -> bool:
@@ -250,6 +280,8 @@ class Known:
 
     def add(self, snapshot: Snapshot, arguments: object, result: object) -> None:
         """Note ``result`` for calls with ``arguments`` while ``snapshot`` holds."""
+        if snapshot.is_too_large:
+            result = Unsupported("the module", f"holds more than {LIMIT} values in its attributes")
         self._entries = [(snapshot, arguments, result), *self._entries][: self.LENGTH]
 
     def find(self, module: nn.Module, arguments: object) -> Nest:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from efficient_densenet.convert.converted import class_of
 from efficient_densenet.convert.graph import Arguments, Function, Keywords, Nest
+from efficient_densenet.convert.values import COMPILED, Describer
 from efficient_densenet.modules.recomputing import Settings
 
 HOOKS = (
@@ -30,10 +31,9 @@ HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
-INTERNAL = {*HOOKS, "_parameters", "_buffers", "_modules", "_compiled_call_impl"}
+INTERNAL = {*HOOKS, "_parameters", "_buffers", "_modules", COMPILED}
 OWN_FORWARD = "has a forward function of its own"
 SOME_MOMENTUM = 0.1
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class Unrecordable(Exception):
@@ -213,17 +213,19 @@ def _as_lists(state: Nest) -> Nest:
 def plain_attributes(module: nn.Module) -> dict[str, Keywords]:
     """By the path of every module below ``module``: all that Python may decide by.
 
-    That is its class, its plain attributes, the names and shapes of its tensors and of which of
-    them are one, its children and what is patched. Two such are equal if a forward pass that was
-    recorded with one holds for the other.
+    That is its class, its attributes, the names and shapes of its tensors and which of them are
+    one, its children and what is patched. Two such are equal if a forward pass that was recorded
+    with one holds for the other.
     """
+    parts = dict(module.named_modules())
+    describe = Describer([*parts.values()], draws=True)
     numbers: dict[int, int] = {}
 
     def identity(thing: object) -> int:
         return numbers.setdefault(id(thing), len(numbers))
 
     found = {}
-    for path, part in module.named_modules():
+    for path, part in parts.items():
         entries: Keywords = {"": type(part)}
         for name, value in vars(part).items():
             if name in HOOKS:
@@ -235,35 +237,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Keywords]:
                 entries[name] = [
                     (key, None if t is None else (identity(t), t.shape)) for key, t in value.items()
                 ]
-            elif name != "_compiled_call_impl":
-                entries[name] = described(value)
+            elif name != COMPILED:
+                entries[name] = describe(value)
         found[path] = entries
     return found
-
-
-def described(value: Nest) -> Nest:
-    """A plain value as it is, a container by what is in it, all else by its identity."""
-    if value is None or isinstance(value, PLAIN):
-        return type(value), value
-    if isinstance(value, (list, tuple)):
-        return type(value), [described(item) for item in value]
-    if isinstance(value, Mapping):
-        return type(value), [(described(key), described(item)) for key, item in value.items()]
-    if isinstance(value, (set, frozenset)):
-        return type(value), {item if isinstance(item, PLAIN) else Same(item) for item in value}
-    inside = {} if isinstance(value, (nn.Module, type)) else getattr(value, "__dict__", {})
-    plain = {name: item for name, item in inside.items() if isinstance(item, PLAIN)}
-    return Same(value), plain
-
-
-class Same:
-    """Equal only to what wraps the same object, which it keeps alive."""
-
-    def __init__(self, thing: object) -> None:
-        self.thing = thing
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.thing is other.thing
-
-    def __hash__(self) -> int:
-        return id(self.thing)

@@ -1,0 +1,135 @@
+"""What a value is, as far as Python may decide by it."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from efficient_densenet.convert.converted import class_of
+from efficient_densenet.convert.graph import Nest
+
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+ATOMS = (FunctionType, BuiltinFunctionType, type, ModuleType, Enum)
+"""What a copy of a module shares with it: decided by as it is, or by what its code names."""
+CHOICES = {"_recompute", "_kernels", "_known"}
+"""What a converted module has besides."""
+COMPILED = "_compiled_call_impl"
+
+
+class TooLarge(Exception):
+    """There is more to look at than a call should wait for."""
+
+
+class Describer:
+    """Describes values, one after the other.
+
+    Python decides the same by two series of values if their descriptions are equal. A description
+    holds for copies as well: whatever has contents is described by these, and by a number when it
+    is met again, so that it may contain itself. Contents are those that ``copy`` would carry over;
+    what cannot be copied, tensors and code are described as themselves.
+
+    Attributes:
+        numbers: of everything that was met, by its ``id``; the first of several for a part.
+        code: the functions and classes that were met; what they name is not described.
+
+    Args:
+        parts: modules that are looked at anyhow: they are described by their places.
+        limit: how many values may have contents, ``None`` for any number.
+        draws: whether generators of random numbers are described by how far they are.
+
+    Raises:
+        TooLarge: if there are more.
+    """
+
+    def __init__(
+        self, parts: Sequence[nn.Module] = (), *, limit: int | None = None, draws: bool = False
+    ) -> None:
+        last_first = range(len(parts) - 1, -1, -1)
+        self.numbers = dict(zip(map(id, reversed(parts)), last_first, strict=True))
+        self.parts = len(parts)
+        self.met: list[object] = []  # which keeps it alive, and its number its own
+        self.code: list[Nest] = []
+        self.limit, self.draws = limit, draws
+
+    def __call__(self, value: Nest) -> Nest:
+        if value is None or isinstance(value, PLAIN):
+            return type(value), value
+        if isinstance(value, ATOMS):
+            self.code.append(value)
+            return Same(value)
+        if isinstance(value, Tensor):
+            return Same(value)
+        if isinstance(value, tuple):
+            return type(value), [self(item) for item in value]
+        number = self.numbers.get(id(value))
+        if number is not None:
+            return number
+        self.numbers[id(value)] = number = self.parts + len(self.met)
+        self.met.append(value)
+        if self.limit is not None and len(self.met) > self.limit:
+            raise TooLarge
+        return class_of(value), number, self._contents(value)
+
+    def _contents(self, value: Nest) -> Nest:
+        kind = type(value)
+        if isinstance(value, nn.Module):
+            left_out = {*CHOICES, COMPILED}
+            return [(name, self(v)) for name, v in vars(value).items() if name not in left_out]
+        if kind is list:
+            return [self(item) for item in value]
+        if kind is dict or kind is OrderedDict:
+            return [(self(key), self(item)) for key, item in value.items()]
+        if kind is set or kind is frozenset:
+            return {(type(v), v) if isinstance(v, PLAIN) else Same(v) for v in value}
+        if kind is MethodType:
+            return self(value.__func__), self(value.__self__)
+        if kind is weakref.ref:
+            return self(value())
+        if not self.draws and _is_generator(value):
+            return None
+        return self._copied(value)
+
+    def _copied(self, value: Nest) -> Nest:
+        """What a copy of it would be made of."""
+        try:
+            parts = value.__reduce_ex__(4)
+        except Exception:
+            return Same(value)
+        if isinstance(parts, str):
+            return Same(value)
+        self.code.append(type(value))
+        return [self([*part] if isinstance(part, Iterator) else part) for part in parts]
+
+
+def _is_generator(value: object) -> bool:
+    """Whether it draws random numbers: what Python decides by is the next one."""
+    is_numpys = type(value).__module__.startswith("numpy.random")
+    return is_numpys or isinstance(value, (random.Random, torch.Generator))
+
+
+class Same:
+    """Equal only to what wraps the same object, which it keeps alive unless it is a tensor."""
+
+    def __init__(self, thing: Nest) -> None:
+        self.number = id(thing)
+        self.thing = weakref.ref(thing) if isinstance(thing, Tensor) else (lambda: thing)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Same) or self.number != other.number:
+            return False
+        return self.thing() is other.thing()
+
+    def __hash__(self) -> int:
+        return self.number
+
+
+def described(value: Nest) -> Nest:
+    """One value by itself."""
+    return Describer(draws=True)(value)
