@@ -17,6 +17,7 @@ from docs.tables import (
     alternatives,
     benchmarks,
     derivation,
+    experiment,
     files,
     fit,
     growth,
@@ -56,7 +57,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "estimated-edge": memory.estimated_edge,
     },
     "docs/use-with.md": {"structures": outcomes.structures},
-    "docs/training.md": {"steps": training.fashion_steps, "experiment": training.experiment},
+    "docs/training.md": {"steps": training.fashion_steps, "experiment": experiment.tables},
 }
 """Generated blocks inside pages that are written by hand."""
 
@@ -70,6 +71,7 @@ PAGES: dict[str, Callable[[], str]] = {
 
 PICTURES: dict[str, Callable[[Path], None]] = {
     "docs/results/alternatives.png": alternatives.picture,
+    "docs/results/experiment.png": experiment.picture,
     "docs/results/growth.png": growth.picture,
     "docs/results/fit.png": fit.picture,
     "docs/results/memory-against-depth.png": steps.depth_picture,
