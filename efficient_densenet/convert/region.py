@@ -114,7 +114,7 @@ class Region:
         """Raise :class:`Unsupported` if a call writes into a parameter: again, if it runs again."""
         for node in self.recording.nodes_in(run):
             for value in node.effects:
-                if value.path in self.parameters:
+                if value.path is not None and value.path in self.parameters:
                     changed = f"changes {self.relative(value.path)} in place"
                     raise Unsupported(self.place(node), changed)
 
