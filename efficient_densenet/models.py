@@ -23,7 +23,7 @@ from efficient_densenet.modules.naive import (
 )
 from efficient_densenet.modules.reading import is_patched
 from efficient_densenet.modules.recomputing import set_
-from efficient_densenet.modules.sequence import EfficientSequential, EfficientTransition
+from efficient_densenet.modules.sequence import EfficientSequential, EfficientTransition, is_naive
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -140,7 +140,7 @@ class DenseNet(nn.Module):
         """ReLU and global average of the features."""
         features = self.features
         plain = type(features) is EfficientSequential and not is_patched(features)
-        if plain and not features.is_naive() and isinstance(x, Tensor):
+        if plain and not is_naive(features) and isinstance(x, Tensor):
             stems = features.recompute != "none"
             return sequence.run_to_average(list(features), x, self.dims, features.kernels, stems)
         return global_average(F.relu(features(x)), self.dims)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficient_densenet.convert.converted import Converted, class_of, converted_class
+from efficient_densenet.convert.converted import (
+    Converted,
+    check_convertible,
+    class_of,
+    converted_class,
+)
 from efficient_densenet.convert.fronts import DenseFront, NormFront, SequenceFront
 from efficient_densenet.convert.graph import Nest
 from efficient_densenet.convert.kept import kept_bytes
@@ -97,7 +102,7 @@ def revert_(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, Converted):
-            module.__class__ = module.converted_from  # type: ignore[assignment]
+            module.__class__ = module._recomputing_original  # type: ignore[assignment]
             for choice in CHOICES:
                 vars(module).pop(choice, None)
 
@@ -133,7 +138,7 @@ class _Candidate:
 
     @property
     def kind(self) -> str:
-        return self.found.front.kind
+        return self.found.front._recomputing_kind
 
     def convert_(self, recompute: Recomputes) -> None:
         if self.is_native or not self.is_wanted:
@@ -167,7 +172,8 @@ def _candidates(
     """Every recognised module, in the order of ``named_modules``."""
     survey = Survey(model, inputs)
     modules = dict(model.named_modules())
-    found = survey.found | _sequences(modules, survey)
+    found = _convertible(modules, survey.found)
+    found |= _convertible(modules, _sequences(modules, found))
     candidates = []
     for path, module in modules.items():
         if path in found:
@@ -175,13 +181,31 @@ def _candidates(
     return candidates
 
 
-def _sequences(modules: dict[str, nn.Module], survey: Survey) -> dict[str, Found]:
+def _convertible(modules: dict[str, nn.Module], found: dict[str, Found]) -> dict[str, Found]:
+    """What was found, without what no converted class can stand for."""
+    checked = {}
+    for path, what in found.items():
+        module = modules[path]
+        try:
+            if what.match is not None and not _is_native(module):
+                check_convertible(module, what.front)
+        except Unsupported as reason:
+            what = replace(what, match=None, reason=reason.with_traceback(None))
+        checked[path] = what
+    return checked
+
+
+def _is_native(module: nn.Module) -> bool:
+    return isinstance(module, Settings) and not isinstance(module, Converted)
+
+
+def _sequences(modules: dict[str, nn.Module], blocks: dict[str, Found]) -> dict[str, Found]:
     """The sequences that hold dense blocks, and norms in their stems that only they would see."""
-    found = {}
-    for path, what in survey.found.items():
+    found: dict[str, Found] = {}
+    for path, what in blocks.items():
         holder = path.rpartition(".")[0]
         is_block = path and what.front is DenseFront and what.match is not None
-        if is_block and holder not in survey.found and holder not in found:
+        if is_block and holder not in blocks and holder not in found:
             module = modules[holder]
             native = isinstance(module, RecomputingSequence) and not isinstance(module, Converted)
             is_sequence = class_of(module).forward is nn.Sequential.forward
@@ -206,8 +230,7 @@ def _norm_of_stem(sequence: nn.Module) -> Iterator[tuple[str, Found]]:
 def _candidate(
     module: nn.Module, path: str, found: Found, survey: Survey, filter_fn: FilterFn | None
 ) -> _Candidate:
-    is_converted = isinstance(module, Converted)
-    is_native = isinstance(module, Settings) and not is_converted
+    is_converted, is_native = isinstance(module, Converted), _is_native(module)
     if path in survey.in_parts:
         return _Candidate(module, path, found, IN_PARTS, is_native, False)
     reason, is_wanted = found.why_naive(module), found.match is not None

@@ -12,27 +12,28 @@ from typing import Any, ClassVar
 from torch import nn
 
 from efficient_densenet.convert.graph import Nest
+from efficient_densenet.modules.reading import Unsupported
 
 
 class Converted(nn.Module):
     """First base of every converted class: how to go back, to copy and to pickle."""
 
-    converted_from: ClassVar[type[nn.Module]]
-    front: ClassVar[type[nn.Module]]
+    _recomputing_original: ClassVar[type[nn.Module]]
+    _recomputing_front: ClassVar[type[nn.Module]]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Of no concern to the class behind, which may list its subclasses or ask for keywords."""
-        if "converted_from" not in vars(cls):
+        if "_recomputing_original" not in vars(cls):
             super().__init_subclass__(**keywords)
 
     def __reduce_ex__(self, protocol: Any) -> Nest:
         reduced: tuple[Nest, ...] = super().__reduce_ex__(max(2, protocol))  # type: ignore[assignment]
-        return rebuild, (self.converted_from, self.front), *reduced[2:]
+        return rebuild, (self._recomputing_original, self._recomputing_front), *reduced[2:]
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class that a module has, or had before it was converted."""
-    cls: type[nn.Module] = getattr(type(module), "converted_from", type(module))
+    cls: type[nn.Module] = getattr(type(module), "_recomputing_original", type(module))
     return cls
 
 
@@ -41,17 +42,52 @@ def converted_class(original: Any, front: Any) -> Nest:
     return _made(original, front)
 
 
+def check_convertible(module: nn.Module, front: Any) -> None:
+    """Raise :class:`Unsupported` unless ``front`` can stand before a module's class."""
+    original = class_of(module)
+    for name in _offered(front):
+        own = (vars(module), module._parameters, module._buffers, module._modules)
+        if hasattr(original, name) or any(name in names for names in own):
+            raise Unsupported("the module", f"has {name}, and so do converted modules")
+    try:
+        object.__new__(original).__class__ = converted_class(original, front)
+    except TypeError as error:
+        raise Unsupported("the class", f"has no place for what recomputes: {error}") from error
+
+
+@cache
+def _offered(front: Any) -> list[str]:
+    """The attributes that are for whoever uses a converted module."""
+    bases = front.__mro__[: front.__mro__.index(nn.Module)]
+    names = {name for base in bases for name in vars(base) if not name.startswith("_")}
+    return sorted(names - {"forward", "extra_repr"})
+
+
 @cache
 def _made(original: Any, front: Any) -> Nest:
     @wraps(original.forward)  # what asks for the signature finds the original's
     def forward(self: Any, *args: Nest, **kwargs: Nest) -> Nest:
         return front.forward(self, *args, **kwargs)
 
-    names = {"converted_from": original, "front": front, "forward": forward, "is_generated": True}
-    names |= {"__module__": __name__, "__doc__": original.__doc__}
+    names = {"_recomputing_original": original, "_recomputing_front": front, "forward": forward}
+    names |= {"_recomputing_is_generated": True, "__module__": __name__}
+    names["__doc__"] = original.__doc__
     meta = type(original)
     make = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__  # nothing of its own
-    return make(meta, original.__name__, (Converted, front, original), names)
+    return make(meta, original.__name__, (*_layout(original), Converted, front, original), names)
+
+
+def _layout(original: Any) -> tuple[type, ...]:
+    """A first base for classes that have one without attributes before ``nn.Module``.
+
+    An object can get another class only if both lay out objects by the same first bases.
+    """
+    first = original
+    while first.__base__.__dictoffset__:
+        first = first.__base__
+    empty: type = first.__base__
+    names = {"__orig_bases__": ()}  # else ``Generic`` asks for type variables
+    return () if empty is object else (type(empty)(empty.__name__, (empty,), names),)
 
 
 def rebuild(original: Any, front: Any) -> Nest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from efficient_densenet.modules.block import RecomputingBlock
 from efficient_densenet.modules.calls import BlockCall, StemCall
 from efficient_densenet.modules.parts import NormWithActivation
 from efficient_densenet.modules.reading import Layer, Unit, Unsupported
-from efficient_densenet.modules.recomputing import Recomputing
+from efficient_densenet.modules.recomputing import Recomputing, run, warn
 from efficient_densenet.modules.sequence import RecomputingSequence, RecomputingTransition
 
 M = TypeVar("M", DenseMatch, TransitionMatch, StemMatch, NormMatch)
@@ -70,11 +70,11 @@ def _described(thing: Nest) -> Nest:
 
 
 class Front(nn.Module):
-    """What stands before the class of a converted module of this ``kind``."""
+    """What stands before the class of a converted module of this kind."""
 
-    kind: ClassVar[str]
+    _recomputing_kind: ClassVar[str]
 
-    def learn(
+    def _recomputing_learn(
         self,
         match: object,
         args: Arguments,
@@ -84,98 +84,106 @@ class Front(nn.Module):
         """Be told what a call with these arguments computes, as the module is now or was then."""
 
 
-class Recognised(Front, Generic[M]):
-    """A module that knows what it computes, and looks again when something has changed.
+class Recognised(Front):
+    """A module that knows what it computes, and looks again when something has changed."""
 
-    Attributes:
-        is_recorded: that it looks by recording a copy of itself.
-    """
-
-    is_recorded: ClassVar[bool] = True
-    _known: Known | None = None
+    _recomputing_is_recorded: ClassVar[bool] = True
+    """That it looks by recording a copy of itself."""
+    _recomputing_known: Known | None = None
 
     @staticmethod
-    def recognise(recording: Recording, call: RecordedCall) -> Nest:
+    def _recomputing_recognise(recording: Recording, call: RecordedCall) -> Nest:
         """What a recorded call computes; raises :class:`Unsupported`."""
         raise NotImplementedError
 
-    def learn(
+    def _recomputing_learn(
         self,
         match: object,
         args: Arguments,
         kwargs: Mapping[str, Nest],
         snapshot: Snapshot | None = None,
     ) -> None:
-        arguments = arguments_of(args, kwargs)
-        if self._known is None:
-            self._known = Known()
-        if snapshot is not None or self._known.find(self, arguments) is None:
-            self._known.add(snapshot or Snapshot(self), arguments, match)
+        arguments, known = arguments_of(args, kwargs), self._recomputing_known
+        if snapshot is not None or known is None or known.find(self, arguments) is None:
+            _note(self, snapshot or Snapshot(self), arguments, match)
 
-    def recognised(self, args: Args = None, kwargs: Mapping[str, Nest] | None = None) -> M:
-        """What a call with these arguments computes, by default with one tensor.
-
-        Raises:
-            Unsupported: if it is not known.
-        """
-        arguments = ONE_TENSOR if args is None else arguments_of(args, kwargs or {})
-        found = None if self._known is None else self._known.find(self, arguments)
-        if found is None:
-            if torch.compiler.is_compiling():
-                new = "has not been called since it was made: call it once before it is compiled"
-                changed = "has changed since it was recognised"
-                is_new = self._known is None or self._known.is_empty
-                raise Unsupported("the module", new if is_new else changed)
-            found = self._look(args, kwargs or {})
-            self._known = self._known or Known()
-            self._known.add(Snapshot(self), arguments, found)
-        if isinstance(found, Unsupported):
-            raise Unsupported(*found.args)  # without the traceback of its first time
-        result: M = found
-        return result
-
-    def inputs(self, args: Arguments, kwargs: Keywords) -> Iterable[Nest]:
+    def _recomputing_maps(self, args: Arguments, kwargs: Keywords) -> Iterable[Nest]:
         return tensors_in((args, kwargs))
 
-    def _look(self, args: Args, kwargs: Mapping[str, Nest]) -> M | Unsupported:
-        try:
-            recording = record(self, (stand_in(self),) if args is None else args, kwargs)
-            result: M = self.recognise(recording, recording.root)
-        except Unrecordable as reason:
-            return Unsupported("the forward function", f"cannot be recorded: {reason}")
-        except Unsupported as reason:
-            return reason.with_traceback(None)
-        return result
+
+def _note(module: Recognised, snapshot: Snapshot, arguments: Nest, found: object) -> None:
+    if module._recomputing_known is None:
+        module._recomputing_known = Known()
+    module._recomputing_known.add(snapshot, arguments, found)
 
 
-class DenseFront(Recognised[DenseMatch], RecomputingBlock):
+def recognised(
+    module: Recognised, as_: type[M], args: Args = None, kwargs: Mapping[str, Nest] | None = None
+) -> M:
+    """What a call with these arguments computes, by default with one tensor.
+
+    Raises:
+        Unsupported: if it is not known.
+    """
+    arguments = ONE_TENSOR if args is None else arguments_of(args, kwargs or {})
+    known = module._recomputing_known
+    found = None if known is None else known.find(module, arguments)
+    if found is None:
+        if torch.compiler.is_compiling():
+            new = "has not been called since it was made: call it once before it is compiled"
+            changed = "has changed since it was recognised"
+            raise Unsupported("the module", new if known is None or known.is_empty else changed)
+        found = _look(module, args, kwargs or {})
+        _note(module, Snapshot(module), arguments, found)
+    if isinstance(found, Unsupported):
+        raise Unsupported(*found.args)  # without the traceback of its first time
+    assert isinstance(found, as_)
+    return found
+
+
+def _look(module: Recognised, args: Args, kwargs: Mapping[str, Nest]) -> object:
+    try:
+        recording = record(module, (stand_in(module),) if args is None else args, kwargs)
+        return module._recomputing_recognise(recording, recording.root)
+    except Unrecordable as reason:
+        return Unsupported("the forward function", f"cannot be recorded: {reason}")
+    except Unsupported as reason:
+        return reason.with_traceback(None)
+
+
+class DenseFront(Recognised, RecomputingBlock):
     """A dense block."""
 
-    recognise = staticmethod(match_dense)
-    kind = "dense block"
+    _recomputing_recognise = staticmethod(match_dense)
+    _recomputing_kind = "dense block"
 
-    def read(self, *args: Nest, **kwargs: Nest) -> BlockCall | _NewMaps | _AfterEntry:
-        match = self.recognised(args, kwargs)
+    def _recomputing_read(self, *args: Nest, **kwargs: Nest) -> BlockCall | _NewMaps | _AfterEntry:
+        match = recognised(self, DenseMatch, args, kwargs)
         x = list(tensors_in((args, kwargs)))[match.argument]
         layers = tuple(read_layers(self, match))
         if match.entry is not None:
             return _AfterEntry(self, x, match, layers)
-        call = self.call_on(x, match, layers)
+        call = _call_on(self, x, match, layers)
         return _NewMaps(call, match) if match.returns == "new" else call
 
     def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
-        return self.run(*args, **kwargs)
+        return run(self, *args, **kwargs)
 
-    def call_on(self, x: Tensor, match: DenseMatch, layers: tuple[Layer, ...]) -> BlockCall:
-        """The call of the layers on the map that enters; raises :class:`Unsupported`."""
-        if x.shape[1] != match.input_channels:
-            expected = f"expects {match.input_channels} channels and gets {x.shape[1]}"
-            raise Unsupported("the block", expected)
-        for unit in layers[0].units:
-            weight = unit.tensors.conv_weight
-            if weight is not None and x.dim() != weight.dim():
-                raise Unsupported("the input", f"has {x.dim()} dimensions")
-        return BlockCall.of(x, layers, None, self.recompute, self.kernels, match.new_first)
+
+def _call_on(
+    block: DenseFront, x: Tensor, match: DenseMatch, layers: tuple[Layer, ...]
+) -> BlockCall:
+    """The call of the layers on the map that enters; raises :class:`Unsupported`."""
+    if x.dim() < 2:
+        raise Unsupported("the input", f"has {x.dim()} dimensions")
+    if x.shape[1] != match.input_channels:
+        expected = f"expects {match.input_channels} channels and gets {x.shape[1]}"
+        raise Unsupported("the block", expected)
+    for unit in layers[0].units:
+        weight = unit.tensors.conv_weight
+        if weight is not None and x.dim() != weight.dim():
+            raise Unsupported("the input", f"has {x.dim()} dimensions")
+    return BlockCall.of(x, layers, None, block.recompute, block.kernels, match.new_first)
 
 
 @dataclass(frozen=True)
@@ -217,64 +225,64 @@ class _AfterEntry:
         assert self.match.entry is not None
         x = part(self.block, self.match.entry)(self.x)
         try:
-            features = self.block.call_on(x, self.match, self.layers).run()
+            features = _call_on(self.block, x, self.match, self.layers).run()
         except Unsupported as reason:
-            self.block.warn(reason)
+            warn(self.block, reason)
             features = x
             for layer in self.match.layers:
                 features = run_layer(self.block, layer, features)
         return features if self.match.returns == "all" else self.match.new_maps(features)
 
 
-class TransitionFront(Recognised[TransitionMatch], RecomputingTransition):
+class TransitionFront(Recognised, RecomputingTransition):
     """A transition."""
 
-    recognise = staticmethod(match_transition)
-    kind = "transition"
+    _recomputing_recognise = staticmethod(match_transition)
+    _recomputing_kind = "transition"
 
-    def read(self, *args: Nest, **kwargs: Nest) -> BlockCall:
-        unit = read_transition(self, self.recognised(args, kwargs))
+    def _recomputing_read(self, *args: Nest, **kwargs: Nest) -> BlockCall:
+        unit = read_transition(self, recognised(self, TransitionMatch, args, kwargs))
         x = next(tensors_in((args, kwargs)))  # which is the one that it reads
         return BlockCall.of(x, (), None, "norm", self.kernels).with_exit(unit)
 
     def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
-        return self.run(*args, **kwargs)
+        return run(self, *args, **kwargs)
 
-    def read_unit(self) -> Unit:
-        return read_transition(self, self.recognised())
+    def _recomputing_unit(self) -> Unit:
+        return read_transition(self, recognised(self, TransitionMatch))
 
 
-class StemFront(Recognised[StemMatch], Recomputing):
+class StemFront(Recognised, Recomputing):
     """A module that is a stem, and keeps only the image."""
 
-    recognise = staticmethod(match_stem)
-    kind = "stem"
+    _recomputing_recognise = staticmethod(match_stem)
+    _recomputing_kind = "stem"
 
-    def read(self, *args: Nest, **kwargs: Nest) -> StemCall:
-        read = read_stem(self, self.recognised(args, kwargs))
+    def _recomputing_read(self, *args: Nest, **kwargs: Nest) -> StemCall:
+        read = read_stem(self, recognised(self, StemMatch, args, kwargs))
         return StemCall.of(next(tensors_in((args, kwargs))), *read, self.kernels)
 
     def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
-        result = self.run(*args, **kwargs)
+        result = run(self, *args, **kwargs)
         x = next(tensors_in((args, kwargs)), None)
         return result if x is None else in_format_of(x, result)
 
 
-class NormFront(Recognised[NormMatch], NormWithActivation):
+class NormFront(Recognised, NormWithActivation):
     """A batch norm with its activation inside, which a sequence runs as a part of a stem."""
 
-    recognise = staticmethod(match_norm)
-    kind = "norm of a stem"
+    _recomputing_recognise = staticmethod(match_norm)
+    _recomputing_kind = "norm of a stem"
 
     def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         return super().forward(*args, **kwargs)
 
-    def read_parts(self) -> tuple[_BatchNorm, Activation]:
-        match = self.recognised()
+    def _recomputing_parts(self) -> tuple[_BatchNorm, Activation]:
+        match = recognised(self, NormMatch)
         return part(self, match.norm), match.activation
 
 
 class SequenceFront(Front, RecomputingSequence):
     """A sequence that runs a block and the transition after it together, and a stem as one."""
 
-    kind = "sequence"
+    _recomputing_kind = "sequence"

@@ -68,9 +68,9 @@ class Found:
             return str(self.reason)
         if not isinstance(module, Settings) or isinstance(module, Converted):
             cls = converted_class(class_of(module), self.front)
-            shell = cls.__new__(cls)
+            shell = object.__new__(cls)
             vars(shell).update(vars(module))
-            vars(shell).pop("_known", None)
+            vars(shell).pop("_recomputing_known", None)
             self.teach(shell)
             module = shell
         if not isinstance(module, Recomputing):
@@ -80,9 +80,9 @@ class Found:
     def teach(self, module: nn.Module) -> None:
         """Tell a converted module what it is."""
         assert isinstance(module, Front)
-        module.learn(self.match, self.args, self.kwargs)
+        module._recomputing_learn(self.match, self.args, self.kwargs)
         for snapshot, match in self.others:
-            module.learn(match, self.args, self.kwargs, snapshot)
+            module._recomputing_learn(match, self.args, self.kwargs, snapshot)
 
 
 class Survey:
@@ -174,7 +174,7 @@ def _look_in_other_mode(module: nn.Module, args: Arguments, found: dict[str, Fou
     for path, what in found.items():
         if path in calls and what.match is not None and issubclass(what.front, Recognised):
             with suppress(Unsupported):
-                match = what.front.recognise(recording, calls[path])
+                match = what.front._recomputing_recognise(recording, calls[path])
                 snapshot = Snapshot(recording.root.module.get_submodule(path))
                 what.others.append((snapshot, match))
 
@@ -184,10 +184,10 @@ def _recognised(recording: Recording, call: Call) -> tuple[type[Front], Any, Cal
     for native, like in NATIVE.items():
         if isinstance(call.module, native):
             return like, native, call
-    fronts: tuple[type[Recognised[Any]], ...] = (DenseFront, TransitionFront, StemFront)
+    fronts: tuple[type[Recognised], ...] = (DenseFront, TransitionFront, StemFront)
     for front in fronts:
         try:
-            match = front.recognise(recording, call)
+            match = front._recomputing_recognise(recording, call)
         except Unsupported:
             continue
         if getattr(match, "pool", match) is None:

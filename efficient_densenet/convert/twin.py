@@ -163,7 +163,7 @@ def _make_runnable(part: nn.Module) -> None:
     if isinstance(part, nn.SyncBatchNorm):
         cls = type(part)
         bases = (_Alone,) if cls is nn.SyncBatchNorm else (cls, _Alone)
-        part.__class__ = type(cls.__name__, bases, {"converted_from": cls})
+        part.__class__ = type(cls.__name__, bases, {"_recomputing_original": cls})
     if isinstance(part, _BatchNorm) and part.momentum is None:
         part.momentum = SOME_MOMENTUM  # else it reads how many batches there were
 

@@ -18,7 +18,7 @@ from efficient_densenet.convert.graph import Nest
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 ATOMS = (FunctionType, BuiltinFunctionType, type, ModuleType, Enum)
 """What a copy of a module shares with it: decided by as it is, or by what its code names."""
-CHOICES = {"_recompute", "_kernels", "_known"}
+CHOICES = {"_recomputing_mode", "_recomputing_kernels", "_recomputing_known"}
 """What a converted module has besides."""
 COMPILED = "_compiled_call_impl"
 

@@ -101,8 +101,10 @@ def _whole(module: Any, is_root: bool, memo: dict[int, object]) -> nn.Module:
     for name in _HOOKS:
         kept[name] = type(kept[name])((i, h) for i, h in kept[name].items() if i not in added)
     original: Any = type(module).__mro__[2]  # behind the new class and FSDPModule
-    if getattr(original, "is_recorded", False):
-        original = original.converted_from  # a sharded one is naive: there is no copy to record
+    if getattr(original, "_recomputing_is_recorded", False):
+        original = (
+            original._recomputing_original
+        )  # a sharded one is naive: there is no copy to record
     whole: nn.Module = object.__new__(original)
     memo[id(module)] = whole  # what is in it may refer to it
     vars(whole).update(copy.deepcopy(kept, memo))

@@ -117,7 +117,7 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
         self.recompute = recompute
         self.kernels = kernels
 
-    def read(self, x: Tensor) -> BlockCall:
+    def _recomputing_read(self, x: Tensor) -> BlockCall:
         layers = self.read_layers(x.shape[1])
         return BlockCall.of(x, layers, None, self.recompute, self.kernels)
 

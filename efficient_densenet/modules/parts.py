@@ -55,7 +55,7 @@ def add_norm(module: nn.Module, path: str, found: Found) -> None:
 class NormWithActivation(nn.Module):
     """A batch norm that activates its result, and says which it does."""
 
-    def read_parts(self) -> tuple[_BatchNorm, Activation]:
+    def _recomputing_parts(self) -> tuple[_BatchNorm, Activation]:
         """The norm and the activation; raises :class:`Unsupported` if it does anything else."""
         raise NotImplementedError
 
@@ -65,7 +65,7 @@ def add_norm_with_activation(module: nn.Module, path: str, found: Found) -> None
     if not isinstance(module, NormWithActivation):
         raise Unsupported(path, f"is a {type(module).__name__}")
     check_plain(module, path)
-    norm, activation = module.read_parts()
+    norm, activation = module._recomputing_parts()
     found.norms.append(norm)
     found.activations.append(activation)
 

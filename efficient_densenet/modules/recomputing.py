@@ -35,35 +35,38 @@ class Settings(nn.Module):
     """What can be chosen of a module that recomputes, at any time.
 
     ``recompute`` says what the backward pass recomputes: ``"bottleneck"``, ``"norm"`` or
-    ``"none"``. ``kernels`` says which implementation of the operations to try first; if it cannot
-    run the input, the next slower one does. ``"auto"`` leaves it to the environment variable
-    ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
+    ``"none"``. ``kernels`` says which implementation of the operations to run on: that one if it
+    can run the input, otherwise the next slower one. ``"auto"`` leaves it to the environment
+    variable ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
+
+    This class stands before others that may have any attributes. So all that it and its subclasses
+    add has a name that begins with ``_recomputing_``, except what is for whoever uses a module.
     """
 
-    _recompute: Recompute = "bottleneck"
-    _kernels: Kernels = "auto"
-    is_generated: ClassVar[bool] = False
+    _recomputing_mode: Recompute = "bottleneck"
+    _recomputing_kernels: Kernels = "auto"
+    _recomputing_is_generated: ClassVar[bool] = False
     """Whether the class was made by the conversion, so that its forward is the recomputing one."""
 
     @property
     def recompute(self) -> Recompute:
         """``"bottleneck"``, ``"norm"`` or ``"none"``."""
-        return self._recompute
+        return self._recomputing_mode
 
     @recompute.setter
     def recompute(self, name: Recompute) -> None:
         check_recompute(name)
-        self._recompute = name
+        self._recomputing_mode = name
 
     @property
     def kernels(self) -> Kernels:
-        """``"auto"``, ``"triton"``, ``"whole"`` or ``"eager"``."""
-        return self._kernels
+        """``"auto"``, ``"triton"`` or ``"eager"``."""
+        return self._recomputing_kernels
 
     @kernels.setter
     def kernels(self, name: Kernels) -> None:
         check_kernels(name)
-        self._kernels = name
+        self._recomputing_kernels = name
 
 
 def set_(model: nn.Module, recompute: Recompute, kernels: Kernels) -> None:
@@ -76,59 +79,28 @@ def set_(model: nn.Module, recompute: Recompute, kernels: Kernels) -> None:
 class Recomputing(Settings):
     """Base in front of a class whose forward is naive: takes the efficient path where it can.
 
-    A subclass says in :meth:`read` what it is; the modules are read once a call.
+    A subclass says what it is when it is read; the modules are read once a call.
     """
 
-    def read(self, *args: Any, **kwargs: Any) -> Call:
+    def _recomputing_read(self, *args: Any, **kwargs: Any) -> Call:
         """What a call would run; raises :class:`Unsupported` where it would be naive."""
         raise NotImplementedError
 
-    def read_call(self, *args: Any, **kwargs: Any) -> Call:
-        """:meth:`read`, unless the mode or the call itself decides already."""
-        if self._recompute == "none":
-            raise Declined("the module", 'has recompute="none"')
-        for x in self.inputs(args, kwargs):
-            check_input(x)
-        return self.read(*args, **kwargs)
-
-    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
+    def _recomputing_maps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
         """The maps among the arguments of a call."""
         return (*args, *kwargs.values())
 
-    def read_or_none(self, *args: Any, **kwargs: Any) -> Call | None:
-        """What a call would run; ``None``, and a warning, if that is the naive path.
-
-        Nobody is warned of what the caller has asked for.
-        """
-        try:
-            return self.read_call(*args, **kwargs)
-        except Declined:
-            return None
-        except Unsupported as reason:
-            self.warn(reason)
-            return None
-
-    def warn(self, reason: Unsupported) -> None:
-        """Say why a call takes the naive path."""
-        if not torch.compiler.is_compiling():
-            # Python shows a warning once for each text.
-            warnings.warn(f"{type(self).__name__} is naive, since {reason}", stacklevel=5)
-
     def why_naive(self, *args: Any, **kwargs: Any) -> str | None:
-        """Why a call with these arguments would take the naive path; ``None`` if it would not."""
+        """Why a call would take the naive path, or ``None`` if it takes the efficient one."""
         try:
-            self.read_call(*args, **kwargs)
+            read_call(self, *args, **kwargs)
         except Unsupported as reason:
             return str(reason)
         return None
 
     def why_kernels(self, x: Tensor) -> str:
-        """Which implementation the efficient path would run ``x`` on, and why no faster one.
-
-        Such as ``"eager runs; triton does not: Triton is not installed; whole does not: its maps
-        are not small"``.
-        """
-        call = supported(self.read_call, x)
+        """Which kernels the efficient path would run ``x`` on, and why not on faster ones."""
+        call = supported(lambda x: read_call(self, x), x)
         types, spec = types_of(x), None if call is None else call.spec
         return explain_choice(
             self.kernels,
@@ -138,27 +110,64 @@ class Recomputing(Settings):
             small=spec is not None and spec.small,
         )
 
-    def run_naive(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward function of the class behind."""
-        return super().forward(*args, **kwargs)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass, on the efficient path or the naive one."""
-        call = self.read_or_none(*args, **kwargs)
-        out = None if call is None else self.run_or_none(call)
-        return self.run_naive(*args, **kwargs) if out is None else out
-
-    def run_or_none(self, call: Call) -> Tensor | None:
-        """The result of a call; ``None``, and a warning, if that turns out to be naive."""
-        try:
-            return call.run()
-        except Unsupported as reason:
-            self.warn(reason)
-            return None
-
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.run(x)
+        result: Tensor = run(self, x)
         return result
+
+
+def read_call(module: Recomputing, *args: Any, **kwargs: Any) -> Call:
+    """What a call of ``module`` would run.
+
+    Raises:
+        Unsupported: if it would be naive, by its mode, by the call itself, or as it is read.
+    """
+    if module.recompute == "none":
+        raise Declined("the module", 'has recompute="none"')
+    for x in module._recomputing_maps(args, kwargs):
+        check_input(x)
+    return module._recomputing_read(*args, **kwargs)
+
+
+def read_or_none(module: Recomputing, *args: Any, **kwargs: Any) -> Call | None:
+    """What a call would run; ``None``, and a warning, if that is the naive path.
+
+    Nobody is warned of what the caller has asked for.
+    """
+    try:
+        return read_call(module, *args, **kwargs)
+    except Declined:
+        return None
+    except Unsupported as reason:
+        warn(module, reason)
+        return None
+
+
+def warn(module: Recomputing, reason: Unsupported) -> None:
+    """Say why a call takes the naive path."""
+    if not torch.compiler.is_compiling():
+        # Python shows a warning once for each text.
+        warnings.warn(f"{type(module).__name__} is naive, since {reason}", stacklevel=5)
+
+
+def run_naive(module: Recomputing, *args: Any, **kwargs: Any) -> Any:
+    """The forward function of the class behind."""
+    return super(Recomputing, module).forward(*args, **kwargs)
+
+
+def run(module: Recomputing, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass, on the efficient path or the naive one."""
+    call = read_or_none(module, *args, **kwargs)
+    out = None if call is None else run_or_none(module, call)
+    return run_naive(module, *args, **kwargs) if out is None else out
+
+
+def run_or_none(module: Recomputing, call: Call) -> Tensor | None:
+    """The result of a call; ``None``, and a warning, if that turns out to be naive."""
+    try:
+        return call.run()
+    except Unsupported as reason:
+        warn(module, reason)
+        return None
 
 
 def supported(read: Callable[[Tensor], T], x: Tensor) -> T | None:

@@ -34,7 +34,14 @@ from efficient_densenet.modules.reading import (
     read_norm,
     unit_of,
 )
-from efficient_densenet.modules.recomputing import Recomputing, Settings, supported
+from efficient_densenet.modules.recomputing import (
+    Recomputing,
+    Settings,
+    read_or_none,
+    run_naive,
+    run_or_none,
+    supported,
+)
 
 M = TypeVar("M", bound=Recomputing)
 
@@ -47,14 +54,15 @@ STEMS = (
 class RecomputingTransition(Recomputing):
     """What makes a transition recompute: a base in front of the class whose forward is naive."""
 
-    structure: ClassVar[Structure] = TRANSITION
+    _recomputing_structure: ClassVar[Structure] = TRANSITION
 
-    def read(self, x: Tensor) -> BlockCall:
-        return BlockCall.of(x, (), None, "norm", self.kernels).with_exit(self.read_unit())
+    def _recomputing_read(self, x: Tensor) -> BlockCall:
+        call = BlockCall.of(x, (), None, "norm", self.kernels)
+        return call.with_exit(self._recomputing_unit())
 
-    def read_unit(self) -> Unit:
+    def _recomputing_unit(self) -> Unit:
         """The transition as what reads all features of a block."""
-        return read_transition(self, self.structure, "the transition")
+        return read_transition(self, self._recomputing_structure, "the transition")
 
 
 class EfficientTransition(RecomputingTransition, Transition):
@@ -77,7 +85,7 @@ class RecomputingSequence(Settings):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.is_naive() or not (isinstance(input, Tensor) and iterates_plainly(self)):
+        if is_naive(self) or not (isinstance(input, Tensor) and iterates_plainly(self)):
             return super().forward(input)
         modules = [module for module in self._modules.values() if module is not None]
         recompute_stems = self.recompute != "none"
@@ -87,10 +95,11 @@ class RecomputingSequence(Settings):
         # A hook on the last module holds what the caller gets, and may change in place.
         return last(in_format_of(input, run(before, input, self.kernels, recompute_stems)))
 
-    def is_naive(self) -> bool:
-        """Whether its stem, and every child that has a mode, has ``recompute="none"``."""
-        modules = (self, *self._modules.values())
-        return all(m.recompute == "none" for m in modules if isinstance(m, Settings))
+
+def is_naive(sequence: RecomputingSequence) -> bool:
+    """Whether its stem, and every child that has a mode, has ``recompute="none"``."""
+    modules = (sequence, *sequence._modules.values())
+    return all(m.recompute == "none" for m in modules if isinstance(m, Settings))
 
 
 def iterates_plainly(sequence: nn.Module) -> bool:
@@ -117,14 +126,14 @@ class Head:
     def __init__(self, norm: nn.Module, dims: int, kernels: Kernels) -> None:
         self.norm, self.dims, self.kernels = norm, dims, kernels
 
-    def read_unit(self) -> Unit:
+    def _recomputing_unit(self) -> Unit:
         """The head as what reads all features of a block."""
         return unit_of(read_norm(self.norm, "the last norm"), RELU, pool=Pool("all"))
 
     def read(self, x: Tensor) -> BlockCall:
         """What a call on ``x`` would run; raises :class:`Unsupported`."""
         check_input(x)
-        return BlockCall.of(x, (), None, "norm", self.kernels).with_exit(self.read_unit())
+        return BlockCall.of(x, (), None, "norm", self.kernels).with_exit(self._recomputing_unit())
 
     def __call__(self, x: Tensor) -> Tensor:
         call = supported(self.read, x)
@@ -179,19 +188,19 @@ def run_to_average(
 
 def _run_block(block: RecomputingBlock, x: Tensor, reader: RecomputingTransition | Head) -> Tensor:
     """A block and what reads its features: inside the block if that can be, otherwise after it."""
-    call = block.read_or_none(x)
+    call = read_or_none(block, x)
     if call is None:
-        return reader(block.run_naive(x))
+        return reader(run_naive(block, x))
     if not isinstance(call, BlockCall):
-        out = block.run_or_none(call)
-        return reader(block.run_naive(x) if out is None else out)
+        out = run_or_none(block, call)
+        return reader(run_naive(block, x) if out is None else out)
     try:
-        read = call.with_exit(reader.read_unit())
+        read = call.with_exit(reader._recomputing_unit())
     except Unsupported:
-        out = block.run_or_none(call)
-        return reader(block.run_naive(x) if out is None else out)
-    out = block.run_or_none(read)
-    return reader(block.run_naive(x)) if out is None else out
+        out = run_or_none(block, call)
+        return reader(run_naive(block, x) if out is None else out)
+    out = run_or_none(block, read)
+    return reader(run_naive(block, x)) if out is None else out
 
 
 def _reads_inside(module: nn.Module | None) -> TypeGuard[RecomputingTransition]:
@@ -203,7 +212,7 @@ def is_plain(module: nn.Module | None, base: type[M]) -> TypeGuard[M]:
     """Whether calling a module is calling the forward of ``base``, and that alone."""
     return (
         isinstance(module, base)
-        and (module.is_generated or type(module).forward is base.forward)
+        and (module._recomputing_is_generated or type(module).forward is base.forward)
         and type(module).__call__ is nn.Module.__call__
         and not is_patched(module)
     )

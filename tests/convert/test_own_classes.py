@@ -1,18 +1,23 @@
 """Converted modules whose classes do more than compute: they train as before."""
 
 import copy
+import types
 import warnings
 from abc import ABC
+from typing import Generic, TypeVar
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from efficient_densenet import convert_
+from efficient_densenet import convert_, explain, revert_
+from efficient_densenet.convert.converted import Converted
+from efficient_densenet.convert.fronts import DenseFront, NormFront, StemFront, TransitionFront
 from support.compare import assert_same_training, randomise_
 
 C0, K = 4, 3
+T = TypeVar("T")
 INPUT = torch.randn(2, C0, 6, 5, dtype=torch.float64)
 
 
@@ -196,3 +201,95 @@ class TestSequences:
         Chosen.__iter__ = iterate
         assert (type(converted) is Chosen) == (when == "before")
         assert_same_training(converted, original, INPUT, rtol=1e-9)
+
+
+class TestNames:
+    """What converted modules have besides is in the way of no attribute."""
+
+    PUBLIC = ("recompute", "kernels", "why_naive", "why_kernels")
+
+    @pytest.mark.parametrize("front", [DenseFront, TransitionFront, StemFront, NormFront])
+    def test_all_others_are_private(self, front):
+        bases = (Converted, *front.__mro__[: front.__mro__.index(nn.Module)])
+        found = {name for base in bases for name in vars(base)} - set(dir(nn.Module))
+        public = {name for name in found if not name.startswith(("_recomputing_", "__"))}
+        assert public <= set(self.PUBLIC)
+
+    def test_method_of_any_other_name_is_called(self):
+        class Own(Dense):
+            kind, inputs, scale = "own", 3, 0
+
+            def read(self, x):
+                return super().forward(x)
+
+            def run(self, x):
+                return self.read(x) * (self.inputs if self.scale else 1)
+
+            def forward(self, x):
+                return self.run(x)
+
+        converted, original = pair(Own())
+        assert_same_training(converted, original, INPUT)
+        for block in (converted, original):
+            block.scale = 1
+        assert_same_training(converted, original, INPUT)
+        assert "recompute" not in vars(converted) and converted.kind == "own"
+
+    def test_attributes_that_begin_with_one_underscore_survive_a_conversion(self):
+        class Own(Dense):
+            def __init__(self):
+                super().__init__()
+                self._kernels, self._known, self._recompute = [3, 5, 7], 1, 2
+
+        converted, original = pair(Own())
+        assert_same_training(converted, original, INPUT)
+        revert_(converted)
+        assert (converted._kernels, converted._known, converted._recompute) == ([3, 5, 7], 1, 2)
+        assert vars(converted).keys() == vars(original).keys()
+
+    @pytest.mark.parametrize("name", PUBLIC)
+    @pytest.mark.parametrize(
+        "give",
+        [
+            lambda block, name: setattr(type(block), name, "own"),
+            lambda block, name: setattr(block, name, "own"),
+            lambda block, name: setattr(block, name, nn.Conv2d(1, 1, 1)),
+            lambda block, name: block.register_buffer(name, torch.zeros(())),
+        ],
+        ids=["class", "instance", "child", "buffer"],
+    )
+    def test_module_with_attribute_of_a_public_name_stays_as_it_is(self, give, name):
+        class Own(Dense):
+            pass
+
+        block = Own().double()
+        give(block, name)
+        report = convert_(nn.Sequential(block))
+        assert report["0"].reason == f"the module has {name}, and so do converted modules"
+        assert type(block) is Own and len(report.findings) == 1
+        with pytest.raises(ValueError, match="cannot be converted"):
+            convert_(block, strict=True)
+        assert not explain(nn.Sequential(block), INPUT)["0"].converted
+
+    def test_class_that_takes_no_subclass_stays_as_it_is(self):
+        class Meta(type):
+            def mro(cls):
+                if len(cls.__bases__) > 1:
+                    raise TypeError("one base, please")
+                return super().mro()
+
+        class Single(Dense, metaclass=Meta):
+            pass
+
+        block = Single().double()
+        report = convert_(block)
+        assert report[""].reason == "the class has no place for what recomputes: one base, please"
+        assert type(block) is Single
+
+    @pytest.mark.parametrize("bases", [(Dense, Generic[T]), (Generic[T], Dense), (ABC, Dense)])
+    def test_order_of_bases_is_kept(self, bases):
+        converted, original = pair(types.new_class("Own", bases)())
+        assert converted.why_naive(INPUT) is None
+        assert_same_training(converted, original, INPUT)
+        revert_(converted)
+        assert type(converted) is type(original)

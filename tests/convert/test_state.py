@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from efficient_densenet import convert_
-from efficient_densenet.convert import state
+from efficient_densenet.convert import fronts, state
 from efficient_densenet.convert.values import Describer, TooLarge, described
 from support.compare import assert_same_training
 
@@ -221,7 +221,7 @@ def test_copy_and_other_mode_are_not_recorded_again(monkeypatch):
         lambda layer: setattr(layer, "cfg", namespace(acts=[False])),
     )
     convert_(model)
-    monkeypatch.setattr(type(model), "_look", None)
+    monkeypatch.setattr(fronts, "record", None)
     model.train()(INPUT)
     model.eval()(INPUT)
     copy.deepcopy(model)(INPUT)

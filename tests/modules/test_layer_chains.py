@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from efficient_densenet import recompute_dense_block
+from efficient_densenet.modules.recomputing import read_call
 from support.compare import (
     FORMATS,
     MODES,
@@ -236,7 +237,7 @@ def test_modules_and_tensors_of_two_places(change, parts):
     """Parts that share a buffer, in which each finds what the other left, run as one."""
     efficient, naive = pair(change)
     before = list(efficient.parameters())
-    assert [len(layer.parts) for layer in efficient.read_call(image()).layers] == [parts] * 3
+    assert [len(layer.parts) for layer in read_call(efficient, image()).layers] == [parts] * 3
     assert_same_training(efficient, naive, image(), steps=2, rtol=1e-9)
     assert all(a is b for a, b in zip(before, efficient.parameters(), strict=True))
 
