@@ -115,7 +115,7 @@ def _layer(
     except Unsupported as why:
         if run is None:
             raise
-        region.check_keeps_parameters(run)
+        region.check_runs_again(run)
         made_of = match_chain(region, run, value, prefix)
         return _Layer(LayerMatch(growth, (), call, why.args, made_of), (), run)
     return _Layer(LayerMatch(growth, units, call), nodes, run)

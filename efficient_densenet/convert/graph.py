@@ -66,6 +66,9 @@ class Call:
     """One call of a module: its arguments, its result, and operations ``start`` to ``stop``.
 
     ``context`` is what a call depends on beside its arguments: autograd's mode and autocast's.
+    ``changes_arguments`` says whether its caller would find something else in a list, or another
+    container or object, that it gave; ``checkpoints``, whether its own forward function runs a
+    reentrant checkpoint.
     """
 
     path: str
@@ -77,6 +80,8 @@ class Call:
     context: tuple[object, ...] = ()
     stop: int | None = None
     result: Nest = None
+    changes_arguments: bool = False
+    checkpoints: bool = False
     children: list[Call] = field(default_factory=list)
 
     def within(self, outer: Call) -> bool:

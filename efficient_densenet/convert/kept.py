@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
+from efficient_densenet.convert.arguments import stand_ins
 from efficient_densenet.convert.converted import class_of, converted_class
 from efficient_densenet.convert.graph import Nest
 from efficient_densenet.convert.survey import Found
-from efficient_densenet.convert.twin import Unrecordable, stand_ins, tensors_in, twin_of
+from efficient_densenet.convert.twin import Unrecordable, tensors_in, twin_of
 from efficient_densenet.modules.recomputing import Recomputing, Settings
 
 

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from efficient_densenet.convert.arguments import Contents, stand_ins
 from efficient_densenet.convert.graph import (
     Arguments,
     Call,
@@ -28,11 +29,11 @@ from efficient_densenet.convert.graph import (
     Value,
     values_in,
 )
+from efficient_densenet.convert.intercepted import plain_checkpoints
 from efficient_densenet.convert.twin import (
     Unrecordable,
     hollow,
     plain_attributes,
-    stand_ins,
     tensors_in,
     told,
     twin_of,
@@ -78,6 +79,7 @@ def record(
         before = plain_attributes(twin.module)
         stack.enter_context(untouched_random_numbers())
         tracer = _Tracer(twin.paths)
+        stack.enter_context(plain_checkpoints(tracer.note_checkpoint))
         recording = tracer.run(twin.module, args, dict(kwargs or {}))
         recording.patched = twin.patched
     after = plain_attributes(twin.module)
@@ -106,17 +108,18 @@ class _Tracer:
         self.values: dict[int, tuple[Tensor, Value, int]] = {}
         self.writes: dict[int, int] = {}
         self.owners: dict[int, Value] = {}
-        self.unseen: dict[Node, bool] = {}
         self.inside_function = False
         self.autocast = self.autocast_at_first = _autocast()
         self.recording: Recording
         self.call: Call
+        self.given: dict[Call, Contents]
 
     def run(self, module: nn.Module, args: Sequence[Nest], kwargs: Keywords) -> Recording:
         args, kwargs = stand_ins(tuple(args)), stand_ins(kwargs)
         args_, kwargs_ = self.nest(args, given=True), self.nest(kwargs, given=True)
         root = Call("", module, args_, kwargs_, None, 0, _context())
         self.call, self.recording = root, Recording(root)
+        self.given = {root: (given := Contents(args, kwargs))}
         hooks = []
         for path, part in module.named_modules():
             if path:
@@ -125,13 +128,13 @@ class _Tracer:
         try:
             with _Functions(self), _Operations(self):
                 root.result = self.nest(module(*args, **kwargs))
-            root.stop = len(self.recording.nodes)
+            self.close(root)
         except Exception as error:
             subject = self.call.path or "the forward function"
             self.recording.error = subject, f"cannot run on stand-ins ({told(error)})"
         for hook in hooks:
             hook.remove()
-        self.find_lost_gradients()
+        given.restore()
         return self.recording
 
     def enter(self, path: str) -> Nest:
@@ -147,6 +150,7 @@ class _Tracer:
             )
             self.call.children.append(here)
             self.call = here
+            self.given[here] = Contents(args, kwargs)
 
         return hook
 
@@ -154,9 +158,15 @@ class _Tracer:
         while self.call.module is not module:  # calls that raised, and were caught
             assert self.call.parent is not None
             self.call = self.call.parent
-        self.call.result, self.call.stop = self.nest(result), len(self.recording.nodes)
+        self.call.result = self.nest(result)
+        self.close(self.call)
         assert self.call.parent is not None
         self.call = self.call.parent
+
+    def close(self, call: Call) -> None:
+        """Note that a call came to its end."""
+        call.stop = len(self.recording.nodes)
+        call.changes_arguments = not self.given.pop(call).are_left()
 
     def nest(self, thing: Nest, given: bool = False) -> Nest:
         """An argument or a result with values for tensors."""
@@ -208,8 +218,6 @@ class _Tracer:
             index=len(self.recording.nodes),
             oddities=oddities,
         )
-        if not torch.is_grad_enabled():
-            self.unseen[node] = any(tensor.requires_grad for tensor in tensors_in((inputs,)))
         self.recording.nodes.append(node)
         for value in dict.fromkeys(values_in(read)):
             value.uses.append(node)
@@ -234,28 +242,18 @@ class _Tracer:
             found.append("which runs outside of Python")
         if any(self.is_stale(tensor) for tensor in tensors_in((inputs,))):
             found.append("which reads a map that was changed in place through another one")
+        learns = any(tensor.requires_grad for tensor in tensors_in((inputs,)))
+        if learns and not torch.is_grad_enabled():
+            found.append("which autograd does not see")
         if self.autocast != self.autocast_at_first:
             found.append("which runs under an autocast of its own")
         return found
 
+    def note_checkpoint(self) -> None:
+        self.call.checkpoints = True
+
     def note(self, text: str) -> None:
         self.recording.notes.append(Note(text, self.call))
-
-    def find_lost_gradients(self) -> None:
-        """Note which operations keep a gradient from what they read.
-
-        Reentrant checkpoints run operations without autograd, but pass gradients on.
-        """
-        for tensor, value, _ in self.values.values():
-            if type(tensor.grad_fn).__name__ == "CheckpointFunctionBackward":
-                waiting = [value.maker]
-                while waiting:
-                    node = waiting.pop()
-                    if node is not None and self.unseen.pop(node, None) is not None:
-                        waiting += [value.maker for value in node.values()]
-        for node, stops_gradient in self.unseen.items():
-            if stops_gradient:
-                node.oddities.append("which autograd does not see")
 
 
 class _Operations(TorchDispatchMode):

@@ -27,6 +27,8 @@ class Region:
             raise Unsupported(subject, predicate)
         if not isinstance(call.result, Value):
             raise Unsupported(FORWARD, "does not return one tensor")
+        if call.changes_arguments:
+            raise Unsupported(FORWARD, "changes a list or an object that it is given")
         self.recording, self.call, self.result = recording, call, call.result
         self.arguments = list(values_in((call.args, call.kwargs)))
 
@@ -49,7 +51,7 @@ class Region:
         return found
 
     @cached_property
-    def parameters(self) -> set[str | None]:
+    def parameters(self) -> set[str]:
         """The paths of all parameters, in the recorded module."""
         module = self.recording.root.module
         return {path for path, _ in module.named_parameters(remove_duplicate=False)}
@@ -110,8 +112,14 @@ class Region:
             if patch == OWN_FORWARD and path.startswith(prefix) and path not in called:
                 raise Unsupported(self.relative(path), patch)
 
-    def check_keeps_parameters(self, run: Call) -> None:
-        """Raise :class:`Unsupported` if a call writes into a parameter: again, if it runs again."""
+    def check_runs_again(self, run: Call) -> None:
+        """Raise :class:`Unsupported` if a call cannot be made again, by ``torch.autograd.grad``.
+
+        What writes into a parameter would do so again.
+        """
+        for call in (run, *run.below()):
+            if call.checkpoints:
+                raise Unsupported(self.relative(call.path), "runs a reentrant checkpoint")
         for node in self.recording.nodes_in(run):
             for value in node.effects:
                 if value.path is not None and value.path in self.parameters:

@@ -109,18 +109,6 @@ def hollow(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def stand_ins(thing: Nest) -> Nest:
-    """Arguments with hollow tensors for tensors."""
-    if isinstance(thing, Tensor):
-        made = hollow(thing)
-        return made.requires_grad_().clone() if made.is_floating_point() else made  # no leaf
-    if isinstance(thing, (list, tuple)):
-        return type(thing)([stand_ins(item) for item in thing])
-    if isinstance(thing, Mapping):
-        return {key: stand_ins(item) for key, item in thing.items()}
-    return thing
-
-
 def tensors_in(nest: Nest) -> Iterator[Tensor]:
     """All tensors among arguments, in order."""
     if isinstance(nest, Tensor):

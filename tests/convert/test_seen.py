@@ -1,10 +1,13 @@
 """What a forward function does beside the known operations is seen, and done as before."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from efficient_densenet import convert_, explain
 from support.compare import assert_same_training, randomise_
@@ -172,4 +175,152 @@ def test_weights_changed_by_forward_change_once():
     model = LoopBlock(Decaying)
     (found,) = explain(model)
     assert found.reason == "denselayers.0 changes denselayers.0.last.weight in place"
+    assert_trains_alike(model)
+
+
+class CheckpointFunction(torch.autograd.Function):
+    """Only named like a checkpoint."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+class Halves(BasicSequence):
+    """Its gradient is halved, before a checkpoint or without one."""
+
+    checkpoints = False
+
+    def forward(self, x):
+        x = CheckpointFunction.apply(x)
+        return (
+            checkpoint(super().forward, x, use_reentrant=True)
+            if self.checkpoints
+            else super().forward(x)
+        )
+
+
+class HalvesThenCheckpoints(Halves):
+    checkpoints = True
+
+
+class FreezesThenCheckpoints(BasicSequence):
+    def forward(self, x):
+        with torch.no_grad():
+            x = F.relu(x)
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("layer", [Halves, HalvesThenCheckpoints, FreezesThenCheckpoints])
+def test_gradient_beside_checkpoint_is_that_of_the_layer(layer):
+    model = LoopBlock(layer)
+    for norm in (part for part in model.modules() if isinstance(part, nn.BatchNorm2d)):
+        norm.momentum = 0.0  # else a checkpoint would have it learn twice
+        norm.register_buffer("num_batches_tracked", None)
+    assert_trains_alike(model)
+
+
+class Caller(nn.Module):
+    """Hands a list, a dict or an object to a block, and looks at it afterwards."""
+
+    def __init__(self, block, make):
+        super().__init__()
+        self.block, self.make = block, make
+
+    def forward(self, x):
+        given = self.make(x)
+        y = self.block(x, given)
+        if isinstance(given, SimpleNamespace):
+            return torch.cat([y, *vars(given).values()], 1)
+        return torch.cat([y, *(given.values() if isinstance(given, dict) else given)], 1)
+
+
+class Appends(LoopBlock):
+    def forward(self, x, given):
+        given.append(super().forward(x))
+        return given[-1]
+
+
+class SetsKey(LoopBlock):
+    def forward(self, x, given):
+        given["features"] = super().forward(x)
+        return given["features"]
+
+
+class SetsAttribute(LoopBlock):
+    def forward(self, x, given):
+        given.features = super().forward(x)
+        return given.features
+
+
+class UsesUp(LoopBlock):
+    def forward(self, x, given):
+        return super().forward(next(given))
+
+
+KEEPS = {
+    "list": (Appends, lambda x: []),
+    "dict": (SetsKey, lambda x: {}),
+    "object": (SetsAttribute, lambda x: SimpleNamespace()),
+    "iterator": (UsesUp, lambda x: iter([x, 2 * x])),
+}
+
+
+@pytest.mark.parametrize(("block", "make"), KEEPS.values(), ids=KEEPS)
+def test_what_block_changes_of_its_arguments_is_seen_by_its_caller(block, make):
+    model = Caller(block(), make)
+    (found,) = explain(model)
+    assert found.reason == "the forward function changes a list or an object that it is given"
+    assert_trains_alike(model)
+
+
+class SetsAttributeIfGiven(LoopBlock):
+    def forward(self, x, given=None):
+        x = super().forward(x)
+        if given is not None:
+            given.count += 1
+            given.features = x
+        return x
+
+
+def test_object_that_is_given_to_converted_block_holds_no_stand_in():
+    block = SetsAttributeIfGiven().double()
+    convert_(block, strict=True)
+    given = SimpleNamespace(count=1)
+    explain(block, INPUT, given)
+    assert vars(given) == {"count": 1}
+    with pytest.warns(UserWarning, match="changes a list or an object"):
+        out = block(INPUT, given)
+    assert given.features is out
+    assert given.count == 2
+
+
+class Grows(BasicSequence):
+    """Takes the list of maps, and adds its own to it."""
+
+    def forward(self, maps):
+        maps.append(super().forward(torch.cat(maps, 1)))
+
+
+class Lists(LoopBlock):
+    """Its layers change a list that is its own."""
+
+    def __init__(self):
+        super().__init__(Grows)
+
+    def forward(self, x):
+        maps = [x]
+        for layer in self.denselayers:
+            layer(maps)
+        return torch.cat(maps, 1)
+
+
+def test_list_inside_block_may_grow():
+    model = Lists()
+    (found,) = explain(model)
+    assert found.reason is None
     assert_trains_alike(model)
