@@ -10,7 +10,8 @@ from types import BuiltinFunctionType, FunctionType
 from torch import Tensor, nn
 
 from efficient_densenet.convert.graph import Nest
-from efficient_densenet.convert.twin import PLAIN, Unrecordable, hollow
+from efficient_densenet.convert.twin import Unrecordable, hollow
+from efficient_densenet.convert.values import PLAIN
 
 HOLD_NOTHING = (*PLAIN, type(None), Tensor, nn.Module, type, FunctionType, BuiltinFunctionType)
 """What is the same at any time, or is compared elsewhere."""
