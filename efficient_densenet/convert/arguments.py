@@ -24,6 +24,8 @@ def stand_ins(thing: Nest) -> Nest:
     Raises:
         Unrecordable: if one is used up by reading it.
     """
+    if isinstance(thing, nn.Parameter):
+        return nn.Parameter(hollow(thing), thing.requires_grad)
     if isinstance(thing, Tensor):
         made = hollow(thing)
         return made.requires_grad_().clone() if made.is_floating_point() else made  # no leaf

@@ -33,7 +33,7 @@ from efficient_densenet.convert.record import record
 from efficient_densenet.convert.stand_ins import stand_in
 from efficient_densenet.convert.state import Known, Snapshot
 from efficient_densenet.convert.twin import Unrecordable, tensors_in
-from efficient_densenet.convert.values import described
+from efficient_densenet.convert.values import PLAIN, Describer
 from efficient_densenet.functional.precision import types_of
 from efficient_densenet.functional.spec import BlockSpec
 from efficient_densenet.kernels.interface import Activation
@@ -47,13 +47,13 @@ from efficient_densenet.modules.sequence import RecomputingSequence, Recomputing
 
 M = TypeVar("M", DenseMatch, TransitionMatch, StemMatch, NormMatch)
 Args = Arguments | None
-TENSOR = "tensor"
+TENSOR, PARAMETER = "tensor", "parameter"
 ONE_TENSOR = ((TENSOR,), ())
 
 
 def arguments_of(args: Arguments, kwargs: Mapping[str, Nest]) -> Nest:
     """What Python may decide by in the arguments of a call; ``ONE_TENSOR`` is that of most."""
-    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+    if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
         return ONE_TENSOR
     return (
         tuple([_described(arg) for arg in args]),
@@ -63,10 +63,21 @@ def arguments_of(args: Arguments, kwargs: Mapping[str, Nest]) -> Nest:
 
 def _described(thing: Nest) -> Nest:
     if isinstance(thing, Tensor):
-        return TENSOR
+        return PARAMETER if isinstance(thing, nn.Parameter) else TENSOR
+    if thing is None or isinstance(thing, PLAIN):
+        return type(thing), thing
     if isinstance(thing, (list, tuple)):
         return tuple([_described(item) for item in thing])
-    return described(thing)
+    if isinstance(thing, Mapping):
+        return tuple([(_described(key), _described(item)) for key, item in thing.items()])
+    return _Arguments(draws=True)(thing)
+
+
+class _Arguments(Describer):
+    """Describes an object with tensors in it, of which each call may have others."""
+
+    def __call__(self, value: Nest) -> Nest:
+        return _described(value) if isinstance(value, Tensor) else super().__call__(value)
 
 
 class Front(nn.Module):

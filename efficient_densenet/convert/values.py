@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
@@ -115,11 +115,14 @@ def _is_generator(value: object) -> bool:
 
 
 class Same:
-    """Equal only to what wraps the same object, which it keeps alive unless it is a tensor."""
+    """Equal only to what wraps the same object, which it does not keep alive if it need not."""
 
     def __init__(self, thing: Nest) -> None:
         self.number = id(thing)
-        self.thing = weakref.ref(thing) if isinstance(thing, Tensor) else (lambda: thing)
+        try:
+            self.thing: Callable[[], object] = weakref.ref(thing)
+        except TypeError:
+            self.thing = lambda: thing
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Same) or self.number != other.number:

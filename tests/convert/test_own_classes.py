@@ -1,20 +1,23 @@
 """Converted modules whose classes do more than compute: they train as before."""
 
 import copy
+import gc
 import types
 import warnings
+import weakref
 from abc import ABC
 from typing import Generic, TypeVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet import convert_, explain, revert_
+from efficient_densenet.convert import fronts
 from efficient_densenet.convert.converted import Converted
 from efficient_densenet.convert.fronts import DenseFront, NormFront, StemFront, TransitionFront
-from support.compare import assert_same_training, randomise_
+from support.compare import assert_close, assert_same_training, randomise_
 
 C0, K = 4, 3
 T = TypeVar("T")
@@ -293,3 +296,53 @@ class TestNames:
         assert_same_training(converted, original, INPUT)
         revert_(converted)
         assert type(converted) is type(original)
+
+
+class TestArguments:
+    """What a call is given besides maps, or in another form."""
+
+    class Taking(Dense):
+        def forward(self, given, *others):
+            if isinstance(given, Tensor):
+                return super().forward(F.relu(given) if isinstance(given, nn.Parameter) else given)
+            return super().forward(given["x"] if isinstance(given, dict) else given())
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            lambda x: ({"x": x},),
+            lambda x: (x, {"others": [x.exp()]}),
+            lambda x: (x, lambda: x),
+            lambda x: (x, types.SimpleNamespace(x=x)),
+        ],
+        ids=["dict", "nested", "closure", "object"],
+    )
+    def test_none_of_them_outlives_its_call(self, given):
+        block, alive = self.Taking().double(), []
+        convert_(block)
+        for _ in range(3):
+            x = INPUT * 2
+            alive.append(weakref.ref(x))
+            block(*given(x)).sum().backward()
+            del x
+        gc.collect()
+        assert [ref() for ref in alive] == [None] * 3
+
+    @pytest.mark.parametrize(
+        "given",
+        [lambda x: ({"x": x},), lambda x: (x, types.SimpleNamespace(x=x))],
+        ids=["dict", "object"],
+    )
+    def test_tensors_in_containers_are_no_reason_to_look_again(self, given, monkeypatch):
+        block, looks = self.Taking().double(), []
+        convert_(block)
+        record = fronts.record
+        monkeypatch.setattr(fronts, "record", lambda *args: looks.append(args) or record(*args))
+        for _ in range(3):
+            block(*given(INPUT.clone()))
+        assert len(looks) == 1
+
+    def test_parameter_as_input_is_told_from_tensor(self):
+        converted, original = pair(self.Taking())
+        for x in (INPUT, nn.Parameter(INPUT.clone()), INPUT):
+            assert_close("output", converted(x), original(x), 1e-10)
