@@ -28,7 +28,10 @@ class Converted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Nest:
         reduced: tuple[Nest, ...] = super().__reduce_ex__(max(2, protocol))  # type: ignore[assignment]
-        return rebuild, (self._recomputing_original, self._recomputing_front), *reduced[2:]
+        make, args, *state = reduced
+        names = [self._recomputing_original if part is type(self) else part for part in args]
+        make = self._recomputing_original if make is type(self) else make
+        return rebuild, (self._recomputing_front, make, *names), *state
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -90,7 +93,11 @@ def _layout(original: Any) -> tuple[type, ...]:
     return () if empty is object else (type(empty)(empty.__name__, (empty,), names),)
 
 
-def rebuild(original: Any, front: Any) -> Nest:
-    """An empty module of a converted class: what copies and pickles are filled into."""
-    cls = converted_class(original, front)
-    return cls.__new__(cls)
+def rebuild(front: Any, make: Any, *args: Nest) -> Nest:
+    """A converted module that is yet to be filled: what copies and pickles begin with.
+
+    ``make(*args)`` is what its class would begin with.
+    """
+    module = make(*args)
+    module.__class__ = converted_class(type(module), front)
+    return module

@@ -42,7 +42,7 @@ from efficient_densenet.modules.block import RecomputingBlock
 from efficient_densenet.modules.calls import BlockCall, StemCall
 from efficient_densenet.modules.parts import NormWithActivation
 from efficient_densenet.modules.reading import Layer, Unit, Unsupported
-from efficient_densenet.modules.recomputing import Recomputing, run, warn
+from efficient_densenet.modules.recomputing import Recomputing, check_is_map, run, warn
 from efficient_densenet.modules.sequence import RecomputingSequence, RecomputingTransition
 
 M = TypeVar("M", DenseMatch, TransitionMatch, StemMatch, NormMatch)
@@ -185,8 +185,7 @@ def _call_on(
     block: DenseFront, x: Tensor, match: DenseMatch, layers: tuple[Layer, ...]
 ) -> BlockCall:
     """The call of the layers on the map that enters; raises :class:`Unsupported`."""
-    if x.dim() < 2:
-        raise Unsupported("the input", f"has {x.dim()} dimensions")
+    check_is_map(x)
     if x.shape[1] != match.input_channels:
         expected = f"expects {match.input_channels} channels and gets {x.shape[1]}"
         raise Unsupported("the block", expected)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -20,7 +21,7 @@ def stand_in(module: nn.Module) -> Tensor | None:
     As many dimensions as convolutions have, as many channels as the first of them reads, and the
     type of their weights.
     """
-    weight = next((t for t in module.parameters() if t.dim() > 2), None)
+    weight = next((t for t in module.parameters() if not is_lazy(t) and t.dim() > 2), None)
     channels = next((c for part in module.modules() if (c := _channels(part))), None)
     if channels is None:
         return None

@@ -20,7 +20,7 @@ from efficient_densenet.modules.reading import (
     check_plain,
     is_patched,
 )
-from efficient_densenet.modules.recomputing import Recomputing
+from efficient_densenet.modules.recomputing import Recomputing, check_is_map
 
 Forward = Callable[..., Tensor]
 
@@ -118,6 +118,7 @@ class EfficientDenseBlock(RecomputingBlock, DenseBlock):
         self.kernels = kernels
 
     def _recomputing_read(self, x: Tensor) -> BlockCall:
+        check_is_map(x)
         layers = self.read_layers(x.shape[1])
         return BlockCall.of(x, layers, None, self.recompute, self.kernels)
 

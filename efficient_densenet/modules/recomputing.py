@@ -170,6 +170,14 @@ def run_or_none(module: Recomputing, call: Call) -> Tensor | None:
         return None
 
 
+def check_is_map(x: Tensor) -> None:
+    """Raise :class:`Unsupported` if no layer at all could read ``x``."""
+    if x.dim() < 2:
+        raise Unsupported("the input", f"has {x.dim()} dimensions")
+    if not x.is_floating_point():
+        raise Unsupported("the input", f"is {x.dtype}")
+
+
 def supported(read: Callable[[Tensor], T], x: Tensor) -> T | None:
     """What ``read(x)`` returns, ``None`` if it is not supported."""
     try:

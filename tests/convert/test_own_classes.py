@@ -18,6 +18,7 @@ from efficient_densenet.convert import fronts
 from efficient_densenet.convert.converted import Converted
 from efficient_densenet.convert.fronts import DenseFront, NormFront, StemFront, TransitionFront
 from support.compare import assert_close, assert_same_training, randomise_
+from support.copies import pickled
 
 C0, K = 4, 3
 T = TypeVar("T")
@@ -72,6 +73,31 @@ class Stem(nn.Module):
         return self.pool(F.relu(self.norm(self.conv(x))))
 
 
+class MakesItself(Dense):
+    """A class that is pickled as a call of itself."""
+
+    def __init__(self, number, layers=None):
+        super().__init__()
+        self.number, self.layers = number, self.layers if layers is None else layers
+
+    def __reduce__(self):
+        return type(self), (self.number, self.layers)
+
+
+class NeedsNumber(Dense):
+    """A class whose instances cannot be made without an argument."""
+
+    def __new__(cls, number):
+        return super().__new__(cls)
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def __getnewargs__(self):
+        return (self.number,)
+
+
 def pair(original):
     """A converted model, and the same as it was."""
     original = original.double()
@@ -108,6 +134,14 @@ class TestNewInstances:
         copied = copy.deepcopy(converted)
         assert copied.why_naive(INPUT) is None
         assert_same_training(copied, original, INPUT)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickled])
+    @pytest.mark.parametrize("base", [MakesItself, NeedsNumber])
+    def test_copy_of_what_says_how_to_copy_it_is_converted(self, base, copied):
+        converted, original = pair(base(3))
+        twin = copied(converted)
+        assert type(twin) is type(converted) and twin.number == 3
+        assert_same_training(twin, original, INPUT)
 
 
 class TestConvertedClass:
@@ -346,3 +380,38 @@ class TestArguments:
         converted, original = pair(self.Taking())
         for x in (INPUT, nn.Parameter(INPUT.clone()), INPUT):
             assert_close("output", converted(x), original(x), 1e-10)
+
+
+def test_block_beside_lazy_modules_recomputes():
+    model = nn.Sequential(nn.LazyConv2d(C0, 3, padding=1), Dense()).double()
+    report = convert_(model)
+    assert report["1"].converted
+    original = copy.deepcopy(model)
+    revert_(original)
+    for network in (model, original):
+        torch.manual_seed(1)
+        network(INPUT)  # which makes the lazy parameters
+    assert_same_training(model, original, INPUT, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "x", [INPUT.long(), INPUT[0, 0, 0], INPUT[0, 0, 0, 0]], ids=["integers", "vector", "number"]
+)
+def test_input_that_is_no_map_raises_error_of_naive_block(x):
+    class Other(Layer):
+        def forward(self, x):
+            y = super().forward(x)
+            return y * y.mean((2, 3), keepdim=True)
+
+    class Block(Dense):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Other(C0 + i * K) for i in range(2))
+
+    converted, original = pair(Block())
+    errors = []
+    for block in (converted, original):
+        with pytest.raises((RuntimeError, ValueError, IndexError)) as error:
+            block(x)
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
