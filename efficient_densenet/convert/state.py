@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from efficient_densenet.convert.converted import class_of
 from efficient_densenet.convert.graph import Nest
-from efficient_densenet.convert.values import ATOMS, CHOICES, COMPILED, PLAIN, Describer, TooLarge
+from efficient_densenet.convert.surroundings import MISSING, Surroundings
+from efficient_densenet.convert.values import (
+    CHOICES,
+    COMPILED,
+    Describer,
+    TooLarge,
+    is_constant,
+    is_same,
+)
 from efficient_densenet.modules.reading import CONVS, NORMS, Unsupported, is_patched
 
 OFTEN = {COMPILED, "_is_replica", "_former_parameters"}
@@ -29,7 +37,6 @@ READ: dict[type[nn.Module], tuple[str, ...]] = {
 """What is read of exactly these classes at every call, or follows from something else."""
 LIMIT = 50_000
 """Of how many values with contents the attributes may consist."""
-MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,13 @@ class _Part:
         known = class_of(module)
         plain, other, held = [], [], []
         for name, value in _attributes(known, vars(module)):
+            description = describe(value)  # by which it meets the code in a constant, too
             if isinstance(value, Tensor):
                 held.append(name)
-            elif _is_constant(value):
+            elif is_constant(value):
                 plain.append((name, value))
             else:
-                other.append((name, describe(value)))
+                other.append((name, description))
         return cls(
             known,
             tuple(module._modules),
@@ -83,7 +91,7 @@ class _Part:
         values = vars(module)
         for name, value in self.plain:  # a loop, since this runs at every call
             found = values.get(name, MISSING)
-            if found is not value and not _is_same(found, value):
+            if found is not value and not is_same(found, value):
                 return False
         for name, value in self.other:
             if name not in values or describe(values[name]) != value:
@@ -134,7 +142,7 @@ class _Members:
         found, members = vars(self.cls), self.members
         return found.keys() == members.keys() and (
             all(map(is_, found.values(), members.values()))
-            or all(_is_same(found[name], value) for name, value in members.items())
+            or all(is_same(found[name], value) for name, value in members.items())
         )
 
 
@@ -152,14 +160,18 @@ class Snapshot:
         describe = Describer(live, limit=LIMIT)
         self._places = _places(live, describe)
         self._ties = list(_ties(live))
-        bases = (base for part in live for base in class_of(part).__mro__)
-        self._classes = [_Members.of(base) for base in dict.fromkeys(bases)]
         self._parts: list[_Part] = []
+        self._classes: list[_Members] = []
         try:
             self._parts += [_Part.of(part, describe) for part in live]
-            self.is_too_large = False
+            classes = list(dict.fromkeys([part.cls for part in self._parts]))
+            self._around = Surroundings(classes, describe.code, describe)
         except (TooLarge, RecursionError):
             self.is_too_large = True
+            return
+        self.is_too_large = False
+        bases = (base for cls in (*classes, *self._around.classes) for base in cls.__mro__)
+        self._classes += [_Members.of(base) for base in dict.fromkeys(bases)]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Snapshot:
         return self  # which nothing changes
@@ -186,6 +198,7 @@ class Snapshot:
                     part.fits(module, describe)
                     for module, part in zip(live, self._parts, strict=True)
                 )
+                and self._around.fit(describe)
             )
         except (TooLarge, RecursionError):
             return False
@@ -237,17 +250,6 @@ def _attributes(cls: type[nn.Module], values: Mapping[str, Nest]) -> Iterator[tu
 
 def _names(cls: type[nn.Module], values: Mapping[str, Nest]) -> set[str]:
     return {name for name, _ in _attributes(cls, values)}
-
-
-def _is_constant(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_constant(item) for item in value)
-    return value is None or isinstance(value, (*PLAIN, *ATOMS))
-
-
-def _is_same(found: object, value: object) -> bool:
-    same_kind = type(found) is type(value) and _is_constant(value)
-    return found is value or (same_kind and bool(found == value))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, object]]:

@@ -80,6 +80,7 @@ class Describer:
     def _contents(self, value: Nest) -> Nest:
         kind = type(value)
         if isinstance(value, nn.Module):
+            self.code.append(class_of(value))
             left_out = {*CHOICES, COMPILED}
             return [(name, self(v)) for name, v in vars(value).items() if name not in left_out]
         if kind is list:
@@ -103,9 +104,23 @@ class Describer:
         except Exception:
             return Same(value)
         if isinstance(parts, str):
+            self.code.append(value)
             return Same(value)
         self.code.append(type(value))
         return [self([*part] if isinstance(part, Iterator) else part) for part in parts]
+
+
+def is_constant(value: object) -> bool:
+    """Whether a value never changes, but for what the code in it finds."""
+    if isinstance(value, tuple):
+        return all(is_constant(item) for item in value)
+    return value is None or isinstance(value, (*PLAIN, *ATOMS))
+
+
+def is_same(found: object, value: object) -> bool:
+    """Whether it is the same value, or an equal constant."""
+    same_kind = type(found) is type(value) and is_constant(value)
+    return found is value or (same_kind and bool(found == value))
 
 
 def _is_generator(value: object) -> bool:

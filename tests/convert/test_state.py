@@ -18,55 +18,9 @@ from torch.nn import functional as F
 from efficient_densenet import convert_
 from efficient_densenet.convert import fronts, state
 from efficient_densenet.convert.values import Describer, TooLarge, described
-from support.compare import assert_same_training
+from support.deciding import INPUT, Block, Layer, assert_follows, block, either
 
-INPUT = torch.randn(2, 4, 6, 5, dtype=torch.float64)
 CHANGED = "changes layers.{}.{} when it runs"
-
-
-class Layer(nn.Module):
-    """Norm, what ``activate(layer, map)`` makes of it, convolution."""
-
-    def __init__(self, channels, activate):
-        super().__init__()
-        self.bn, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, 3, 3, padding=1)
-        self.activate = activate
-
-    def forward(self, x):
-        return self.conv(self.activate(self, self.bn(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.cat([x, layer(x)], 1)
-        return x
-
-
-def block(activate, give=lambda layer: None, layer=Layer):
-    """Three layers, each of which has been given what it decides by."""
-    made = Block([layer(4 + 3 * i, activate) for i in range(3)])
-    for part in made.layers:
-        give(part)
-    return made.double()
-
-
-def assert_follows(original, change, why_naive=None):
-    """A converted block trains as the original does, before and after both are changed."""
-    converted = copy.deepcopy(original)
-    convert_(converted)
-    assert converted.why_naive(INPUT) is None
-    for model in (converted, original):
-        model.train()
-    assert_same_training(converted, original, INPUT, rtol=1e-9)
-    for model in (converted, original):
-        change(model)
-    assert converted.why_naive(INPUT) == why_naive
-    assert_same_training(converted, original, INPUT, rtol=1e-9)
 
 
 @dataclasses.dataclass
@@ -77,10 +31,6 @@ class Slotted:
 
 def namespace(**values):
     return types.SimpleNamespace(**values)
-
-
-def either(is_leaky, y):
-    return F.leaky_relu(y, 0.3) if is_leaky else F.relu(y)
 
 
 HELD = {
