@@ -29,9 +29,9 @@ class Converted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Nest:
         reduced: tuple[Nest, ...] = super().__reduce_ex__(max(2, protocol))  # type: ignore[assignment]
         make, args, *state = reduced
-        names = [self._recomputing_original if part is type(self) else part for part in args]
-        make = self._recomputing_original if make is type(self) else make
-        return rebuild, (self._recomputing_front, make, *names), *state
+        parts = [self._recomputing_original if p is type(self) else p for p in (make, *args)]
+        own = {k: v for k, v in vars(self).items() if k.startswith("_recomputing_")}
+        return rebuild, (self._recomputing_front, own, *parts), *state
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -93,11 +93,12 @@ def _layout(original: Any) -> tuple[type, ...]:
     return () if empty is object else (type(empty)(empty.__name__, (empty,), names),)
 
 
-def rebuild(front: Any, make: Any, *args: Nest) -> Nest:
+def rebuild(front: Any, own: dict[str, Nest], make: Any, *args: Nest) -> Nest:
     """A converted module that is yet to be filled: what copies and pickles begin with.
 
-    ``make(*args)`` is what its class would begin with.
+    ``make(*args)`` is what its class would begin with, ``own`` what the conversion has added.
     """
     module = make(*args)
     module.__class__ = converted_class(type(module), front)
+    vars(module).update(own)
     return module

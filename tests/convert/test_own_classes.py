@@ -139,8 +139,9 @@ class TestNewInstances:
     @pytest.mark.parametrize("base", [MakesItself, NeedsNumber])
     def test_copy_of_what_says_how_to_copy_it_is_converted(self, base, copied):
         converted, original = pair(base(3))
+        converted.recompute = "norm"
         twin = copied(converted)
-        assert type(twin) is type(converted) and twin.number == 3
+        assert type(twin) is type(converted) and (twin.number, twin.recompute) == (3, "norm")
         assert_same_training(twin, original, INPUT)
 
 
