@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from efficient_densenet.convert.arguments import Contents, stand_ins
+from efficient_densenet.convert.arguments import Contents, restore, stand_ins
 from efficient_densenet.convert.graph import (
     Arguments,
     Call,
@@ -119,7 +119,8 @@ class _Tracer:
         args_, kwargs_ = self.nest(args, given=True), self.nest(kwargs, given=True)
         root = Call("", module, args_, kwargs_, None, 0, _context())
         self.call, self.recording = root, Recording(root)
-        self.given = {root: (given := Contents(args, kwargs))}
+        self.given = {root: Contents(args, kwargs)}
+        before = self.given[root].restorable()
         hooks = []
         for path, part in module.named_modules():
             if path:
@@ -134,7 +135,7 @@ class _Tracer:
             self.recording.error = subject, f"cannot run on stand-ins ({told(error)})"
         for hook in hooks:
             hook.remove()
-        given.restore()
+        restore(before)
         return self.recording
 
     def enter(self, path: str) -> Nest:
