@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 Nest = Any
@@ -14,6 +15,8 @@ Arguments = tuple[Nest, ...]
 Keywords = dict[str, Nest]
 Function = Callable[..., Nest]
 """What a mode of PyTorch's is asked to run."""
+
+DECIDED_BY = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 
 
 @dataclass(eq=False)
@@ -111,12 +114,13 @@ class Note:
     """Something that Python code did beside operations, and in which call.
 
     ``changed`` is the path of an attribute if that is what it did: it would still be seen after the
-    call.
+    call. ``repeats``: whether a second run of the same call, by autograd, would do the same.
     """
 
     text: str
     call: Call = field(repr=False)
     changed: str | None = None
+    repeats: bool = True
 
 
 @dataclass(repr=False)
@@ -158,6 +162,30 @@ class Recording:
     def notes_in(self, call: Call) -> list[Note]:
         """The notes of a call and of those in it."""
         return [note for note in self.notes if note.call.within(call)]
+
+    def outline(self) -> Nest:
+        """All that it says, by paths: of two recordings that are alike it is equal."""
+        numbers: dict[Value, int] = {}
+
+        def plain(nest: Nest) -> Nest:
+            if isinstance(nest, Value):
+                return numbers.setdefault(nest, len(numbers)), nest.path, nest.given
+            if isinstance(nest, (list, tuple)):
+                return [plain(item) for item in nest]
+            if isinstance(nest, Mapping):
+                return [(key, plain(item)) for key, item in nest.items()]
+            return nest if nest is None or isinstance(nest, DECIDED_BY) else type(nest)
+
+        calls = [
+            (call.path, call.start, call.stop, plain((call.args, call.kwargs, call.result)))
+            for call in self.calls()
+        ]
+        nodes = [
+            (node.name, node.call.path, node.oddities, plain((node.inputs, node.results)))
+            for node in self.nodes
+        ]
+        notes = [(note.text, note.call.path, note.changed) for note in self.notes]
+        return calls, nodes, notes, self.error
 
 
 def values_in(nest: Nest) -> Iterator[Value]:

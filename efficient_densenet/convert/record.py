@@ -5,22 +5,27 @@ What is recorded holds for every shape and type: whatever Python asks of a map i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from efficient_densenet.convert.arguments import Contents, restore, stand_ins
+from efficient_densenet.convert.asked import (
+    OF_THE_GRAPH,
+    Functions,
+    context_now,
+    is_grad_enabled,
+    told_to,
+)
 from efficient_densenet.convert.graph import (
     Arguments,
     Call,
-    Function,
     Keywords,
     Nest,
     Node,
@@ -29,7 +34,6 @@ from efficient_densenet.convert.graph import (
     Value,
     values_in,
 )
-from efficient_densenet.convert.intercepted import plain_checkpoints
 from efficient_densenet.convert.twin import (
     Unrecordable,
     hollow,
@@ -41,15 +45,6 @@ from efficient_densenet.convert.twin import (
 )
 
 aten = torch.ops.aten
-
-ANSWERED_ALIKE = {"dim", "ndim", "ndimension", "requires_grad", "is_leaf", "__setitem__"}
-"""What Python may ask of a map: the answer is the same for every map, or changes no result."""
-CONVERSIONS = {
-    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu", "xpu"),
-}
-"""What may do nothing to a stand-in, and something to a map."""
-PASSED_ON = {"torch._tensor", "torch.overrides", "torch.functional"}
-"""Modules of PyTorch through which a call of a tensor's methods passes."""
 
 
 def record(
@@ -68,6 +63,29 @@ def record(
     Raises:
         Unrecordable: if it does not even start, or leaves traces.
     """
+    recording, answered = _recorded(module, args, kwargs or {}, training, frozenset())
+    for number in range(1, len(answered) + 1):
+        for others in combinations(answered, number):
+            try:
+                other, _ = _recorded(module, args, kwargs or {}, training, frozenset(others))
+            except Unrecordable:
+                other = None
+            if other is None or other.outline() != recording.outline():
+                recording.notes += [note for question in others for note in answered[question]]
+    return recording
+
+
+def _recorded(
+    module: nn.Module,
+    args: Sequence[Nest],
+    kwargs: Mapping[str, Nest],
+    training: bool | None,
+    contrary: frozenset[str],
+) -> tuple[Recording, dict[str, list[Note]]]:
+    """A recording, and by their names the questions that had two answers.
+
+    To those that are ``contrary`` the answer is the other one.
+    """
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
@@ -78,9 +96,9 @@ def record(
             _set_mode(twin.module, training)
         before = plain_attributes(twin.module)
         stack.enter_context(untouched_random_numbers())
-        tracer = _Tracer(twin.paths)
-        stack.enter_context(plain_checkpoints(tracer.note_checkpoint))
-        recording = tracer.run(twin.module, args, dict(kwargs or {}))
+        tracer = _Tracer(twin.paths, contrary)
+        stack.enter_context(told_to(tracer))
+        recording = tracer.run(twin.module, args, {**kwargs})
         recording.patched = twin.patched
     after = plain_attributes(twin.module)
     for path in dict.fromkeys((*before, *after)):
@@ -90,7 +108,7 @@ def record(
                 call = recording.last_call(path)
                 changed = f"{path}.{name}" if path else name
                 recording.notes.append(Note("changes {} when it runs", call, changed))
-    return recording
+    return recording, tracer.answered
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:
@@ -103,13 +121,14 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 class _Tracer:
     """Builds a recording from what its two modes and the hooks of the twin see."""
 
-    def __init__(self, paths: Mapping[int, str]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Mapping[int, str], contrary: frozenset[str]) -> None:
+        self.paths, self.contrary = paths, contrary
+        self.answered: dict[str, list[Note]] = {}
         self.values: dict[int, tuple[Tensor, Value, int]] = {}
         self.writes: dict[int, int] = {}
         self.owners: dict[int, Value] = {}
-        self.inside_function = False
-        self.autocast = self.autocast_at_first = _autocast()
+        self.functions = Functions(self)
+        self.autocast_at_first = self.functions.autocast
         self.recording: Recording
         self.call: Call
         self.given: dict[Call, Contents]
@@ -117,7 +136,7 @@ class _Tracer:
     def run(self, module: nn.Module, args: Sequence[Nest], kwargs: Keywords) -> Recording:
         args, kwargs = stand_ins(tuple(args)), stand_ins(kwargs)
         args_, kwargs_ = self.nest(args, given=True), self.nest(kwargs, given=True)
-        root = Call("", module, args_, kwargs_, None, 0, _context())
+        root = Call("", module, args_, kwargs_, None, 0, context_now())
         self.call, self.recording = root, Recording(root)
         self.given = {root: Contents(args, kwargs)}
         before = self.given[root].restorable()
@@ -127,7 +146,7 @@ class _Tracer:
                 hooks.append(part.register_forward_pre_hook(self.enter(path), with_kwargs=True))
                 hooks.append(part.register_forward_hook(self.leave, with_kwargs=True))
         try:
-            with _Functions(self), _Operations(self):
+            with self.functions, _Operations(self):
                 root.result = self.nest(module(*args, **kwargs))
             self.close(root)
         except Exception as error:
@@ -147,7 +166,7 @@ class _Tracer:
                 self.nest(kwargs),
                 self.call,
                 len(self.recording.nodes),
-                _context(),
+                context_now(),
             )
             self.call.children.append(here)
             self.call = here
@@ -239,22 +258,30 @@ class _Tracer:
 
     def oddities(self, inputs: Mapping[str, Nest]) -> list[str]:
         found = []
-        if not self.inside_function:
+        if not self.functions.inside:
             found.append("which runs outside of Python")
         if any(self.is_stale(tensor) for tensor in tensors_in((inputs,))):
             found.append("which reads a map that was changed in place through another one")
         learns = any(tensor.requires_grad for tensor in tensors_in((inputs,)))
-        if learns and not torch.is_grad_enabled():
+        if learns and not is_grad_enabled():
             found.append("which autograd does not see")
-        if self.autocast != self.autocast_at_first:
+        if self.functions.autocast != self.autocast_at_first:
             found.append("which runs under an autocast of its own")
         return found
 
     def note_checkpoint(self) -> None:
         self.call.checkpoints = True
 
-    def note(self, text: str) -> None:
-        self.recording.notes.append(Note(text, self.call))
+    def note(self, text: str, repeats: bool = True) -> None:
+        self.recording.notes.append(Note(text, self.call, repeats=repeats))
+
+    def answer(self, question: str, text: str, answer: Nest) -> Nest:
+        if not isinstance(answer, bool):
+            self.note(text)
+            return answer
+        note = Note(text, self.call, repeats=question not in OF_THE_GRAPH)
+        self.answered.setdefault(question, []).append(note)
+        return answer != (question in self.contrary)
 
 
 class _Operations(TorchDispatchMode):
@@ -268,53 +295,6 @@ class _Operations(TorchDispatchMode):
         self, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
     ) -> Nest:
         return self.tracer.add(func, args, kwargs or {})
-
-
-class _Functions(TorchFunctionMode):
-    """Notes what Python learns of tensors or does to them that is no operation."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(
-        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> Nest:
-        kwargs = kwargs or {}
-        tracer, outer = self.tracer, self.tracer.inside_function
-        tracer.inside_function = True
-        tracer.autocast = _autocast()  # which operations themselves do not see
-        try:
-            result = func(*args, **kwargs)
-        finally:
-            tracer.inside_function = outer
-        name = _name(func)
-        maps = [t for t in tensors_in((args, kwargs)) if id(t) not in tracer.paths]
-        learns = not any(True for _ in tensors_in((result,)))
-        asks_for_channels = name == "size" and args[1:] == (1,)
-        if (
-            maps
-            and (learns or name in CONVERSIONS)
-            and name not in ANSWERED_ALIKE
-            and not asks_for_channels
-            and not _called_by_pytorch()
-        ):
-            tracer.note(f"asks a map for its {name}" if learns else f"converts a map ({name})")
-        return result
-
-
-def _name(func: Function) -> str:
-    """``shape`` for the getter of ``Tensor.shape``, the function's own name otherwise."""
-    name = (resolve_name(func) or getattr(func, "__name__", str(func))).removesuffix(".__get__")
-    return name.rpartition(".")[2]
-
-
-def _called_by_pytorch() -> bool:
-    """Whether PyTorch's own Python code called the function that is being handled."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__") in PASSED_ON:
-        frame = frame.f_back
-    return str(frame.f_globals.get("__name__")).partition(".")[0] == "torch"
 
 
 def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> Nest:
@@ -333,14 +313,3 @@ def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> Nest:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _context() -> tuple[object, ...]:
-    return torch.is_grad_enabled(), *_autocast()
-
-
-def _autocast() -> tuple[object, ...]:
-    return tuple(
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-    )

@@ -120,6 +120,9 @@ class Region:
         for call in (run, *run.below()):
             if call.checkpoints:
                 raise Unsupported(self.relative(call.path), "runs a reentrant checkpoint")
+        for note in self.recording.notes_in(run):
+            if not note.repeats:
+                raise self.refusal(note)
         for node in self.recording.nodes_in(run):
             for value in node.effects:
                 if value.path is not None and value.path in self.parameters:
