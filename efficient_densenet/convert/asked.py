@@ -37,7 +37,7 @@ QUESTIONS = (
     *("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype"),
 )
 """Functions of PyTorch that tell in which mode it is."""
-MODES = {torch.autocast: "an autocast", torch.inference_mode: "an inference mode"}
+MODES: dict[Any, str] = {torch.autocast: "an autocast", torch.inference_mode: "an inference mode"}
 ONE_AT_A_TIME = threading.RLock()
 """Held while something of PyTorch is replaced."""
 NOTHING = object()
@@ -120,8 +120,8 @@ class Functions(TorchFunctionMode):
 def _name(func: Function) -> str:
     """``shape`` for the getter of ``Tensor.shape``, ``shape.__set__`` for its setter."""
     name = (resolve_name(func) or getattr(func, "__name__", str(func))).removesuffix(".__get__")
-    *_, owner, last = ("", *name.split("."))
-    return f"{owner}.{last}" if last == "__set__" else last
+    setter = name.endswith(".__set__")
+    return ".".join(name.split(".")[-2 if setter else -1 :])
 
 
 @contextmanager

@@ -247,7 +247,7 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "data": (lambda: Looping(lambda self, new: new.data), "computes detach"),
     "gradient hook": (
         lambda: Looping(lambda self, new: (new.register_hook(lambda g: 2 * g), new)[1]),
-        "asks a map for its register_hook",
+        "calls register_hook on a map",
     ),
     "counts": (lambda: Looping(counts), "changes calls when it runs"),
     "appends": (appends, "changes seen when it runs"),
