@@ -6,7 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficient_densenet.convert.graph import Nest
 from efficient_densenet.convert.twin import Unrecordable, hollow
