@@ -20,6 +20,7 @@ from efficient_densenet.convert.surroundings import MISSING, Surroundings
 from efficient_densenet.convert.values import (
     CHOICES,
     COMPILED,
+    LIMIT,
     Describer,
     TooLarge,
     is_constant,
@@ -35,8 +36,6 @@ READ: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(CONVS, ("_reversed_padding_repeated_twice",)),
 }
 """What is read of exactly these classes at every call, or follows from something else."""
-LIMIT = 50_000
-"""Of how many values with contents the attributes may consist."""
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,14 @@ class Found(NamedTuple):
     Attributes:
         name: what the code calls it.
         get: finds it again.
+        put: lets code find something else.
         value: what it was if it can only be replaced, else its description.
         is_constant: whether it can only be replaced.
     """
 
     name: str
     get: Callable[[], Nest]
+    put: Callable[[Nest], object]
     value: Nest
     is_constant: bool
 
@@ -63,6 +65,7 @@ class Surroundings:
     Attributes:
         found: all that it finds.
         classes: those of the user's own that it comes to.
+        caches: what keeps the results of functions that it comes to.
 
     Args:
         classes: those of the modules.
@@ -76,6 +79,7 @@ class Surroundings:
     def __init__(self, classes: Iterable[type], code: Iterable[Nest], describe: Describer) -> None:
         self.found: list[Found] = []
         self.classes: list[type] = []
+        self.caches: list[Nest] = []
         own = [cls for cls in classes if _root(cls) not in FOREIGN]
         self._roots = {_root(cls) for cls in own}
         self._describe = describe
@@ -109,6 +113,8 @@ class Surroundings:
                 if self._is_own(base) and base not in self.classes:
                     self._read_class(base)
         else:
+            if isinstance(thing, functools._lru_cache_wrapper):
+                self.caches.append(thing)
             function = _function_in(thing)
             if function is not None and self._is_own(function) and self._is_new(function, ""):
                 self._read_function(function)
@@ -119,7 +125,8 @@ class Surroundings:
             if _function_in(value) is not None:
                 self._methods.append((name, value))
             elif not name.startswith(("__", "_abc_")):
-                self._add(f"{cls.__name__}.{name}", partial(vars(cls).get, name, MISSING))
+                get, put = partial(vars(cls).get, name, MISSING), partial(setattr, cls, name)
+                self._add(f"{cls.__name__}.{name}", get, put)
 
     def _read_function(self, function: FunctionType) -> None:
         names, attributes = _names_in(function.__code__)
@@ -128,11 +135,11 @@ class Surroundings:
         enclosed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in enclosed:
             if not _is_empty(cell) and self._is_new(cell, ""):
-                self._add(name, partial(getattr, cell, "cell_contents"))
+                self._add(name, *_access(cell, "cell_contents"))
                 self._enter(cell.cell_contents, attributes, f"{name}.", ())
         for name in ("__defaults__", "__kwdefaults__", "__dict__"):
             if getattr(function, name):
-                self._add(f"{function.__name__}.{name}", partial(getattr, function, name))
+                self._add(f"{function.__name__}.{name}", *_access(function, name))
 
     def _find(
         self,
@@ -147,7 +154,8 @@ class Surroundings:
         for name in [name for name in names if name in space]:
             value = space[name]
             if self._is_new(space, name):
-                self._add(prefix + name, partial(space.get, name, MISSING), is_foreign)
+                get, put = partial(space.get, name, MISSING), partial(space.__setitem__, name)
+                self._add(prefix + name, get, put, is_foreign)
             self._enter(value, attributes, f"{prefix}{name}.", within)
 
     def _enter(
@@ -156,11 +164,17 @@ class Surroundings:
         if isinstance(value, ModuleType) and value not in within:
             self._find(vars(value), attributes, attributes, prefix, (*within, value))
 
-    def _add(self, name: str, get: Callable[[], Nest], is_foreign: bool = False) -> None:
+    def _add(
+        self,
+        name: str,
+        get: Callable[[], Nest],
+        put: Callable[[Nest], object],
+        is_foreign: bool = False,
+    ) -> None:
         value = get()
         constant = is_foreign or is_constant(value)
         description = None if is_foreign else self._describe(value)
-        self.found.append(Found(name, get, value if constant else description, constant))
+        self.found.append(Found(name, get, put, value if constant else description, constant))
         if self._describe.limit is not None and len(self.found) > self._describe.limit:
             raise TooLarge
 
@@ -193,6 +207,10 @@ def _function_in(thing: Nest) -> FunctionType | None:
         return thing
     name = AROUND.get(type(thing))
     return None if name is None else _function_in(getattr(thing, name))
+
+
+def _access(thing: Nest, name: str) -> tuple[Callable[[], Nest], Callable[[Nest], object]]:
+    return partial(getattr, thing, name), partial(setattr, thing, name)
 
 
 def _is_empty(cell: Nest) -> bool:

@@ -21,6 +21,8 @@ ATOMS = (FunctionType, BuiltinFunctionType, type, ModuleType, Enum)
 CHOICES = {"_recomputing_mode", "_recomputing_kernels", "_recomputing_known"}
 """What a converted module has besides."""
 COMPILED = "_compiled_call_impl"
+LIMIT = 50_000
+"""How many values with contents may be looked at before a call."""
 
 
 class TooLarge(Exception):
@@ -99,6 +101,7 @@ class Describer:
 
     def _copied(self, value: Nest) -> Nest:
         """What a copy of it would be made of."""
+        hasattr(value, "__dict__")  # which some objects make when they are asked for it
         try:
             parts = value.__reduce_ex__(4)
         except Exception:
