@@ -13,8 +13,17 @@ from efficient_densenet.convert.twin import Unrecordable, hollow
 from efficient_densenet.convert.values import Describer
 
 
-def stand_ins(thing: Nest) -> Nest:
+def own_class(tensor: Tensor) -> type[Tensor] | None:
+    """A class that carries something besides what ``Tensor`` does, and that Python may ask for."""
+    cls = type(tensor)
+    is_tensor = cls is Tensor or cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return None if is_tensor or isinstance(tensor, nn.Parameter) else cls
+
+
+def stand_ins(thing: Nest, as_own: bool = False) -> Nest:
     """Arguments with hollow tensors for tensors, in containers of their own.
+
+    They are plain tensors, unless they are to be ``as_own`` classes.
 
     Raises:
         Unrecordable: if one is used up by reading it.
@@ -23,12 +32,15 @@ def stand_ins(thing: Nest) -> Nest:
         return nn.Parameter(hollow(thing), thing.requires_grad)
     if isinstance(thing, Tensor):
         made = hollow(thing)
-        return made.requires_grad_().clone() if made.is_floating_point() else made  # no leaf
+        made = made.requires_grad_().clone() if made.is_floating_point() else made  # no leaf
+        if as_own and (own := own_class(thing)):
+            made.__class__ = own
+        return made
     if isinstance(thing, (list, tuple)):
-        items = [stand_ins(item) for item in thing]
+        items = [stand_ins(item, as_own) for item in thing]
         return type(thing)(*items) if hasattr(thing, "_fields") else type(thing)(items)
     if isinstance(thing, Mapping):
-        return {key: stand_ins(item) for key, item in thing.items()}
+        return {key: stand_ins(item, as_own) for key, item in thing.items()}
     if isinstance(thing, Iterator):
         raise Unrecordable(f"An argument is a {type(thing).__name__}, which reading uses up.")
     return thing

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from efficient_densenet.convert.arguments import own_class
 from efficient_densenet.convert.dense import match_dense
 from efficient_densenet.convert.graph import Arguments, Keywords, Nest, Recording
 from efficient_densenet.convert.graph import Call as RecordedCall
@@ -63,7 +64,7 @@ def arguments_of(args: Arguments, kwargs: Mapping[str, Nest]) -> Nest:
 
 def _described(thing: Nest) -> Nest:
     if isinstance(thing, Tensor):
-        return PARAMETER if isinstance(thing, nn.Parameter) else TENSOR
+        return PARAMETER if isinstance(thing, nn.Parameter) else own_class(thing) or TENSOR
     if thing is None or isinstance(thing, PLAIN):
         return type(thing), thing
     if isinstance(thing, (list, tuple)):

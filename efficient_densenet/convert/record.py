@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from efficient_densenet.convert.arguments import Contents, restore, stand_ins
+from efficient_densenet.convert.arguments import Contents, own_class, restore, stand_ins
 from efficient_densenet.convert.asked import (
     OF_THE_GRAPH,
     Functions,
@@ -73,6 +73,15 @@ def record(
                 other = None
             if other is None or other.outline() != recording.outline():
                 recording.notes += [note for question in others for note in answered[question]]
+    for own in dict.fromkeys(filter(None, map(own_class, tensors_in((args, kwargs))))):
+        for made in (Tensor, own):  # it says itself, when it runs, what its operations make
+            try:
+                other, _ = _recorded(module, args, kwargs or {}, training, frozenset(), made)
+            except Unrecordable:
+                other = None
+            if other is None or other.outline() != recording.outline():
+                text = f"does something else with a {own.__name__}"
+                recording.notes.append(Note(text, recording.root))
     return recording
 
 
@@ -82,10 +91,12 @@ def _recorded(
     kwargs: Mapping[str, Nest],
     training: bool | None,
     contrary: frozenset[str],
+    made: type[Tensor] | None = None,
 ) -> tuple[Recording, dict[str, list[Note]]]:
     """A recording, and by their names the questions that had two answers.
 
-    To those that are ``contrary`` the answer is the other one.
+    To those that are ``contrary`` the answer is the other one. Arguments are of their own classes
+    if ``made`` is given, the class of what operations make.
     """
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
@@ -97,9 +108,11 @@ def _recorded(
             _set_mode(twin.module, training)
         before, outside = plain_attributes(twin.module), Outside(twin.module)
         stack.enter_context(untouched_random_numbers())
-        tracer = _Tracer(twin.paths, contrary)
+        tracer = _Tracer(twin.paths, contrary, made or Tensor)
         stack.enter_context(told_to(tracer))
-        recording = tracer.run(twin.module, args, {**kwargs})
+        stack.enter_context(torch._C.DisableTorchFunctionSubclass())
+        given = stand_ins((tuple(args), {**kwargs}), as_own=made is not None)
+        recording = tracer.run(twin.module, *given)
         recording.patched = twin.patched
     after = plain_attributes(twin.module)
     for path in dict.fromkeys((*before, *after)):
@@ -124,8 +137,10 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 class _Tracer:
     """Builds a recording from what its two modes and the hooks of the twin see."""
 
-    def __init__(self, paths: Mapping[int, str], contrary: frozenset[str]) -> None:
-        self.paths, self.contrary = paths, contrary
+    def __init__(
+        self, paths: Mapping[int, str], contrary: frozenset[str], made: type[Tensor]
+    ) -> None:
+        self.paths, self.contrary, self.made = paths, contrary, made
         self.answered: dict[str, list[Note]] = {}
         self.values: dict[int, tuple[Tensor, Value, int]] = {}
         self.writes: dict[int, int] = {}
@@ -136,8 +151,7 @@ class _Tracer:
         self.call: Call
         self.given: dict[Call, Contents]
 
-    def run(self, module: nn.Module, args: Sequence[Nest], kwargs: Keywords) -> Recording:
-        args, kwargs = stand_ins(tuple(args)), stand_ins(kwargs)
+    def run(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> Recording:
         args_, kwargs_ = self.nest(args, given=True), self.nest(kwargs, given=True)
         root = Call("", module, args_, kwargs_, None, 0, context_now())
         self.call, self.recording = root, Recording(root)
@@ -257,6 +271,8 @@ class _Tracer:
             value = Value(tuple(tensor.shape), node, path)
             self.owners.setdefault(_storage(tensor), value)
             node.results.append(self.hold(tensor, value))
+            if type(tensor) is Tensor and self.made is not Tensor:
+                tensor.__class__ = self.made
         return result
 
     def oddities(self, inputs: Mapping[str, Nest]) -> list[str]:
@@ -308,7 +324,8 @@ def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> Nest:
         vectors = [t for t in (weight, bias, mean, var) if t is not None]
         if all(t.shape == x.shape[1:2] for t in vectors):
             # PyTorch takes milliseconds to find this.
-            return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+            mean, var = (torch.empty(x.shape[1:2], dtype=x.dtype, device="meta") for _ in range(2))
+            return torch.empty_like(x), mean, var
     if any(argument.name == "device" for argument in func._schema.arguments):
         kwargs = {**kwargs, "device": torch.device("meta")}
     return func(*args, **kwargs)

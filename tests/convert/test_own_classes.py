@@ -98,6 +98,10 @@ class NeedsNumber(Dense):
         return (self.number,)
 
 
+class Marked(Tensor):
+    mark = 1
+
+
 def pair(original):
     """A converted model, and the same as it was."""
     original = original.double()
@@ -375,6 +379,45 @@ class TestArguments:
         monkeypatch.setattr(fronts, "record", lambda *args: looks.append(args) or record(*args))
         for _ in range(3):
             block(*given(INPUT.clone()))
+        assert len(looks) == 1
+
+    @pytest.mark.parametrize(
+        "decides",
+        [
+            lambda x, y: type(x) is Marked,
+            lambda x, y: hasattr(x, "mark"),
+            lambda x, y: isinstance(y, Marked),
+            lambda x, y: not isinstance(x, Marked) or isinstance(y, Marked),
+        ],
+        ids=["class", "attribute", "inside", "both"],
+    )
+    @pytest.mark.parametrize("keeps", [True, False])
+    def test_what_class_of_tensors_decides_is_done(self, decides, keeps, monkeypatch):
+        class Deciding(Layer):
+            def forward(self, x):
+                y = self.norm(x)
+                return self.conv(y.exp() if decides(x, y) else F.relu(y))
+
+        class Block(Dense):
+            def __init__(self):
+                super().__init__()
+                self.layers[0] = Deciding(C0)
+
+        if not keeps:
+            plain = torch._C._disabled_torch_function_impl
+            monkeypatch.setattr(Marked, "__torch_function__", plain)
+        converted, original = pair(Block())
+        for x in (INPUT, INPUT.as_subclass(Marked)):
+            outputs = [block(x).as_subclass(Tensor) for block in (converted, original)]
+            assert_close("output", *outputs, 1e-10)
+
+    def test_subclass_of_tensor_that_decides_nothing_recomputes(self, monkeypatch):
+        block, looks = Dense().double(), []
+        convert_(block)
+        record = fronts.record
+        monkeypatch.setattr(fronts, "record", lambda *args: looks.append(args) or record(*args))
+        for _ in range(3):
+            assert block.why_naive(INPUT.as_subclass(Marked)) is None
         assert len(looks) == 1
 
     def test_parameter_as_input_is_told_from_tensor(self):
