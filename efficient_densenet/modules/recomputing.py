@@ -35,9 +35,9 @@ class Settings(nn.Module):
     """What can be chosen of a module that recomputes, at any time.
 
     ``recompute`` says what the backward pass recomputes: ``"bottleneck"``, ``"norm"`` or
-    ``"none"``. ``kernels`` says which implementation of the operations to run on: that one if it
-    can run the input, otherwise the next slower one. ``"auto"`` leaves it to the environment
-    variable ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
+    ``"none"``. ``kernels`` says which implementation of the operations to try first; if it cannot
+    run the input, the next slower one does. ``"auto"`` leaves it to the environment variable
+    ``EFFICIENT_DENSENET_KERNELS``; if that is not set, it is the fastest one.
 
     This class stands before others that may have any attributes. So all that it and its subclasses
     add has a name that begins with ``_recomputing_``, except what is for whoever uses a module.
@@ -60,7 +60,7 @@ class Settings(nn.Module):
 
     @property
     def kernels(self) -> Kernels:
-        """``"auto"``, ``"triton"`` or ``"eager"``."""
+        """``"auto"``, ``"triton"``, ``"whole"`` or ``"eager"``."""
         return self._recomputing_kernels
 
     @kernels.setter
@@ -91,7 +91,7 @@ class Recomputing(Settings):
         return (*args, *kwargs.values())
 
     def why_naive(self, *args: Any, **kwargs: Any) -> str | None:
-        """Why a call would take the naive path, or ``None`` if it takes the efficient one."""
+        """Why a call with these arguments would take the naive path; ``None`` if it would not."""
         try:
             read_call(self, *args, **kwargs)
         except Unsupported as reason:
@@ -99,7 +99,11 @@ class Recomputing(Settings):
         return None
 
     def why_kernels(self, x: Tensor) -> str:
-        """Which kernels the efficient path would run ``x`` on, and why not on faster ones."""
+        """Which implementation the efficient path would run ``x`` on, and why no faster one.
+
+        Such as ``"eager runs; triton does not: Triton is not installed; whole does not: its maps
+        are not small"``.
+        """
         call = supported(lambda x: read_call(self, x), x)
         types, spec = types_of(x), None if call is None else call.spec
         return explain_choice(
