@@ -4,59 +4,69 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from efficient_densenet.convert.converted import class_of
 from efficient_densenet.convert.graph import Nest
-from efficient_densenet.convert.surroundings import Found, Surroundings
+from efficient_densenet.convert.surroundings import Found, Surroundings, is_foreign
 from efficient_densenet.convert.twin import INTERNAL, Unrecordable
 from efficient_densenet.convert.values import LIMIT, Describer, TooLarge
 
 
-class Outside:
-    """What the code of a module finds outside of it, before it runs.
+@contextmanager
+def put_back_outside(module: nn.Module) -> Iterator[list[tuple[str, str]]]:
+    """In the end undoes what the code of ``module`` changed outside of it.
+
+    Gives a list, for what that was then: the path of the module whose code can reach it, its name.
 
     Raises:
-        Unrecordable: if that is more than can be looked at.
+        Unrecordable: if there is more than can be looked at.
     """
+    parts = dict(module.named_modules())
+    try:
+        around = dict(_around(parts))
+    except (TooLarge, RecursionError):
+        raise Unrecordable(f"Its code reads more than {LIMIT} values outside of it.") from None
+    changed: list[tuple[str, str]] = []
+    try:
+        yield changed
+    finally:
+        changed += [(path, name) for path, found in around.items() for name in found.changed()]
+        for found in around.values():
+            found.put_back()
 
-    def __init__(self, module: nn.Module) -> None:
-        parts = dict(module.named_modules())
-        self._parts = [*parts.values()]
-        try:
-            around = [(path, _Around(part, self._parts)) for path, part in parts.items()]
-        except (TooLarge, RecursionError):
-            raise Unrecordable(f"Its code reads more than {LIMIT} values outside of it.") from None
-        self._around = [(path, found) for path, found in around if found.found or found.caches]
 
-    def put_back(self) -> Iterator[tuple[str, str]]:
-        """Undo what changed, after telling what that is, and by the code of which module."""
-        changed = [(path, name) for path, around in self._around for name in around.changed()]
-        for _, around in self._around:
-            around.put_back()
-        return iter(changed)
+def _around(parts: dict[str, nn.Module]) -> Iterator[tuple[str, _Around]]:
+    """What the code of each module finds outside of it, for those that have code of the user's."""
+    modules = [*parts.values()]
+    held = Describer(modules)
+    for path, part in parts.items():
+        held.code = []
+        for name, value in vars(part).items():
+            if name not in INTERNAL:
+                held(value)
+        if held.code or not is_foreign(class_of(part)):
+            yield path, _Around(class_of(part), held.code, modules)
 
 
 class _Around:
-    """What the code of one module, which is one of ``parts``, finds outside of it."""
+    """What the code of a class, and other ``code``, finds outside of ``modules``."""
 
-    def __init__(self, module: nn.Module, parts: list[nn.Module]) -> None:
-        held, describe = Describer(parts), Describer(parts, limit=LIMIT, draws=True)
-        for name, value in vars(module).items():
-            if name not in INTERNAL:
-                held(value)
-        around = Surroundings([class_of(module)], held.code, describe)
-        self.found: list[tuple[Found, Nest]] = [(found, found.get()) for found in around.found]
+    def __init__(self, cls: type[nn.Module], code: list[Nest], modules: list[nn.Module]) -> None:
+        describe = Describer(modules, limit=LIMIT, draws=True)
+        around = Surroundings([cls], code, describe)
+        self._found: list[tuple[Found, Nest]] = [(found, found.get()) for found in around.found]
         self._members = [(cls, {*vars(cls)}) for cls in around.classes]
-        self.caches = [(cache, cache.cache_info().misses) for cache in around.caches]
+        self._caches = [(cache, cache.cache_info().misses) for cache in around.caches]
         self._kept = list(_contents(describe.met))
-        self._parts = parts
+        self._modules = modules
 
     def changed(self) -> Iterator[str]:
         """What is not as it was: the first of what is replaced or changed, and all that is new."""
-        describe = Describer(self._parts, draws=True)
-        for found, _ in self.found:
+        describe = Describer(self._modules, draws=True)
+        for found, _ in self._found:
             if not found.fits(describe):
                 yield found.name
                 break
@@ -66,13 +76,13 @@ class _Around:
 
     def put_back(self) -> None:
         """Let names stand for what they did, and containers and objects hold what they held."""
-        for found, value in self.found:
+        for found, value in self._found:
             if found.get() is not value:
                 found.put(value)
         for cls, members in self._members:
             for name in vars(cls).keys() - members:
                 delattr(cls, name)
-        for cache, misses in self.caches:
+        for cache, misses in self._caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()  # of tensors without values
         for thing, contents in self._kept:

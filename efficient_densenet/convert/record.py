@@ -34,7 +34,7 @@ from efficient_densenet.convert.graph import (
     Value,
     values_in,
 )
-from efficient_densenet.convert.outside import Outside
+from efficient_densenet.convert.outside import put_back_outside
 from efficient_densenet.convert.twin import (
     Unrecordable,
     hollow,
@@ -106,7 +106,8 @@ def _recorded(
         twin = twin_of(module)
         if training is not None:
             _set_mode(twin.module, training)
-        before, outside = plain_attributes(twin.module), Outside(twin.module)
+        before = plain_attributes(twin.module)
+        outside = stack.enter_context(put_back_outside(twin.module))
         stack.enter_context(untouched_random_numbers())
         tracer = _Tracer(twin.paths, contrary, made or Tensor)
         stack.enter_context(told_to(tracer))
@@ -122,7 +123,7 @@ def _recorded(
                 call = recording.last_call(path)
                 changed = f"{path}.{name}" if path else name
                 recording.notes.append(Note("changes {} when it runs", call, changed))
-    for path, name in outside.put_back():
+    for path, name in outside:
         recording.notes.append(Note("changes {} when it runs", recording.last_call(path), name))
     return recording, tracer.answered
 

@@ -32,7 +32,7 @@ OFTEN = {COMPILED, "_is_replica", "_former_parameters"}
 IGNORED = {*vars(nn.Module()), *OFTEN} - {"training"}
 """What every module has, what is compiled, and ``DataParallel``'s replicas."""
 READ: dict[type[nn.Module], tuple[str, ...]] = {
-    **dict.fromkeys(NORMS, ("eps", "momentum")),
+    **dict.fromkeys(NORMS, ("momentum",)),
     **dict.fromkeys(CONVS, ("_reversed_padding_repeated_twice",)),
 }
 """What is read of exactly these classes at every call, or follows from something else."""

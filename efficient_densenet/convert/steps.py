@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from efficient_densenet.convert.converted import class_of
 from efficient_densenet.convert.graph import Nest, Node, Value
 from efficient_densenet.convert.region import Region
 from efficient_densenet.kernels.interface import Activation, Pool
-from efficient_densenet.modules.reading import Dropout, Unsupported, uses_batch_statistics
+from efficient_densenet.modules.reading import NORMS, Dropout, Unsupported, uses_batch_statistics
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ def _norm(region: Region, node: Node) -> Step:
     if norm.training and tracks:
         if momentum != norm.momentum:
             raise Unsupported(_name(region, path), f"is used with a momentum of {momentum}")
+        if node.call.path != path and class_of(norm) in NORMS:
+            # Of these, schedules may change it: whether what was given follows is not known.
+            raise Unsupported(_name(region, path), "is given its momentum by other code")
         if norm.num_batches_tracked is not None:
             nodes.append(_counting(region, path, node))
     return Step(Norm(region.relative(path)), node.inputs["input"], tuple(nodes))

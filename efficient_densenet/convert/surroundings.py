@@ -80,7 +80,7 @@ class Surroundings:
         self.found: list[Found] = []
         self.classes: list[type] = []
         self.caches: list[Nest] = []
-        own = [cls for cls in classes if _root(cls) not in FOREIGN]
+        own = [cls for cls in classes if not is_foreign(cls)]
         self._roots = {_root(cls) for cls in own}
         self._describe = describe
         self._seen: set[tuple[int, str]] = set()
@@ -191,6 +191,11 @@ class Surroundings:
             return root in self._roots
         file = getattr(sys.modules.get(thing.__module__), "__file__", None) or ""
         return not any(folder in file for folder in INSTALLED)
+
+
+def is_foreign(cls: type) -> bool:
+    """Whether a class is PyTorch's, or of what else is not read."""
+    return _root(cls) in FOREIGN
 
 
 def _root(thing: type | FunctionType) -> str:

@@ -70,6 +70,8 @@ def twin_of(module: nn.Module) -> Twin:
     for part in module.modules():
         # Their owners may not be copied, let alone called.
         memo |= {id(vars(part)[name]): OrderedDict() for name in HOOKS if vars(part).get(name)}
+        # What is compared with by identity alone.
+        memo |= {id(value): value for value in vars(part).values() if type(value) is object}
     try:
         with _HollowCopies():
             twin = copy.deepcopy(module, memo)

@@ -100,6 +100,17 @@ def test_layer_that_draws_from_a_global_generator_stays_as_it_is(leave, state, n
     assert state() != before
 
 
+def test_what_cannot_be_recorded_leaves_no_traces_either():
+    def activate(layer, y):
+        SEEN.append(y)
+        random.random()
+        return F.relu(y)
+
+    SEEN.clear()
+    convert_(block(activate))
+    assert not SEEN
+
+
 def test_layer_that_counts_outside_is_not_run_again():
     model = activated(appends)
     for part in model.layers:

@@ -112,6 +112,19 @@ def test_layers_that_know_the_network_follow_it():
     assert_follows(Network(), lambda model: setattr(model, "warm", True))
 
 
+DEFAULT = object()
+
+
+def test_value_that_is_compared_by_identity_is_no_copy_in_the_recording():
+    model = block(
+        lambda layer, y: either(layer.mode is DEFAULT, y),
+        lambda layer: setattr(layer, "mode", DEFAULT),
+    )
+    expected = model(INPUT)
+    convert_(model, strict=True)
+    assert torch.allclose(model(INPUT), expected)
+
+
 def test_layer_that_only_a_list_still_holds_is_run():
     class Listed(Block):
         def __init__(self, layers):
@@ -162,6 +175,28 @@ def test_layer_that_leaves_traces_stays_as_it_is(make, leave, norm):
     report = convert_(model)
     assert report[""].reason == f"layers.0 {CHANGED.format(0, 'thing')}"
     assert [described(part.thing) for part in model.layers] == before
+
+
+class Functional(Layer):
+    """Calls a norm's function with numbers of its own."""
+
+    def forward(self, x):
+        norm = self.bn
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+        tensors = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        return self.conv(F.relu(F.batch_norm(x, *tensors, norm.training, 0.1, 1e-5)))
+
+
+def test_numbers_that_a_norm_is_given_are_not_taken_for_its_own():
+    original = block(None, layer=Functional)
+    for eps, momentum in ((1e-5, 0.1), (0.5, 0.1), (1e-5, 0.7)):
+
+        def change(model, eps=eps, momentum=momentum):
+            for layer in model.layers:
+                layer.bn.eps, layer.bn.momentum = eps, momentum
+
+        assert_follows(copy.deepcopy(original), change)
 
 
 def test_copy_and_other_mode_are_not_recorded_again(monkeypatch):
