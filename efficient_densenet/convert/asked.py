@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +37,12 @@ QUESTIONS = (
     *("is_autocast_enabled", "is_autocast_cpu_enabled"),
     *("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype"),
 )
-"""Functions of PyTorch that tell in which mode it is."""
+"""Functions of PyTorch that tell in which mode it is, if it has them."""
+SETTERS = (
+    *("set_autocast_enabled", "set_autocast_cpu_enabled"),
+    *("set_autocast_dtype", "set_autocast_cpu_dtype", "set_autocast_gpu_dtype"),
+)
+"""Functions of PyTorch that set a mode, if it has them."""
 MODES: dict[Any, str] = {torch.autocast: "an autocast", torch.inference_mode: "an inference mode"}
 ONE_AT_A_TIME = threading.RLock()
 """Held while something of PyTorch is replaced."""
@@ -150,6 +156,14 @@ def told_to(listener: Listener) -> Iterator[None]:
 
         return ask
 
+    def setting(name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
+        def set_mode(*args: Any) -> Any:
+            if is_ours() and not called_by_pytorch(2):
+                listener.note(f"calls {name}")
+            return usual(*args)
+
+        return set_mode
+
     def entering(what: str, usual: Callable[..., Any]) -> Callable[..., Any]:
         def enter(mode: Any) -> Any:
             if is_ours():
@@ -160,8 +174,10 @@ def told_to(listener: Listener) -> Iterator[None]:
 
     with ONE_AT_A_TIME, ExitStack() as stack:
         stack.enter_context(_replaced(CheckpointFunction, "apply", staticmethod(apply)))
-        for name in QUESTIONS:
+        for name in filter(partial(hasattr, torch), QUESTIONS):
             stack.enter_context(_replaced(torch, name, asking(name, getattr(torch, name))))
+        for name in filter(partial(hasattr, torch), SETTERS):
+            stack.enter_context(_replaced(torch, name, setting(name, getattr(torch, name))))
         for mode, what in MODES.items():
             stack.enter_context(_replaced(mode, "__enter__", entering(what, mode.__enter__)))
         yield

@@ -204,6 +204,9 @@ class _Tracer:
     def close(self, call: Call) -> None:
         """Note that a call came to its end."""
         call.stop = len(self.recording.nodes)
+        if context_now() != call.context:
+            text = "leaves autograd or autocast in another mode"
+            self.recording.notes.append(Note(text, call, call.path))
         call.changes_arguments = not self.given.pop(call).are_left()
 
     def nest(self, thing: Nest, given: bool = False) -> Nest:

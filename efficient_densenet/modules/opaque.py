@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -134,12 +134,16 @@ def _read(
     places = _places(module, (*parameters.values(), *buffers.values()))
     modes = [(child, child.training) for child in module.modules()]
     hooks = Hooks(module)
+    hooked = any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
 
     def run(taken: list[Tensor], tensors: Sequence[Tensor] | None) -> Any:
         if module is not part:
             return form.call(part, taken, growth)
         if tensors is None:
-            with hooks.watched() if torch.is_grad_enabled() else nullcontext():
+            if not torch.is_grad_enabled():
+                return form.call(part, taken, growth)
+            may_change = [*parameters.values()] if hooked else []
+            with hooks.watched(), _unchanged(may_change, path):
                 return form.call(part, taken, growth)
         learnt, learning = tensors[: len(parameters)], tensors[len(parameters) :]
         values = [*learnt, *(t.clone() for t in learning)]  # another backward pass may follow
@@ -215,6 +219,27 @@ def _check_part(part: nn.Module, path: str) -> None:
         raise Unsupported(path, "synchronises, and would have to again in the backward pass")
     if parametrize._cache_enabled and parametrize.is_parametrized(part):
         raise Unsupported(path, "has parametrisations that are being cached")
+
+
+@contextmanager
+def _unchanged(parameters: Sequence[Tensor], path: str) -> Iterator[None]:
+    """A context that puts parameters back if hooks change them: the naive path will do it again.
+
+    Raises:
+        Unfit: if they do.
+    """
+    before = [(p, p._version, p.detach().clone()) for p in parameters]
+    yield
+    if not all(p._version == version and _is_equal(p, value) for p, version, value in before):
+        with torch.no_grad():
+            for p, _, value in before:
+                p.copy_(value)
+        raise Unfit(path, "changes its parameters in place, perhaps through a hook")
+
+
+def _is_equal(x: Tensor, y: Tensor) -> bool:
+    """Whether values are equal, if that can be told without waiting for a device."""
+    return not x.is_cpu or is_hollow(x) or torch.equal(x, y)
 
 
 @contextmanager

@@ -137,6 +137,31 @@ class LayerWithoutAutocast(BasicSequence):
         return super().forward(x)
 
 
+class SetsAutocast(LoopBlock):
+    def forward(self, x, scratch=None):
+        torch.set_autocast_enabled("cpu", False)
+        return super().forward(x)
+
+
+class LeavesNoGradients(LoopBlock):
+    """Its last layers run as before it, what comes after it does not."""
+
+    def forward(self, x, scratch=None):
+        x = super().forward(x)
+        torch.set_grad_enabled(False)
+        return x
+
+
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = LeavesNoGradients()
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return 2 * self.block(x)
+
+
 class WithGradients(LoopBlock):
     @torch.enable_grad()
     def forward(self, x, scratch=None):
@@ -151,6 +176,8 @@ DOES = {
     "reads a value": (Reads, nullcontext),
     "no autocast": (WithoutAutocast, bfloat16),
     "no autocast in layers": (lambda: LoopBlock(LayerWithoutAutocast), bfloat16),
+    "sets autocast": (SetsAutocast, bfloat16),
+    "no gradients after it": (Doubled, nullcontext),
     "gradients": (WithGradients, no_grad),
 }
 
@@ -173,7 +200,7 @@ def test_what_forward_does_is_done(make, mode):
             {"out": out.detach(), "x": x.grad}
             | {name: p.grad for name, p in model.named_parameters()}
         )
-        assert out.requires_grad == (mode is not no_grad or make is WithGradients)
+        assert out.requires_grad == (make is not Doubled)
     assert results[0]["out"].dtype == results[1]["out"].dtype
     assert_all_close(*results, 1e-3)
 

@@ -17,6 +17,7 @@ from efficient_densenet.modules.naive import DenseBlock, Transition
 from efficient_densenet.modules.sequence import EfficientSequential, EfficientTransition
 from support.compare import (
     FORMATS,
+    assert_all_close,
     assert_close,
     assert_efficient,
     assert_same_state,
@@ -25,6 +26,7 @@ from support.compare import (
     image,
     norms,
     randomise_,
+    training_results,
     upstream_for,
 )
 from support.layers import (
@@ -325,6 +327,27 @@ def test_layer_that_changes_its_parameters_is_refused():
         efficient(image())
     with torch.no_grad():
         assert efficient(image()).shape == naive(image()).shape
+
+
+def decays(module, args):
+    with torch.no_grad():
+        module.weight.mul_(0.999)
+
+
+def decays_data(module, args):
+    module.weight.data.mul_(0.999)
+
+
+@pytest.mark.parametrize("hook", [decays, decays_data])
+def test_hook_that_changes_parameters_changes_them_once(hook):
+    blocks = block_pair(
+        change=lambda block: block["denselayer2"].conv1.register_forward_pre_hook(hook)
+    )
+    x = image()
+    for _ in range(2):
+        found = [training_results(block, x.clone().requires_grad_()) for block in blocks]
+        assert_all_close(*found, 1e-9)
+    assert_same_state(*blocks)
 
 
 def test_same_not_a_number_again_is_no_difference():
