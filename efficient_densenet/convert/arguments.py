@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from efficient_densenet.convert.contents import Kept, kept
 from efficient_densenet.convert.graph import Nest
 from efficient_densenet.convert.twin import Unrecordable, hollow
 from efficient_densenet.convert.values import Describer
@@ -60,16 +59,6 @@ class Contents:
             return False
         return bool(Describer(draws=True)(self._arguments) == self._description)
 
-    def restorable(self) -> list[tuple[Nest, Nest]]:
-        """All that can be restored, with what it holds."""
-        kept = (list, deque, set, dict)
-        holds = [thing for thing in self._met if isinstance(thing, kept)]
-        holds += [vars(thing) for thing in self._met if hasattr(thing, "__dict__")]
-        return [(thing, copy.copy(thing)) for thing in holds]
-
-
-def restore(things: Iterable[tuple[Nest, Nest]]) -> None:
-    """Let containers hold what they held."""
-    for thing, held in things:
-        thing.clear()
-        thing.extend(held) if isinstance(thing, (list, deque)) else thing.update(held)
+    def kept(self) -> Kept:
+        """All that can be put back, with what it holds."""
+        return kept(self._met)

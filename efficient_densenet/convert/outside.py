@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
+from efficient_densenet.convert.contents import kept, put_back
 from efficient_densenet.convert.converted import class_of
 from efficient_densenet.convert.graph import Nest
 from efficient_densenet.convert.surroundings import Found, Surroundings, is_foreign
@@ -60,7 +60,7 @@ class _Around:
         self._found: list[tuple[Found, Nest]] = [(found, found.get()) for found in around.found]
         self._members = [(cls, {*vars(cls)}) for cls in around.classes]
         self._caches = [(cache, cache.cache_info().misses) for cache in around.caches]
-        self._kept = list(_contents(describe.met))
+        self._kept = kept(describe.met)
         self._modules = modules
 
     def changed(self) -> Iterator[str]:
@@ -85,23 +85,4 @@ class _Around:
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()  # of tensors without values
-        for thing, contents in self._kept:
-            if _held(thing) != _held(contents):
-                thing.clear()
-                thing.extend(contents) if hasattr(thing, "extend") else thing.update(contents)
-
-
-def _held(thing: Nest) -> list[int]:
-    """What a container holds, by identity: things need not know whether they are equal."""
-    items = [*thing, *thing.values()] if isinstance(thing, dict) else thing
-    return [id(item) for item in items]
-
-
-def _contents(things: list[Nest]) -> Iterator[tuple[Nest, Nest]]:
-    """What can be put back: lists, sets and dicts, also those of the attributes of objects."""
-    for thing in things:
-        for inside in (thing, getattr(thing, "__dict__", None)):
-            if isinstance(inside, (list, deque, set)):
-                yield inside, [*inside]
-            elif isinstance(inside, dict):
-                yield inside, dict(inside)
+        put_back(self._kept)

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from efficient_densenet.convert.arguments import Contents, own_class, restore, stand_ins
+from efficient_densenet.convert.arguments import Contents, own_class, stand_ins
 from efficient_densenet.convert.asked import (
     OF_THE_GRAPH,
     Functions,
@@ -23,6 +23,7 @@ from efficient_densenet.convert.asked import (
     is_grad_enabled,
     told_to,
 )
+from efficient_densenet.convert.contents import put_back
 from efficient_densenet.convert.graph import (
     Arguments,
     Call,
@@ -157,7 +158,7 @@ class _Tracer:
         root = Call("", module, args_, kwargs_, None, 0, context_now())
         self.call, self.recording = root, Recording(root)
         self.given = {root: Contents(args, kwargs)}
-        before = self.given[root].restorable()
+        before = self.given[root].kept()
         hooks = []
         for path, part in module.named_modules():
             if path:
@@ -172,7 +173,7 @@ class _Tracer:
             self.recording.error = subject, f"cannot run on stand-ins ({told(error)})"
         for hook in hooks:
             hook.remove()
-        restore(before)
+        put_back(before)
         return self.recording
 
     def enter(self, path: str) -> Nest:
