@@ -5,7 +5,7 @@ What is recorded holds for every shape and type: whatever Python asks of a map i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 
@@ -47,6 +47,8 @@ from efficient_densenet.convert.twin import (
 )
 
 aten = torch.ops.aten
+MOST_QUESTIONS = 3
+"""Of how many all combinations of answers are tried."""
 
 
 def record(
@@ -65,25 +67,32 @@ def record(
     Raises:
         Unrecordable: if it does not even start, or leaves traces.
     """
-    recording, answered = _recorded(module, args, kwargs or {}, training, frozenset())
-    for number in range(1, len(answered) + 1):
-        for others in combinations(answered, number):
-            try:
-                other, _ = _recorded(module, args, kwargs or {}, training, frozenset(others))
-            except Unrecordable:
-                other = None
-            if other is None or other.outline() != recording.outline():
-                recording.notes += [note for question in others for note in answered[question]]
+    recording, answered = _recorded(module, args, kwargs or {}, training)
+
+    def outline(contrary: frozenset[str] = frozenset(), made: type[Tensor] | None = None) -> Nest:
+        try:
+            return _recorded(module, args, kwargs or {}, training, contrary, made)[0].outline()
+        except Unrecordable as reason:
+            return str(reason)
+
+    first, few = recording.outline(), len(answered) <= MOST_QUESTIONS
+    outlines = {others: outline(others) for others in _subsets(answered)} if few else {}
+    outlines[frozenset()] = first
+    for question, notes in answered.items():
+        if not few or any(outlines[o] != outlines[o - {question}] for o in outlines):
+            recording.notes += notes
     for own in dict.fromkeys(filter(None, map(own_class, tensors_in((args, kwargs))))):
-        for made in (Tensor, own):  # it says itself, when it runs, what its operations make
-            try:
-                other, _ = _recorded(module, args, kwargs or {}, training, frozenset(), made)
-            except Unrecordable:
-                other = None
-            if other is None or other.outline() != recording.outline():
-                text = f"does something else with a {own.__name__}"
-                recording.notes.append(Note(text, recording.root))
+        # It says itself, when it runs, what its operations make.
+        if any(outline(made=made) != first for made in (Tensor, own)):
+            text = f"does something else with a {own.__name__}"
+            recording.notes.append(Note(text, recording.root))
     return recording
+
+
+def _subsets(names: Collection[str]) -> Iterator[frozenset[str]]:
+    """All subsets of names but the empty one."""
+    for number in range(1, len(names) + 1):
+        yield from map(frozenset, combinations(names, number))
 
 
 def _recorded(
@@ -91,7 +100,7 @@ def _recorded(
     args: Sequence[Nest],
     kwargs: Mapping[str, Nest],
     training: bool | None,
-    contrary: frozenset[str],
+    contrary: frozenset[str] = frozenset(),
     made: type[Tensor] | None = None,
 ) -> tuple[Recording, dict[str, list[Note]]]:
     """A recording, and by their names the questions that had two answers.

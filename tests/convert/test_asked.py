@@ -90,6 +90,20 @@ def test_answer_that_changes_nothing_may_be_any():
     assert not found.run_again
 
 
+class AsksForBoth(BasicSequence):
+    """Computes something else after one answer, the same after the other."""
+
+    def forward(self, x):
+        run = super().forward
+        x = checkpoint(run, x, use_reentrant=False) if x.requires_grad else run(x)
+        return x if torch.is_grad_enabled() else F.relu(x)
+
+
+def test_only_answers_that_change_something_count():
+    (found,) = explain(LoopBlock(AsksForBoth))
+    assert found.run_again[0] == "denselayers.0 asks PyTorch is_grad_enabled"
+
+
 class HooksItsWeight(BasicSequence):
     def forward(self, x):
         if weight(self).requires_grad:
