@@ -186,10 +186,10 @@ class Surroundings:
 
     def _is_own(self, thing: type | FunctionType) -> bool:
         """Whether it belongs to what the modules are written in, and not to a library."""
-        root = _root(thing)
+        name, file = _home(thing)
+        root = _root_of(name)
         if root in self._roots or root in FOREIGN:
             return root in self._roots
-        file = getattr(sys.modules.get(thing.__module__), "__file__", None) or ""
         return not any(folder in file for folder in INSTALLED)
 
 
@@ -199,7 +199,17 @@ def is_foreign(cls: type) -> bool:
 
 
 def _root(thing: type | FunctionType) -> str:
-    return _root_of(str(thing.__module__))
+    return _root_of(_home(thing)[0])
+
+
+def _home(thing: type | FunctionType) -> tuple[str, str]:
+    """Name and file of the Python module that something was written in, whatever wraps it."""
+    if isinstance(thing, FunctionType):
+        name, file = (thing.__globals__.get(key) for key in ("__name__", "__file__"))
+    else:
+        name = thing.__module__
+        file = getattr(sys.modules.get(name), "__file__", None)
+    return str(name or ""), str(file or "")
 
 
 def _root_of(name: str) -> str:
@@ -209,7 +219,8 @@ def _root_of(name: str) -> str:
 def _function_in(thing: Nest) -> FunctionType | None:
     """The function that runs when a member of a class, or what stands around it, is called."""
     if isinstance(thing, FunctionType):
-        return thing
+        wrapped = getattr(thing, "__wrapped__", None) if _root(thing) in FOREIGN else None
+        return _function_in(wrapped) or thing
     name = AROUND.get(type(thing))
     return None if name is None else _function_in(getattr(thing, name))
 

@@ -38,6 +38,11 @@ def helped(y):
     return (lambda y: helper(y))(y)
 
 
+@functools.singledispatch
+def dispatched(y):
+    return helper(y)
+
+
 def by_default(y, options={"slope": 0.1}):  # noqa: B006
     return F.leaky_relu(y, options["slope"])
 
@@ -96,6 +101,10 @@ FOUND = {
     "dict": (lambda layer, y: either(FLAGS["leaky"], y), set_item(FLAGS, "leaky", True)),
     "number": (lambda layer, y: F.leaky_relu(y, SLOPE), set_item(HERE, "SLOPE", 0.5)),
     "helper": (lambda layer, y: helped(y), set_item(HERE, "SLOPE", 0.5)),
+    "helper in a wrapper of the standard library": (
+        lambda layer, y: dispatched(y),
+        set_item(HERE, "SLOPE", 0.5),
+    ),
     "replaced helper": (
         lambda layer, y: helped(y),
         set_item(HERE, "helper", lambda y: F.leaky_relu(y, 0.5)),
