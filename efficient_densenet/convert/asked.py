@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -33,16 +34,16 @@ OF_THE_GRAPH = {*OPEN, "grad", "grad_fn", "retains_grad"}
 PASSED_ON = {"torch._tensor", "torch.overrides", "torch.functional"}
 """Modules of PyTorch through which a call of a tensor's methods passes."""
 QUESTIONS = (
-    *("is_grad_enabled", "is_inference_mode_enabled"),
+    *("is_grad_enabled", "is_inference_mode_enabled", "get_default_dtype"),
     *("is_autocast_enabled", "is_autocast_cpu_enabled"),
     *("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype"),
 )
-"""Functions of PyTorch that tell in which mode it is, if it has them."""
+"""Functions of PyTorch that tell in which mode it is; not every version has all."""
 SETTERS = (
     *("set_autocast_enabled", "set_autocast_cpu_enabled"),
     *("set_autocast_dtype", "set_autocast_cpu_dtype", "set_autocast_gpu_dtype"),
 )
-"""Functions of PyTorch that set a mode, if it has them."""
+"""Functions of PyTorch that set a mode; not every version has all."""
 MODES: dict[Any, str] = {torch.autocast: "an autocast", torch.inference_mode: "an inference mode"}
 ONE_AT_A_TIME = threading.RLock()
 """Held while something of PyTorch is replaced."""
@@ -131,8 +132,11 @@ def _name(func: Function) -> str:
 
 
 @contextmanager
-def told_to(listener: Listener) -> Iterator[None]:
-    """A context in which ``listener`` is told, too, what this thread asks PyTorch itself.
+def told_to(listener: Listener, module: nn.Module) -> Iterator[None]:
+    """A context in which ``listener`` is told, too, what ``module`` asks PyTorch itself.
+
+    That is what this thread asks, by the names of PyTorch or of the Python modules in which the
+    classes of ``module`` and its parts are defined.
 
     A reentrant checkpoint runs its function as if there were none: otherwise autograd sees none of
     its operations, and nothing tells which of them it would not see without the checkpoint either.
@@ -174,13 +178,28 @@ def told_to(listener: Listener) -> Iterator[None]:
 
     with ONE_AT_A_TIME, ExitStack() as stack:
         stack.enter_context(_replaced(CheckpointFunction, "apply", staticmethod(apply)))
-        for name in filter(partial(hasattr, torch), QUESTIONS):
-            stack.enter_context(_replaced(torch, name, asking(name, getattr(torch, name))))
-        for name in filter(partial(hasattr, torch), SETTERS):
-            stack.enter_context(_replaced(torch, name, setting(name, getattr(torch, name))))
+        told = {name: asking(name, usual) for name, usual in _functions(QUESTIONS)}
+        told |= {name: setting(name, usual) for name, usual in _functions(SETTERS)}
+        for space, name, usual in [*_named(module)]:
+            stack.enter_context(_replaced(space, name, told[usual]))
         for mode, what in MODES.items():
             stack.enter_context(_replaced(mode, "__enter__", entering(what, mode.__enter__)))
         yield
+
+
+def _functions(names: Iterable[str]) -> list[tuple[str, Function]]:
+    return [(name, getattr(torch, name)) for name in names if hasattr(torch, name)]
+
+
+def _named(module: nn.Module) -> Iterator[tuple[ModuleType, str, str]]:
+    """Where functions that are asked, or set modes, have names: the name there, and their own."""
+    found = {id(function): name for name, function in _functions((*QUESTIONS, *SETTERS))}
+    classes = {cls for part in module.modules() for cls in type(part).__mro__}
+    spaces = {cls.__module__ for cls in classes if not cls.__module__.startswith("torch.")}
+    for space in (torch, torch._C, *filter(None, map(sys.modules.get, spaces))):
+        for name, value in vars(space).items():
+            if id(value) in found:
+                yield space, name, found[id(value)]
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def _recorded(
         outside = stack.enter_context(put_back_outside(twin.module))
         stack.enter_context(untouched_random_numbers())
         tracer = _Tracer(twin.paths, contrary, made or Tensor)
-        stack.enter_context(told_to(tracer))
+        stack.enter_context(told_to(tracer, twin.module))
         stack.enter_context(torch._C.DisableTorchFunctionSubclass())
         given = stand_ins((tuple(args), {**kwargs}), as_own=made is not None)
         recording = tracer.run(twin.module, *given)

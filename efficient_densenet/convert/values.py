@@ -85,6 +85,8 @@ class Describer:
             self.code.append(class_of(value))
             left_out = {*CHOICES, COMPILED}
             return [(name, self(v)) for name, v in vars(value).items() if name not in left_out]
+        if isinstance(value, torch.autocast):  # keeps what it has to put back
+            return [(k, self(v)) for k, v in vars(value).items() if not k.startswith("prev")]
         if kind is list:
             return [self(item) for item in value]
         if kind is dict or kind is OrderedDict:

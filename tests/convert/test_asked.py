@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +43,7 @@ def weight(layer):
 
 QUESTIONS = {
     "is_grad_enabled": (lambda layer, x: torch.is_grad_enabled(), no_grad, None),
+    "its own name": (lambda layer, x: is_grad_enabled(), no_grad, None),
     "is_autocast_enabled": (lambda layer, x: torch.is_autocast_enabled("cpu"), bfloat16, None),
     "device": (lambda layer, x: weight(layer).device.type == "cpu", nullcontext, None),
     "is_meta": (lambda layer, x: not weight(layer).is_meta, nullcontext, None),
@@ -180,6 +181,12 @@ class WithGradients(LoopBlock):
     @torch.enable_grad()
     def forward(self, x, scratch=None):
         return super().forward(x)
+
+
+def test_layers_without_autocast_run_again():
+    (found,) = explain(LoopBlock(LayerWithoutAutocast))
+    assert found.reason is None
+    assert found.run_again[0] == "denselayers.0 enters an autocast of its own"
 
 
 DOES = {
