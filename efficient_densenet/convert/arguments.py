@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from efficient_densenet.convert.contents import Kept, kept
 from efficient_densenet.convert.graph import Nest
 from efficient_densenet.convert.twin import Unrecordable, hollow
-from efficient_densenet.convert.values import Describer
+from efficient_densenet.convert.values import Describer, TooLarge, described
 
 
 def own_class(tensor: Tensor) -> type[Tensor] | None:
@@ -46,18 +46,25 @@ def stand_ins(thing: Nest, as_own: bool = False) -> Nest:
 
 
 class Contents:
-    """What the containers and objects among ``arguments`` hold at this moment."""
+    """What the containers and objects among ``arguments`` hold at this moment.
+
+    Raises:
+        Unrecordable: if that is more than can be looked at.
+    """
 
     def __init__(self, *arguments: Nest) -> None:
         describe = Describer(draws=True)
-        self._arguments, self._description = arguments, describe(arguments)
+        try:
+            self._arguments, self._description = arguments, describe(arguments)
+        except TooLarge:
+            raise Unrecordable("An argument holds more than can be looked at.") from None
         self._met = describe.met
 
     def are_left(self) -> bool:
         """Whether all hold the same now, and nothing is used up by looking at it."""
         if any(isinstance(thing, Iterator) for thing in self._met):
             return False
-        return bool(Describer(draws=True)(self._arguments) == self._description)
+        return bool(described(self._arguments) == self._description)
 
     def kept(self) -> Kept:
         """All that can be put back, with what it holds."""

@@ -165,7 +165,7 @@ class Snapshot:
             self._parts += [_Part.of(part, describe) for part in live]
             classes = list(dict.fromkeys([part.cls for part in self._parts]))
             self._around = Surroundings(classes, describe.code, describe)
-        except (TooLarge, RecursionError):
+        except TooLarge:
             self.is_too_large = True
             return
         self.is_too_large = False
@@ -199,7 +199,7 @@ class Snapshot:
                 )
                 and self._around.fit(describe)
             )
-        except (TooLarge, RecursionError):
+        except TooLarge:
             return False
 
     def _is_tied(self, live: list[nn.Module]) -> bool:
@@ -282,7 +282,7 @@ class Known:
     def add(self, snapshot: Snapshot, arguments: object, result: object) -> None:
         """Note ``result`` for calls with ``arguments`` while ``snapshot`` holds."""
         if snapshot.is_too_large:
-            result = Unsupported("the module", f"holds more than {LIMIT} values in its attributes")
+            result = Unsupported("the module", "holds more than can be compared at every call")
         self._entries = [(snapshot, arguments, result), *self._entries][: self.LENGTH]
 
     def find(self, module: nn.Module, arguments: object) -> Nest:

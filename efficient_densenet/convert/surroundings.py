@@ -56,7 +56,10 @@ class Found(NamedTuple):
         found = self.get()
         if self.is_constant:
             return is_same(found, self.value)
-        return bool(describe(found) == self.value)
+        try:
+            return bool(describe(found) == self.value)
+        except TooLarge:
+            return False
 
 
 class Surroundings:

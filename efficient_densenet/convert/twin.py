@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from efficient_densenet.convert.converted import class_of
 from efficient_densenet.convert.graph import Arguments, Function, Keywords, Nest
-from efficient_densenet.convert.values import COMPILED, Describer
+from efficient_densenet.convert.values import COMPILED, DEPTH, Describer, TooLarge
 from efficient_densenet.modules.recomputing import Settings
 
 HOOKS = (
@@ -206,7 +206,17 @@ def plain_attributes(module: nn.Module) -> dict[str, Keywords]:
     That is its class, its attributes, the names and shapes of its tensors and which of them are
     one, its children and what is patched. Two such are equal if a forward pass that was recorded
     with one holds for the other.
+
+    Raises:
+        Unrecordable: if there is more than can be looked at.
     """
+    try:
+        return _plain_attributes(module)
+    except TooLarge:
+        raise Unrecordable(f"It holds values that lie more than {DEPTH} deep.") from None
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Keywords]:
     parts = dict(module.named_modules())
     describe = Describer([*parts.values()], draws=True)
     numbers: dict[int, int] = {}

@@ -23,6 +23,8 @@ CHOICES = {"_recomputing_mode", "_recomputing_kernels", "_recomputing_known"}
 COMPILED = "_compiled_call_impl"
 LIMIT = 50_000
 """How many values with contents may be looked at before a call."""
+DEPTH = 100
+"""How deep they may lie in each other."""
 
 
 class TooLarge(Exception):
@@ -47,7 +49,7 @@ class Describer:
         draws: whether generators of random numbers are described by how far they are.
 
     Raises:
-        TooLarge: if there are more.
+        TooLarge: if there are more, or they lie too deep in each other.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Describer:
         self.parts = len(parts)
         self.met: list[object] = []  # which keeps it alive, and its number its own
         self.code: list[Nest] = []
-        self.limit, self.draws = limit, draws
+        self.limit, self.draws, self.depth = limit, draws, 0
 
     def __call__(self, value: Nest) -> Nest:
         if value is None or isinstance(value, PLAIN):
@@ -75,9 +77,12 @@ class Describer:
             return number
         self.numbers[id(value)] = number = self.parts + len(self.met)
         self.met.append(value)
-        if self.limit is not None and len(self.met) > self.limit:
+        if self.depth >= DEPTH or (self.limit is not None and len(self.met) > self.limit):
             raise TooLarge
-        return class_of(value), number, self._contents(value)
+        self.depth += 1
+        contents = self._contents(value)
+        self.depth -= 1
+        return class_of(value), number, contents
 
     def _contents(self, value: Nest) -> Nest:
         kind = type(value)
@@ -154,5 +159,8 @@ class Same:
 
 
 def described(value: Nest) -> Nest:
-    """One value by itself."""
-    return Describer(draws=True)(value)
+    """One value by itself; what lies too deep in it equals nothing."""
+    try:
+        return Describer(draws=True)(value)
+    except TooLarge:
+        return object()

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from efficient_densenet import convert_
-from efficient_densenet.convert import fronts, state
+from efficient_densenet.convert import fronts, state, values
 from efficient_densenet.convert.values import Describer, TooLarge, described
+from support.compare import assert_same_training
 from support.deciding import INPUT, Block, Layer, assert_follows, block, either
 
 CHANGED = "changes layers.{}.{} when it runs"
@@ -229,7 +230,20 @@ def test_block_with_too_much_to_compare_is_naive(monkeypatch):
     )
     monkeypatch.setattr(state, "LIMIT", 100)
     report = convert_(model)
-    assert report[""].reason == "the module holds more than 100 values in its attributes"
+    assert report[""].reason == "the module holds more than can be compared at every call"
+
+
+def test_block_whose_attributes_lie_too_deep_is_naive():
+    original = block(lambda layer, y: F.relu(y), lambda layer: setattr(layer, "chain", []))
+    converted = copy.deepcopy(original)
+    convert_(converted)
+    for model in (converted, original):
+        for _ in range(values.DEPTH):
+            model.layers[1].chain = [model.layers[1].chain]
+    reason = "the forward function cannot be recorded: It holds values that lie more than 100 deep."
+    assert converted.why_naive(INPUT) == reason
+    assert_same_training(converted, original, INPUT, rtol=1e-9)
+    assert not any(finding.converted for finding in convert_(original))
 
 
 def test_descriptions_tell_contents_and_aliases_apart():
