@@ -49,6 +49,7 @@ class Node:
         call: the module call in which it ran.
         index: its place in the order of execution.
         oddities: relative clauses about it that its name does not lead one to expect.
+        autocast: the mode of autocast in which it ran, as in the context of a call.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Node:
     call: Call
     index: int
     oddities: list[str]
+    autocast: tuple[object, ...]
 
     def values(self) -> Iterator[Value]:
         """The values that it reads."""

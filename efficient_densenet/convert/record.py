@@ -157,7 +157,6 @@ class _Tracer:
         self.writes: dict[int, int] = {}
         self.owners: dict[int, Value] = {}
         self.functions = Functions(self)
-        self.autocast_at_first = self.functions.autocast
         self.recording: Recording
         self.call: Call
         self.given: dict[Call, Contents]
@@ -268,6 +267,7 @@ class _Tracer:
             call=self.call,
             index=len(self.recording.nodes),
             oddities=oddities,
+            autocast=self.functions.autocast,
         )
         self.recording.nodes.append(node)
         for value in dict.fromkeys(values_in(read)):
@@ -298,8 +298,6 @@ class _Tracer:
         learns = any(tensor.requires_grad for tensor in tensors_in((inputs,)))
         if learns and not is_grad_enabled():
             found.append("which autograd does not see")
-        if self.functions.autocast != self.autocast_at_first:
-            found.append("which runs under an autocast of its own")
         return found
 
     def note_checkpoint(self) -> None:

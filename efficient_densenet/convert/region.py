@@ -88,6 +88,10 @@ class Region:
         """Raise :class:`Unsupported` if an operation is not only what its name says."""
         for oddity in node.oddities:
             raise Unsupported(self.place(node), f"computes {node.name}, {oddity}")
+        if node.autocast != self.call.context[1:]:
+            raise Unsupported(
+                self.place(node), f"computes {node.name} under an autocast of its own"
+            )
 
     def check_plain(self, inner: Call) -> None:
         """Raise :class:`Unsupported` if a module from here in to ``inner`` is patched."""

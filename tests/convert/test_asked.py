@@ -230,3 +230,28 @@ def test_functions_of_pytorch_are_put_back():
     before = (torch.is_grad_enabled, torch.autocast.__enter__, torch.get_autocast_dtype)
     explain(LoopBlock(AsksForNothing))
     assert (torch.is_grad_enabled, torch.autocast.__enter__, torch.get_autocast_dtype) == before
+
+
+class UnderAutocast(nn.Module):
+    """Enters autocast itself, before it calls a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = LoopBlock()
+
+    def forward(self, x):
+        with bfloat16():
+            return self.block(x).float()
+
+
+def test_block_in_network_that_enters_autocast_is_converted():
+    original = UnderAutocast()
+    randomise_(original)
+    converted = copy.deepcopy(original)
+    (found,) = convert_(converted, strict=True)
+    assert not found.run_again
+    assert converted.block.why_naive(INPUT) is None
+    results = [training_results(m, INPUT.clone().requires_grad_()) for m in (converted, original)]
+    exact = training_results(copy.deepcopy(original).block, INPUT.clone().requires_grad_())
+    assert_all_close({"": results[0]["output"]}, {"": results[1]["output"]}, 3e-2)
+    assert not torch.allclose(results[0]["output"], exact["output"], rtol=1e-5)

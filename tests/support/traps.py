@@ -269,7 +269,7 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Looping(lambda self, new: -new if new.device.type == "cuda" else new),
         "asks a map for its device",
     ),
-    "own autocast": (UnderAutocast, "runs under an autocast of its own"),
+    "own autocast": (UnderAutocast, "under an autocast of its own"),
 }
 """What must not be taken for a dense block, and a part of the reason."""
 
