@@ -303,7 +303,9 @@ def test_known_parts_are_not_called(change, recompute, monkeypatch):
         return convolve(x, weight, *rest)
 
     monkeypatch.setattr(nn.functional, "conv2d", counting)
-    monkeypatch.setattr(UnitRunner, "forward", lambda *args: units.append(1) or run(*args))
+    monkeypatch.setattr(
+        UnitRunner, "forward", lambda *args, **options: units.append(1) or run(*args, **options)
+    )
     efficient(image().requires_grad_()).sum().backward()
     convolved = {instance_norm: [1], squeeze: [3], lora: [1, 1, 1, 3, 3, 1]}[change]
     assert sorted(kernels) == sorted(convolved * 6)
