@@ -23,6 +23,7 @@ DEPENDS = {
     "depth": STEP,
     "edge_of_budget": PLANS,
     "estimates": (*PLANS, "convert"),
+    "experiment": (*STEP, "training"),
     "fashion_steps": (*STEP, "training"),
     "fit": (*PLANS, "convert", "fit"),
     "gradient_types": ("functional", "kernels", "modules"),
