@@ -24,6 +24,7 @@ from efficient_densenet.kernels.interface import (
     Statistics,
     Tail,
     Unit,
+    UnitGradients,
 )
 from efficient_densenet.kernels.workspace import Workspace
 
@@ -175,17 +176,7 @@ def _backward(grad: Tensor, x: Tensor, conv: Conv, target: Tensor) -> Callable[[
         target.fill_(1.0)
 
         def run() -> Sequence[Tensor]:
-            weight, _, sums, _ = ops.backward_unit(
-                grad,
-                x,
-                unit,
-                workspace,
-                need_weight=True,
-                need_bias=False,
-                need_sums=True,
-                target=target,
-                accumulate=True,
-            )
+            weight, _, sums, _ = _gradients(ops, grad, x, unit, workspace, target, True)
             assert weight is not None and sums is not None
             return [weight.flatten(), target, *_flat(ops.collect(sums, unit, 1.0, None, False))]
 
@@ -208,17 +199,7 @@ def _backward_of_only_reader(grad: Tensor, x: Tensor, conv: Conv) -> Callable[[O
         )
 
         def run() -> Sequence[Tensor]:
-            weight, _, sums, waiting = ops.backward_unit(
-                grad,
-                x,
-                unit,
-                workspace,
-                need_weight=True,
-                need_bias=False,
-                need_sums=True,
-                target=target,
-                accumulate=False,
-            )
+            weight, _, sums, waiting = _gradients(ops, grad, x, unit, workspace, target, False)
             totals = torch.empty_like(mean), torch.empty_like(mean)
             of_norm = ops.collect(sums, unit, share, totals, False)
             if target is not None:
@@ -232,6 +213,28 @@ def _backward_of_only_reader(grad: Tensor, x: Tensor, conv: Conv) -> Callable[[O
         return run
 
     return prepare
+
+
+def _gradients(
+    ops: Operations,
+    grad: Tensor,
+    x: Tensor,
+    unit: Unit,
+    workspace: Workspace,
+    target: Tensor | None,
+    accumulate: bool,
+) -> UnitGradients:
+    return ops.backward_unit(
+        grad,
+        x,
+        unit,
+        workspace,
+        need_weight=True,
+        need_bias=False,
+        need_sums=True,
+        target=target,
+        accumulate=accumulate,
+    )
 
 
 def _unit(ops: Operations, x: Tensor, conv: Conv) -> tuple[Unit, Workspace]:

@@ -55,6 +55,17 @@ def norm_vectors():
     return [mean, var.abs() + 0.1, gamma, beta]
 
 
+def arriving(norm, tail, dtype, last, values):
+    """A gradient of what a unit leaves, with these values in it, one in each sample."""
+    x = a_map(SHAPE, CHANNELS, dtype, last)
+    workspace = Workspace(x, CHANNELS, torch.float32, layout(2, last))
+    unit = a_unit(eager, norm, tail, eps=0.0)
+    grad = torch.randn_like(eager.forward_unit(x, unit, workspace, need_statistics=False)[0])
+    for sample, value in enumerate(values):
+        grad[sample, 0, 0, 0] = value
+    return grad
+
+
 def assert_alike(compute, dtype, exact, *inputs):
     """NaN, infinities and all else are where the eager operations have them.
 
@@ -94,8 +105,7 @@ def test_unit_forward(values, dtype, last):
 @either_layout
 @pytest.mark.parametrize("where", ["map", "gradient"])
 def test_unit_backward(where, values, dtype, last):
-    ordinary = a_map(SHAPE, CHANNELS, dtype, last)
-    x, n = special_map(values, dtype, last) if where == "map" else ordinary, norm_vectors()
+    x, n = special_map(values if where == "map" else (), dtype, last), norm_vectors()
 
     def compute(ops, grad, x, tail, *norm):
         workspace = Workspace(x, CHANNELS, norm[0].dtype, layout(2, last))
@@ -116,13 +126,7 @@ def test_unit_backward(where, values, dtype, last):
         return found + [t for t in (weight, bias) if t is not None]
 
     for name, tail in tails(SHAPE, dtype).items():
-        workspace = Workspace(x, CHANNELS, torch.float32, layout(2, last))
-        unit = a_unit(eager, n, tail, eps=0.0)
-        y, _ = eager.forward_unit(ordinary, unit, workspace, need_statistics=False)
-        grad = torch.randn_like(y)
-        if where == "gradient":
-            for sample, value in enumerate(values):
-                grad[sample, 0, 0, 0] = value
+        grad = arriving(n, tail, dtype, last, values if where == "gradient" else ())
         with noted(name):
             assert_alike(compute, dtype, name.startswith("1x1"), grad, x, tail, *n)
 
@@ -151,8 +155,7 @@ def test_appended_map_and_corrected_gradient(values, dtype, last):
 @pytest.mark.parametrize("where", ["map", "gradient"])
 def test_gradient_that_waits(where, values, dtype, last):
     """Infinite sums are another test's: here the batch terms are finite."""
-    ordinary = a_map(SHAPE, CHANNELS, dtype, last)
-    x, n = special_map(values, dtype, last) if where == "map" else ordinary, norm_vectors()
+    x, n = special_map(values if where == "map" else (), dtype, last), norm_vectors()
 
     def compute(ops, grad, x, tail, a, b, *norm):
         workspace = Workspace(x, CHANNELS, norm[0].dtype, layout(2, last))
@@ -161,13 +164,7 @@ def test_gradient_that_waits(where, values, dtype, last):
 
     waiting = {name: tail for name, tail in tails(SHAPE, dtype).items() if "1x1" not in name}
     for name, tail in waiting.items():
-        workspace = Workspace(x, CHANNELS, torch.float32, layout(2, last))
-        unit = a_unit(eager, n, tail, eps=0.0)
-        y, _ = eager.forward_unit(ordinary, unit, workspace, need_statistics=False)
-        grad = torch.randn_like(y)
-        if where == "gradient":
-            for sample, value in enumerate(values):
-                grad[sample, 0, 0, 0] = value
+        grad = arriving(n, tail, dtype, last, values if where == "gradient" else ())
         with noted(name):
             assert_alike(compute, dtype, False, grad, x, tail, *vectors(2, CHANNELS), *n)
 
