@@ -52,3 +52,27 @@ def test_slab_is_as_large_as_what_is_stored_allows():
     scratch._bytes = 16 * SAMPLE * 4
     wide, narrow = ([s.stop - s.start for s in scratch.slabs(x, d)] for d in (None, torch.bfloat16))
     assert max(wide) <= 16 < max(narrow) <= 32
+
+
+def test_what_was_left_is_taken_once_and_only_by_whom_it_was_left_for():
+    x, norm = torch.randn(2, CHANNELS, SIDE, SIDE), object()
+    scratch = Workspace(x, CHANNELS, x.dtype, torch.channels_last)
+
+    def left():
+        activated = scratch.scratch(x, x.dtype)
+        scratch.leave(activated, x, norm)
+        return activated
+
+    activated = left()
+    assert scratch.take(x, norm) is activated
+    assert scratch.take(x, norm) is None
+    left()
+    assert scratch.take(x, object()) is None
+    left()
+    assert scratch.take(x.clone(), norm) is None
+    left()
+    scratch.scratch(x, x.dtype)  # overwrites it
+    assert scratch.take(x, norm) is None
+    left()
+    scratch.narrow(CHANNELS // 2)
+    assert scratch.take(x, norm) is None
