@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.provenance import Json, publish, resumed
 from efficient_densenet import convert_, densenet121, densenet_cifar, fit_, measure
-from efficient_densenet.fit.units import modes_of, set_modes
+from efficient_densenet.fit.groups import modes_of, set_modes
 from efficient_densenet.functional.modes import MODES
 from efficient_densenet.modules.checkpointed import CHECKPOINTED, checkpointed_
 

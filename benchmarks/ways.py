@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from efficient_densenet import convert_
-from efficient_densenet.fit.units import modes_of, set_modes
+from efficient_densenet.fit.groups import modes_of, set_modes
 from efficient_densenet.functional.modes import MODES
 
 BUDGETS = (0.8, 0.5, 0.2)

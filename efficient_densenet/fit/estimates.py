@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from efficient_densenet.fit.groups import Form, Group, find_groups, modes_of, set_modes
 from efficient_densenet.fit.timeline import Timeline
-from efficient_densenet.fit.units import Form, Unit, find_units, modes_of, set_modes
 from efficient_densenet.functional.modes import Recompute
 from efficient_densenet.memory.batch import Tree, tensors_in
 from efficient_densenet.memory.hollow import copy_hollow
@@ -44,7 +44,7 @@ class Estimates:
             self._known[key] = Timeline.of(estimate(self.hollow, *self._inputs, **self._options))
         return self._known[key]
 
-    def find_units(self) -> list[Unit]:
+    def find_groups(self) -> list[Group]:
         """What has a choice, and is used in the step."""
         set_modes(self.hollow, dict.fromkeys(modes_of(self.hollow), "none"))
         watched = copy_hollow(self.hollow, torch.device("meta"))
@@ -52,7 +52,7 @@ class Estimates:
         for path, module in watched.named_modules():
             module.register_forward_pre_hook(_noting(forms, path))
         estimate(watched, *self._inputs, **self._options)
-        return find_units(self.hollow, forms)
+        return find_groups(self.hollow, forms)
 
 
 def _noting(forms: dict[str, Form], path: str) -> Callable[[nn.Module, tuple[object, ...]], None]:

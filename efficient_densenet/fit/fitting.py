@@ -7,10 +7,10 @@ from torch import nn
 
 from efficient_densenet.fit.composition import Composition
 from efficient_densenet.fit.estimates import Estimates
+from efficient_densenet.fit.groups import AROUND_BLOCKS, Group, set_modes
 from efficient_densenet.fit.report import Chosen, Mix, Uniform
 from efficient_densenet.fit.search import Chain
 from efficient_densenet.fit.times import Times, check_times, measured, modelled
-from efficient_densenet.fit.units import AROUND_BLOCKS, Unit, set_modes
 from efficient_densenet.functional.modes import MODES, Recompute
 from efficient_densenet.memory.batch import Tree, arguments_of
 from efficient_densenet.memory.devices import DEVICES, check_device, room_within
@@ -101,18 +101,18 @@ def fit_(
         "device": kind,
     }
     estimates = Estimates(model, arguments_of(inputs), options)
-    units = estimates.find_units()
-    if not units:
+    groups = estimates.find_groups()
+    if not groups:
         raise ValueError(
             f"model must have modules that recompute, got a {type(model).__name__} without any: "
             "convert_(model) makes its dense blocks do so"
         )
-    composition = Composition.of(estimates, units)
-    found = _Found(estimates, units, composition)
+    composition = Composition.of(estimates, groups)
+    found = _Found(estimates, groups, composition)
     if found.least > room:
         raise BudgetTooSmall(found.least + DEVICES[kind].reserve, budget)
     clock = "given"
-    within = composition.units_within(room)
+    within = composition.groups_within(room)
     if times is None:
         here = {parameter.device.type for parameter in model.parameters()} == {kind}
         here = here and not has_shards(model)
@@ -135,10 +135,10 @@ class _Found:
         least: bytes at the peak of the mix that needs least.
     """
 
-    def __init__(self, estimates: Estimates, units: list[Unit], composition: Composition) -> None:
+    def __init__(self, estimates: Estimates, groups: list[Group], composition: Composition) -> None:
         self._estimates, self._composition = estimates, composition
         self._uniform = {
-            mode.name: composition.picks(_everywhere(mode.name, units)) for mode in MODES.values()
+            mode.name: composition.picks(_everywhere(mode.name, groups)) for mode in MODES.values()
         }
         untimed = composition.chain({})
         least = untimed.fastest(untimed.least_peak())
@@ -171,9 +171,9 @@ class _Found:
         """What was chosen."""
         chosen = []
         for part, each, pick in zip(chain.parts, self._composition.studied, picks, strict=True):
-            choice, modes = part.choices[pick], each.unit.choices[pick]
+            choice, modes = part.choices[pick], each.group.choices[pick]
             kept = choice.kept - min(other.kept for other in part.choices)
-            rows = list(zip(each.unit.paths, modes, strict=True))
+            rows = list(zip(each.group.paths, modes, strict=True))
             chosen.append(Chosen(*rows[0], kept, choice.seconds))
             chosen += [Chosen(path, mode, 0, 0.0) for path, mode in rows[1:]]
         return Mix(
@@ -190,13 +190,13 @@ class _Found:
         )
 
 
-def _everywhere(mode: Recompute, units: list[Unit]) -> dict[str, Recompute]:
+def _everywhere(mode: Recompute, groups: list[Group]) -> dict[str, Recompute]:
     mix: dict[str, Recompute] = {}
-    for unit in units:
+    for group in groups:
         around = mode if mode in AROUND_BLOCKS else AROUND_BLOCKS[-1]
         named = [
-            mode if any(modes[i] == mode for modes in unit.choices) else around
-            for i in range(len(unit.paths))
+            mode if any(modes[i] == mode for modes in group.choices) else around
+            for i in range(len(group.paths))
         ]
-        mix |= unit.mix(tuple(named))
+        mix |= group.mix(tuple(named))
     return mix

@@ -1,4 +1,4 @@
-"""How long a unit takes in each of its modes: measured, or by a model of bytes and operations."""
+"""How long a group takes in each of its modes: measured, or by a model of bytes and operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from efficient_densenet.fit.units import Alone, Modes, Unit
+from efficient_densenet.fit.groups import Alone, Group, Modes
 from efficient_densenet.memory.hollow import copy_hollow
 from efficient_densenet.memory.running import uncollected
 from efficient_densenet.memory.shapes import Arguments, Keywords, Result, tensors_of
@@ -24,7 +24,7 @@ from efficient_densenet.memory.shapes import Arguments, Keywords, Result, tensor
 ROUNDS = 5
 
 Times = Mapping[tuple[str, ...], Mapping[Modes, float]]
-"""Seconds of a unit's forward and backward pass, by the paths of its modules and their modes."""
+"""Seconds of a group's forward and backward pass, by the paths of its modules and their modes."""
 
 
 class Rates(NamedTuple):
@@ -38,37 +38,37 @@ RATES = {"cpu": Rates(10e9, 200e9), "cuda": Rates(2e12, 50e12)}
 """Assumed, not measured. Only their ratio matters."""
 
 
-def check_times(times: Times, units: Sequence[Unit]) -> None:
-    """Raise ``ValueError`` unless ``times`` has every choice of ``units``."""
-    for unit in units:
-        lacking = set(unit.choices) - set(times.get(unit.paths, {}))
+def check_times(times: Times, groups: Sequence[Group]) -> None:
+    """Raise ``ValueError`` unless ``times`` has every choice of ``groups``."""
+    for group in groups:
+        lacking = set(group.choices) - set(times.get(group.paths, {}))
         if lacking:
-            raise ValueError(f"times must have {sorted(lacking)[0]} for {unit.paths}")
+            raise ValueError(f"times must have {sorted(lacking)[0]} for {group.paths}")
 
 
 def measured(
-    units: Sequence[Unit], model: nn.Module, autocast_dtype: torch.dtype | None
+    groups: Sequence[Group], model: nn.Module, autocast_dtype: torch.dtype | None
 ) -> dict[tuple[str, ...], dict[Modes, float]]:
-    """Medians of a few interleaved runs of each unit alone, in each mode, on the model's device."""
-    return {unit.paths: _measured(unit, unit.cut_out(model), autocast_dtype) for unit in units}
+    """Medians of a few interleaved runs of each group in each mode, on the model's device."""
+    return {group.paths: _measured(group, group.cut_out(model), autocast_dtype) for group in groups}
 
 
 def modelled(
-    units: Sequence[Unit], hollow: nn.Module, kind: str, autocast_dtype: torch.dtype | None
+    groups: Sequence[Group], hollow: nn.Module, kind: str, autocast_dtype: torch.dtype | None
 ) -> dict[tuple[str, ...], dict[Modes, float]]:
-    """What each unit would take on a device of :data:`RATES`, of a model without values.
+    """What each group would take on a device of :data:`RATES`, of a model without values.
 
     An operator takes as long as its bytes or its operations do, whichever is more.
     """
-    return {unit.paths: _modelled(unit, hollow, RATES[kind], autocast_dtype) for unit in units}
+    return {group.paths: _modelled(group, hollow, RATES[kind], autocast_dtype) for group in groups}
 
 
-def _measured(unit: Unit, alone: Alone, autocast_dtype: torch.dtype | None) -> dict[Modes, float]:
+def _measured(group: Group, alone: Alone, autocast_dtype: torch.dtype | None) -> dict[Modes, float]:
     device = next((p.device for m in alone.modules for p in m.parameters()), torch.device("cpu"))
-    x = torch.rand_like(unit.input.empty(device)).requires_grad_(unit.input.requires_grad)
+    x = torch.rand_like(group.input.empty(device)).requires_grad_(group.input.requires_grad)
     devices = [device] if device.type == "cuda" else []
     with uncollected(), torch.random.fork_rng(devices=devices):
-        taken: dict[Modes, list[float]] = {modes: [] for modes in unit.choices}
+        taken: dict[Modes, list[float]] = {modes: [] for modes in group.choices}
         for count in range(ROUNDS + 1):
             for modes, seconds in taken.items():
                 found = _seconds(alone, x, modes, autocast_dtype)
@@ -107,16 +107,16 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _modelled(
-    unit: Unit, hollow: nn.Module, rates: Rates, autocast_dtype: torch.dtype | None
+    group: Group, hollow: nn.Module, rates: Rates, autocast_dtype: torch.dtype | None
 ) -> dict[Modes, float]:
     found = {}
     # Autocast does not know meta tensors.
     place = torch.device("meta" if autocast_dtype is None else "cpu")
     with nullcontext() if autocast_dtype is None else FakeTensorMode():
-        alone = unit.cut_out(hollow, partial(copy_hollow, device=place))
-        for modes in unit.choices:
+        alone = group.cut_out(hollow, partial(copy_hollow, device=place))
+        for modes in group.choices:
             with _Clock(rates) as clock:
-                _step(alone, unit.input.empty(place), modes, autocast_dtype)
+                _step(alone, group.input.empty(place), modes, autocast_dtype)
             found[modes] = clock.seconds
     return found
 

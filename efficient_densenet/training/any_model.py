@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from efficient_densenet.convert import convert_
-from efficient_densenet.fit.units import modes_of, set_modes
+from efficient_densenet.fit.groups import modes_of, set_modes
 from efficient_densenet.functional.modes import MODES
 from efficient_densenet.memory.plan import Fit, largest_batch
 from efficient_densenet.training.config import (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from efficient_densenet import models
-from efficient_densenet.fit.units import set_modes
+from efficient_densenet.fit.groups import set_modes
 from efficient_densenet.functional.modes import MODES, Recompute
 from efficient_densenet.memory.devices import available_bytes
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from efficient_densenet.fit.fitting import BudgetTooSmall, fit_
-from efficient_densenet.fit.units import modes_of
+from efficient_densenet.fit.groups import modes_of
 from efficient_densenet.functional.modes import MODES
 from efficient_densenet.memory.devices import DEVICES, present_device
 from efficient_densenet.memory.plan import Fit

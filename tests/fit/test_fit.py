@@ -16,7 +16,7 @@ from efficient_densenet.fit import times
 from efficient_densenet.fit.composition import Composition
 from efficient_densenet.fit.estimates import Estimates
 from efficient_densenet.fit.fitting import AROUND_BLOCKS
-from efficient_densenet.fit.units import modes_of, set_modes
+from efficient_densenet.fit.groups import modes_of, set_modes
 from efficient_densenet.memory.devices import DEVICES
 from support.libraries import NETWORKS, small
 
@@ -31,35 +31,35 @@ def network(**options) -> nn.Module:
     return DenseNet(6, (2, 3), 8, 2, num_classes=5, **options)
 
 
-def seconds_of(units) -> dict:
+def seconds_of(groups) -> dict:
     """Times in which naive is slowest in the first block, and fastest in all else."""
     made = {}
-    for i, unit in enumerate(units):
-        rank = {modes: n for n, modes in enumerate(unit.choices)}
-        made[unit.paths] = {m: (5.0 - n if i == 1 else 1.0 + n) for m, n in rank.items()}
+    for i, group in enumerate(groups):
+        rank = {modes: n for n, modes in enumerate(group.choices)}
+        made[group.paths] = {m: (5.0 - n if i == 1 else 1.0 + n) for m, n in rank.items()}
     return made
 
 
 @pytest.fixture(scope="module")
 def composition() -> Composition:
     estimates = Estimates(network(), (CHANNELS_LAST,), OPTIONS)
-    return Composition.of(estimates, estimates.find_units()), estimates
+    return Composition.of(estimates, estimates.find_groups()), estimates
 
 
 @pytest.fixture(scope="module")
 def given(composition) -> dict:
-    return seconds_of(composition[0].units)
+    return seconds_of(composition[0].groups)
 
 
 def test_parts_are_stem_blocks_with_their_transitions_and_last_block(composition) -> None:
-    units = composition[0].units
-    assert [unit.paths for unit in units] == [
+    groups = composition[0].groups
+    assert [group.paths for group in groups] == [
         ("features",),
         ("features.denseblock1", "features.transition1"),
         ("features.denseblock2",),
     ]
-    assert [len(unit.choices) for unit in units] == [2, 6, 3]
-    assert units[0].runs == tuple(f"features.{n}" for n in ("conv0", "norm0", "relu0", "pool0"))
+    assert [len(group.choices) for group in groups] == [2, 6, 3]
+    assert groups[0].runs == tuple(f"features.{n}" for n in ("conv0", "norm0", "relu0", "pool0"))
 
 
 def test_peak_of_every_mix_is_put_together_to_byte(composition, given) -> None:
@@ -111,8 +111,8 @@ def test_composition_that_is_off_is_corrected_by_estimates() -> None:
     """Where a gradient passes between blocks, two changes may add up to more than each alone."""
     options = {"target": (4,), "device": "cpu"}
     estimates = Estimates(densenet_cifar(16, 6), ((4, 3, 16, 16),), options)
-    found = Composition.of(estimates, estimates.find_units())
-    chain = found.chain(seconds := seconds_of(found.units))
+    found = Composition.of(estimates, estimates.find_groups())
+    chain = found.chain(seconds := seconds_of(found.groups))
     every = product(*(range(len(part.choices)) for part in chain.parts))
     off = (p for p in every if chain.peak(p) < estimates.timeline(found.mix(p)).peak)
     budget = chain.peak(next(off))
@@ -126,8 +126,8 @@ def test_only_modes_that_differ_are_looked_at() -> None:
     options = {"target": (4,), "device": "cpu"}
     model = densenet_cifar(10, 6, bottleneck=False)
     estimates = Estimates(model, ((4, 3, 8, 8),), options)
-    units = Composition.of(estimates, estimates.find_units()).units
-    assert units[-1].choices == (("none",), ("bottleneck",))
+    groups = Composition.of(estimates, estimates.find_groups()).groups
+    assert groups[-1].choices == (("none",), ("bottleneck",))
 
 
 @pytest.mark.parametrize("name", ["torchvision", "monai-3d", "timm", "pytorchcv", "tiramisu"])
@@ -136,8 +136,8 @@ def test_models_of_other_libraries_are_fitted(name) -> None:
     model = net.make()
     convert_(model)
     estimates = Estimates(model, (net.image,), {"device": "cpu"})
-    composition = Composition.of(estimates, estimates.find_units())
-    seconds = seconds_of(composition.units)
+    composition = Composition.of(estimates, estimates.find_groups())
+    seconds = seconds_of(composition.groups)
     naive = estimates.timeline(dict.fromkeys(modes_of(model), "none")).peak
     mix = fit_(model, net.image, naive - 1, device="cpu", times=seconds)
     assert mix.peak == estimate(model, net.image, device="cpu").peak.total < naive

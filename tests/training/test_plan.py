@@ -12,7 +12,7 @@ import torch
 from benchmarks import planned_peaks
 from efficient_densenet import estimate, plan
 from efficient_densenet.cli import main
-from efficient_densenet.fit.units import modes_of
+from efficient_densenet.fit.groups import modes_of
 from efficient_densenet.training.config import ConfigError, TrainConfig
 from efficient_densenet.training.folder import RunFolder
 from efficient_densenet.training.plan import config_within

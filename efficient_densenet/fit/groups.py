@@ -1,4 +1,4 @@
-"""What can be given a mode by itself, and run by itself."""
+"""Groups of modules that run together: each can be given modes, and run, by itself."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Form(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unit:
+class Group:
     """Modules that run together: a stem, a block with the transition after it, or one module.
 
     Attributes:
@@ -79,15 +79,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Alone:
-    """A unit's modules outside of their model."""
+    """A group's modules outside of their model."""
 
-    unit: Unit
+    group: Group
     modules: Sequence[nn.Module]
     kernels: Kernels
 
     def run(self, x: Tensor, modes: Modes) -> Tensor:
-        """The unit's result as the model would compute it in ``modes``."""
-        if not self.unit.is_stem:
+        """The group's result as the model would compute it in ``modes``."""
+        if not self.group.is_stem:
             for module, mode in zip(self.modules, modes, strict=True):
                 assert isinstance(module, Settings)
                 module.recompute = mode
@@ -106,23 +106,23 @@ def set_modes(model: nn.Module, mix: Mapping[str, Recompute]) -> None:
         _settings(model, path).recompute = mode
 
 
-def find_units(model: nn.Module, forms: dict[str, Form]) -> list[Unit]:
-    """The units of ``model``; ``forms`` says what each module is called with that is called."""
-    found: list[Unit] = []
+def find_groups(model: nn.Module, forms: dict[str, Form]) -> list[Group]:
+    """The groups of ``model``; ``forms`` says what each module is called with that is called."""
+    found: list[Group] = []
     for path, module in model.named_modules():
         if isinstance(module, RecomputingSequence):
             found += _in_sequence(path, module, forms)
-    together = {path for unit in found for path in unit.paths}
+    together = {path for group in found for path in group.paths}
     for path, module in model.named_modules():
         alone = isinstance(module, Settings) and not isinstance(module, RecomputingSequence)
         if alone and path in forms and path not in together:
-            found.append(Unit((path,), (path,), forms[path], _choices(module)))
+            found.append(Group((path,), (path,), forms[path], _choices(module)))
     return found
 
 
 def _in_sequence(
     path: str, sequence: RecomputingSequence, forms: dict[str, Form]
-) -> Iterator[Unit]:
+) -> Iterator[Group]:
     """The first stem of a sequence, and its blocks with a transition after them."""
     named = {name: child for name, child in sequence._modules.items() if child is not None}
     children = list(named.values())
@@ -137,12 +137,12 @@ def _in_sequence(
             if stem is not None:
                 runs = tuple(paths[i : i + stem[1]])
                 choices = tuple((mode,) for mode in AROUND_BLOCKS)
-                yield Unit((path,), runs, form, choices, is_stem=True)
+                yield Group((path,), runs, form, choices, is_stem=True)
                 has_stem = True
         pair = children[i : i + 2]
         if len(pair) == 2 and _may_run_together(*pair):
             both = tuple(paths[i : i + 2])
-            yield Unit(both, both, form, _choices(*pair))
+            yield Group(both, both, form, _choices(*pair))
 
 
 def _may_run_together(here: nn.Module, after: nn.Module) -> bool:
