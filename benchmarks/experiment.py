@@ -1,7 +1,7 @@
 """The training runs of docs/training.md at full size: hours, resumable, by the command itself.
 
     make data
-    python -m benchmarks.experiment             # into docs/results/experiment.json
+    python -m benchmarks.experiment             # into docs/results/experiment_PART.json
     python -m benchmarks.experiment fashion     # one of its parts
     python -m benchmarks.experiment --minutes 5 --epochs 1    # a rehearsal
 
@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.provenance import RESULTS, ROOT, Json, publish
+from benchmarks.provenance import ROOT, Json, publish
 from efficient_densenet.training.plan import TRAIN_IMAGES
 from efficient_densenet.training.work import Work
 
@@ -116,11 +116,8 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=10, help="of fashion; default: 10")
     parser.add_argument("--minutes", type=float, default=30, help="of depth; default: 30")
     args = parser.parse_args()
-    path = RESULTS / "experiment.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in args.parts or PARTS:
-        found[name] = PARTS[name](args.epochs, args.minutes)
-        publish("experiment", {part: found[part] for part in PARTS if part in found})
+        publish(f"experiment_{name}", PARTS[name](args.epochs, args.minutes))
     return 0
 
 

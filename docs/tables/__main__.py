@@ -39,6 +39,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/benchmarks.md": {
         "alternatives": alternatives.tables,
         "processes": benchmarks.processes,
+        "small-maps": benchmarks.small_maps,
         "traffic": benchmarks.traffic,
         "any-layer": benchmarks.any_layer,
         "choices": benchmarks.choices,
@@ -57,7 +58,11 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "estimated-edge": memory.estimated_edge,
     },
     "docs/use-with.md": {"structures": outcomes.structures},
-    "docs/training.md": {"steps": training.fashion_steps, "experiment": experiment.tables},
+    "docs/training.md": {
+        "steps": training.fashion_steps,
+        "experiment": experiment.recipe,
+        "experiment-depth": experiment.depth,
+    },
 }
 """Generated blocks inside pages that are written by hand."""
 

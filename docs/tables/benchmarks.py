@@ -50,14 +50,31 @@ def processes() -> str:
 
 def processes_of(found: Found) -> str:
     """The same of what the program found."""
-    cells: dict[str, dict[str, str]] = {}
+    competitors, cells = _by_case(found)
+    rows = ((case, *of) for case, of in cells.items())
+    return "\n\n".join([table(("/ naive", *competitors), rows), origin("processes", found)])
+
+
+def small_maps() -> str:
+    """Times of steps on small maps beside the naive step's."""
+    found = results("small_maps")
+    competitors, cells = _by_case(found)
+    naive = found["naive_seconds"]
+    rows = ((case, f"{naive[case] * 1e3:.0f}", *of) for case, of in cells.items())
+    names = [name.removesuffix(", channels_last") for name in competitors]
+    header = ("channels_last, one thread", "naive ms", *names)
+    return "\n\n".join([table(header, rows), origin("small_maps", found)])
+
+
+def _by_case(found: Found) -> tuple[list[str], dict[str, list[str]]]:
+    """Competitors, and for each case a cell for each: median and range of their ratios."""
+    competitors = list(dict.fromkeys(row["competitor"] for row in found["rows"]))
+    cells: dict[str, list[str]] = {}
     for row in found["rows"]:
         some = row["ratios"]
         text = f"{median(some):.2f} ({min(some):.2f}–{max(some):.2f})"
-        cells.setdefault(row["case"], {})[row["competitor"]] = text
-    competitors = list(next(iter(cells.values())))
-    rows = ((case, *(of[competitor] for competitor in competitors)) for case, of in cells.items())
-    return "\n\n".join([table(("/ naive", *competitors), rows), origin("processes", found)])
+        cells.setdefault(row["case"], []).append(text)
+    return competitors, cells
 
 
 def any_layer() -> str:

@@ -12,33 +12,27 @@ from docs.tables.markdown import MIB, Found, conditions, origin, results, table
 from efficient_densenet.functional.modes import MODES
 
 
-def tables() -> str:
-    """The runs at full size, each with its command."""
-    found = results("experiment")
-    parts = []
-    if "fashion" in found:
-        ours, naive = found["fashion"]["ours"], found["fashion"]["naive"]
-        parts += [
-            "The recipe as it is, and the naive network over its first epochs, from the same seed:",
+def recipe() -> str:
+    """The recipe as it is, and the naive network over its first epochs."""
+    found = results("experiment_fashion")
+    ours, naive = found["ours"], found["naive"]
+    header = ("epoch", "training loss", "naive", "test accuracy", "naive", "images/s", "naive")
+    return "\n\n".join(
+        [
             "![training loss and test accuracy by epoch](results/experiment.png)",
-            table(
-                ("epoch", "training loss", "naive", "test accuracy", "naive", "images/s", "naive"),
-                _epochs(ours["history"], naive["history"]),
-            ),
+            table(header, _epochs(ours["history"], naive["history"])),
             _memory(ours),
+            origin("experiment fashion", found),
         ]
-    if "depth" in found:
-        of = found["depth"]
-        parts += [
-            f"A naive DenseNet-BC of {of['naive']['summary']['depth']} layers, and the deepest one "
-            f"whose step takes no more than its {of['budget'] / MIB:,.0f} MiB, each trained for "
-            "about the same time:",
-            table(
-                ("network", "steps' peak MiB", "minutes", "images", "train loss", "test accuracy"),
-                (_trained(of[name]) for name in ("naive", "ours")),
-            ),
-        ]
-    return "\n\n".join([*parts, origin("experiment", found)])
+    )
+
+
+def depth() -> str:
+    """A shallow naive network, and the deepest one that fits in its memory."""
+    found = results("experiment_depth")
+    header = ("network", "steps' peak MiB", "minutes", "images", "train loss", "test accuracy")
+    rows = (_trained(found[name]) for name in ("naive", "ours"))
+    return "\n\n".join([table(header, rows), origin("experiment depth", found)])
 
 
 def _epochs(
@@ -76,8 +70,8 @@ def _trained(run: Found) -> tuple[object, ...]:
 
 def picture(path: Path) -> None:
     """Training loss and test accuracy of the recipe, and of the naive network so far as it ran."""
-    found = results("experiment")
-    runs = {"bottleneck": found["fashion"]["ours"], "none": found["fashion"]["naive"]}
+    found = results("experiment_fashion")
+    runs = {"bottleneck": found["ours"], "none": found["naive"]}
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     titles = {"train_loss": "Training loss, nats", "test_accuracy": "Test accuracy, %"}

@@ -20,6 +20,7 @@ from benchmarks import (
     inference,
     plans,
     processes,
+    small_maps,
 )
 from benchmarks.cases import BRIEF, NAIVE, block
 from docs.tables import benchmarks as shown
@@ -233,3 +234,17 @@ def test_processes_are_compared_by_their_own_naive_step() -> None:
     conditions = {"device": "a", "threads": "1", "torch": "3", "commit": "c", "date": "d"}
     text = shown.processes_of({"rows": rows, "conditions": conditions})
     assert "| small | 1.00 (0.50–2.00) |" in text
+
+
+def test_small_maps_are_compared_with_naive_step_in_channels_last(
+    published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(processes, "in_processes", lambda program: [small_maps.times()])
+    found = published(small_maps, CASES=(block("small", 2, 8, 4, 2, 8),), STEPS=1)
+    (naive,) = found["naive_seconds"].values()
+    assert 0 < naive < 1
+    assert [row["competitor"] for row in found["rows"]] == [
+        f"{kind}, channels_last" for kind in ("torchvision memory_efficient", "norm", "bottleneck")
+    ]
+    assert all(len(row["ratios"]) == 1 for row in found["rows"])
