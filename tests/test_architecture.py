@@ -36,7 +36,10 @@ def test_no_test_imports_test() -> None:
 
 
 def test_every_folder_has_its_place_in_order() -> None:
-    assert {f"{name}.".split(".")[1] for name in files_of(PACKAGE)} == BELOW.keys()
+    files = files_of(PACKAGE)
+    assert {f"{name}.".split(".")[1] for name in files} == {name.split(".")[0] for name in BELOW}
+    rooms = [f"{PACKAGE.name}.{name}" for name in BELOW if "." in name]
+    assert all(files[room].name == "__init__.py" for room in rooms)
 
 
 def test_package_needs_no_optional_package() -> None:
@@ -83,6 +86,16 @@ FAULTS: dict[str, tuple[Check, dict[str, str], str]] = {
         going_up,
         {"training/run.py": "from package.functional.forward import run\n"},
         "package.training.run, line 1: package.functional.forward run",
+    ),
+    "room reads higher room": (
+        going_up,
+        {"convert/state/values.py": "from package.convert.recording import graph\n"},
+        "package.convert.state.values, line 1: package.convert.recording graph",
+    ),
+    "room reads what is around it": (
+        going_up,
+        {"convert/recognition/dense.py": "from package.convert.fronts import recognised\n"},
+        "package.convert.recognition.dense, line 1: package.convert.fronts recognised",
     ),
     "package reads command": (
         going_up,
@@ -149,7 +162,9 @@ ORDERLY = {
     "functional/spec.py": "from package.kernels import layout\n",
     "modules/block.py": "from package.functional import spec\nfrom package.kernels import layout\n",
     "convert/__init__.py": "from package.convert.classes import convert_\n",
-    "convert/classes.py": "from package.modules.block import Block\n",
+    "convert/classes.py": "from package.convert.recording import graph\n",
+    "convert/recording/graph.py": "from package.convert.state.values import Nest\n",
+    "convert/state/values.py": "from package.modules.block import Block\n",
     "memory/step.py": "from ..kernels.layout import is_hollow\n",
     "models.py": "from package.modules import block\n",
     "training/run.py": "import lightning\nfrom .. import models\nfrom package.memory import step\n",

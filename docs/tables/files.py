@@ -12,6 +12,7 @@ from docs.tables.markdown import table
 PACKAGE = "efficient_densenet"
 FOLDERS = (
     *(f"{PACKAGE}/{room}" for room in ("kernels", "kernels/triton", "functional", "modules")),
+    *(f"{PACKAGE}/convert/{room}" for room in ("state", "recording", "recognition")),
     *(f"{PACKAGE}/{room}" for room in ("convert", "memory", "fit", "training")),
     PACKAGE,
     *("benchmarks", "benchmarks/gpu", "docs/tables"),

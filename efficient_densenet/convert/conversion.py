@@ -13,20 +13,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from efficient_densenet.convert.converted import (
     Converted,
     check_convertible,
-    class_of,
     converted_class,
+    is_derived,
 )
 from efficient_densenet.convert.fronts import DenseFront, NormFront, SequenceFront
-from efficient_densenet.convert.graph import Nest
-from efficient_densenet.convert.kept import kept_bytes
+from efficient_densenet.convert.kept_bytes import kept_bytes
 from efficient_densenet.convert.layers import run_again
-from efficient_densenet.convert.match import DenseMatch, match_norm
-from efficient_densenet.convert.record import record
+from efficient_densenet.convert.recognition.match import DenseMatch, match_norm
+from efficient_densenet.convert.recording.inputs import input_for
+from efficient_densenet.convert.recording.record import record
+from efficient_densenet.convert.recording.twin import Unrecordable
 from efficient_densenet.convert.report import Finding, Report
-from efficient_densenet.convert.stand_ins import stand_in
+from efficient_densenet.convert.state.values import CHOICES, Nest, class_of, set_class
 from efficient_densenet.convert.survey import Found, Survey
-from efficient_densenet.convert.twin import Unrecordable
-from efficient_densenet.convert.values import CHOICES
 from efficient_densenet.modules.block import EfficientDenseBlock
 from efficient_densenet.modules.reading import CONVS, NORMS, POOLS, Unsupported
 from efficient_densenet.modules.recomputing import Settings
@@ -99,10 +98,20 @@ def revert_(model: nn.Module) -> None:
     """Give every converted module of ``model`` its own class back, in place.
 
     The model then runs its own forward functions again. Parameters and buffers stay as they are.
+
+    Raises:
+        ValueError: if a class was derived from that of a converted module since, as ``fully_shard``
+            does; nothing is changed then.
     """
+    for path, module in model.named_modules():
+        if is_derived(cls := type(module)):
+            raise ValueError(
+                f"{path or 'the model'} is a {cls.__name__}, a class derived from that of a "
+                "converted module: revert the model before that is made"
+            )
     for module in model.modules():
         if isinstance(module, Converted):
-            module.__class__ = module._recomputing_original  # type: ignore[assignment]
+            set_class(module, module._recomputing_original)
             for choice in CHOICES:
                 vars(module).pop(choice, None)
 
@@ -143,10 +152,11 @@ class _Candidate:
     def convert_(self, recompute: Recomputes) -> None:
         if self.is_native or not self.is_wanted:
             return
-        self.module.__class__ = converted_class(class_of(self.module), self.found.front)
+        if not is_derived(type(self.module)):
+            set_class(self.module, converted_class(class_of(self.module), self.found.front))
         self.found.teach(self.module)
         if isinstance(self.module, Settings):
-            self.module.recompute = recompute
+            vars(self.module)["_recomputing_mode"] = recompute
 
     def finding(self, naive: int | None, kept: int | None) -> Finding:
         again: Iterable[str] = ()
@@ -223,7 +233,7 @@ def _norm_of_stem(sequence: nn.Module) -> Iterator[tuple[str, Found]]:
         is_other_norm = isinstance(norm, _BatchNorm) and type(norm) not in NORMS
         if type(conv) in CONVS and is_other_norm and type(pool) in POOLS:
             with suppress(Unsupported, Unrecordable):
-                recording = record(norm, (x := stand_in(norm),))
+                recording = record(norm, (x := input_for(norm),))
                 yield name, Found(NormFront, match_norm(recording, recording.root), (x,))
 
 

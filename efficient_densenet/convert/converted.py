@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from efficient_densenet.convert.graph import Nest
+from efficient_densenet.convert.state.surroundings import is_foreign
+from efficient_densenet.convert.state.values import Nest, class_of, set_class
 from efficient_densenet.modules.reading import Unsupported
 
 
@@ -20,13 +21,17 @@ class Converted(nn.Module):
 
     _recomputing_original: ClassVar[type[nn.Module]]
     _recomputing_front: ClassVar[type[nn.Module]]
+    _recomputing_is_generated: ClassVar[bool]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Of no concern to the class behind, which may list its subclasses or ask for keywords."""
         if "_recomputing_original" not in vars(cls):
+            cls._recomputing_is_generated = False
             super().__init_subclass__(**keywords)
 
     def __reduce_ex__(self, protocol: Any) -> Nest:
+        if is_derived(type(self)):
+            return super().__reduce_ex__(protocol)
         reduced: tuple[Nest, ...] = super().__reduce_ex__(max(2, protocol))  # type: ignore[assignment]
         make, args, *state = reduced
         parts = [self._recomputing_original if p is type(self) else p for p in (make, *args)]
@@ -34,15 +39,23 @@ class Converted(nn.Module):
         return rebuild, (self._recomputing_front, own, *parts), *state
 
 
-def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has, or had before it was converted."""
-    cls: type[nn.Module] = getattr(type(module), "_recomputing_original", type(module))
-    return cls
-
-
 def converted_class(original: Any, front: Any) -> Nest:
     """The class of a converted module that was an ``original``; ``front`` stands before that."""
     return _made(original, front)
+
+
+def is_derived(cls: type[nn.Module]) -> bool:
+    """Whether a class was made from that of a converted module, as ``fully_shard`` makes one."""
+    return issubclass(cls, Converted) and not cls._recomputing_is_generated
+
+
+def check_not_derived(cls: type[nn.Module]) -> None:
+    """Raise :class:`Unsupported` for a class derived by anyone but PyTorch: it may compute more."""
+    for base in cls.__mro__:
+        if vars(base).get("_recomputing_is_generated"):
+            return
+        if not is_foreign(base):
+            raise Unsupported("the class", "is derived from that of a converted module")
 
 
 def check_convertible(module: nn.Module, front: Any) -> None:
@@ -53,7 +66,7 @@ def check_convertible(module: nn.Module, front: Any) -> None:
         if hasattr(original, name) or any(name in names for names in own):
             raise Unsupported("the module", f"has {name}, and so do converted modules")
     try:
-        object.__new__(original).__class__ = converted_class(original, front)
+        set_class(object.__new__(original), converted_class(original, front))
     except TypeError as error:
         raise Unsupported("the class", f"has no place for what recomputes: {error}") from error
 
@@ -99,6 +112,6 @@ def rebuild(front: Any, own: dict[str, Nest], make: Any, *args: Nest) -> Nest:
     ``make(*args)`` is what its class would begin with, ``own`` what the conversion has added.
     """
     module = make(*args)
-    module.__class__ = converted_class(type(module), front)
+    set_class(module, converted_class(type(module), front))
     vars(module).update(own)
     return module

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficient_densenet.convert.arguments import own_class
-from efficient_densenet.convert.dense import match_dense
-from efficient_densenet.convert.graph import Arguments, Keywords, Nest, Recording
-from efficient_densenet.convert.graph import Call as RecordedCall
+from efficient_densenet.convert.converted import check_not_derived
 from efficient_densenet.convert.layers import (
     part,
     read_layers,
@@ -21,7 +18,8 @@ from efficient_densenet.convert.layers import (
     read_transition,
     run_layer,
 )
-from efficient_densenet.convert.match import (
+from efficient_densenet.convert.recognition.dense import match_dense
+from efficient_densenet.convert.recognition.match import (
     DenseMatch,
     NormMatch,
     StemMatch,
@@ -30,11 +28,14 @@ from efficient_densenet.convert.match import (
     match_stem,
     match_transition,
 )
-from efficient_densenet.convert.record import record
-from efficient_densenet.convert.stand_ins import stand_in
-from efficient_densenet.convert.state import Known, Snapshot
-from efficient_densenet.convert.twin import Unrecordable, tensors_in
-from efficient_densenet.convert.values import PLAIN, Describer
+from efficient_densenet.convert.recording.arguments import own_class
+from efficient_densenet.convert.recording.graph import Arguments, Keywords, Recording
+from efficient_densenet.convert.recording.graph import Call as RecordedCall
+from efficient_densenet.convert.recording.inputs import input_for
+from efficient_densenet.convert.recording.record import record
+from efficient_densenet.convert.recording.twin import Unrecordable, tensors_in
+from efficient_densenet.convert.state.snapshot import Known, Snapshot
+from efficient_densenet.convert.state.values import PLAIN, Describer, Nest
 from efficient_densenet.functional.precision import types_of
 from efficient_densenet.functional.spec import BlockSpec
 from efficient_densenet.kernels.interface import Activation
@@ -124,9 +125,10 @@ class Recognised(Front):
 
 
 def _note(module: Recognised, snapshot: Snapshot, arguments: Nest, found: object) -> None:
-    if module._recomputing_known is None:
-        module._recomputing_known = Known()
-    module._recomputing_known.add(snapshot, arguments, found)
+    known = module._recomputing_known
+    if known is None:
+        known = vars(module)["_recomputing_known"] = Known()  # its class may let nobody set it
+    known.add(snapshot, arguments, found)
 
 
 def recognised(
@@ -137,6 +139,8 @@ def recognised(
     Raises:
         Unsupported: if it is not known.
     """
+    if not module._recomputing_is_generated:
+        check_not_derived(type(module))
     arguments = ONE_TENSOR if args is None else arguments_of(args, kwargs or {})
     known = module._recomputing_known
     found = None if known is None else known.find(module, arguments)
@@ -155,7 +159,7 @@ def recognised(
 
 def _look(module: Recognised, args: Args, kwargs: Mapping[str, Nest]) -> object:
     try:
-        recording = record(module, (stand_in(module),) if args is None else args, kwargs)
+        recording = record(module, (input_for(module),) if args is None else args, kwargs)
         return module._recomputing_recognise(recording, recording.root)
     except Unrecordable as reason:
         return Unsupported("the forward function", f"cannot be recorded: {reason}")

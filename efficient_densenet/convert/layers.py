@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from efficient_densenet.convert.match import (
+from efficient_densenet.convert.recognition.match import (
     NO_DROPOUT,
     DenseMatch,
     LayerCall,

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from efficient_densenet.convert.converted import Converted, class_of, converted_class
-from efficient_densenet.convert.dense import match_dense
+from efficient_densenet.convert.converted import Converted, converted_class, is_derived
 from efficient_densenet.convert.fronts import (
     DenseFront,
     Front,
@@ -23,13 +22,15 @@ from efficient_densenet.convert.fronts import (
     StemFront,
     TransitionFront,
 )
-from efficient_densenet.convert.graph import Arguments, Call, Keywords, Nest, Recording, Value
-from efficient_densenet.convert.match import DenseMatch
-from efficient_densenet.convert.near import nearly_dense
-from efficient_densenet.convert.record import record
-from efficient_densenet.convert.stand_ins import map_for, stand_in
-from efficient_densenet.convert.state import Snapshot
-from efficient_densenet.convert.twin import Unrecordable
+from efficient_densenet.convert.recognition.dense import match_dense
+from efficient_densenet.convert.recognition.match import DenseMatch
+from efficient_densenet.convert.recognition.near import nearly_dense
+from efficient_densenet.convert.recording.graph import Arguments, Call, Keywords, Recording, Value
+from efficient_densenet.convert.recording.inputs import input_for, map_for
+from efficient_densenet.convert.recording.record import record
+from efficient_densenet.convert.recording.twin import Unrecordable
+from efficient_densenet.convert.state.snapshot import Snapshot
+from efficient_densenet.convert.state.values import Nest, class_of
 from efficient_densenet.modules.block import RecomputingBlock
 from efficient_densenet.modules.reading import Unsupported
 from efficient_densenet.modules.recomputing import Recomputing, Settings
@@ -67,7 +68,9 @@ class Found:
         if self.match is None:
             return str(self.reason)
         if not isinstance(module, Settings) or isinstance(module, Converted):
-            cls = converted_class(class_of(module), self.front)
+            cls = type(module)
+            if not is_derived(cls):
+                cls = converted_class(class_of(module), self.front)
             shell = object.__new__(cls)
             vars(shell).update(vars(module))
             vars(shell).pop("_recomputing_known", None)
@@ -106,7 +109,7 @@ class Survey:
     def _record(self, module: nn.Module, path: str, args: Arguments | None) -> None:
         """Record the module at ``path``, and after that what its forward pass did not come to."""
         if args is None:
-            x = stand_in(module)
+            x = input_for(module)
             if x is None:
                 return
             args = (x,)

@@ -77,13 +77,20 @@ def is_patched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or has_own_call(type(module))
     )
+
+
+def has_own_call(cls: type[nn.Module]) -> bool:
+    """Whether a class does not leave it to PyTorch how its forward is called."""
+    plain = cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
+    return not plain
 
 
 def check_plain(module: nn.Module, path: str) -> None:
     """Raise :class:`Unsupported` unless calling the module runs its class's forward alone."""
     if is_patched(module):
-        raise Unsupported(path, "has hooks or a forward of its own")
+        raise Unsupported(path, "has hooks, or a forward or call of its own")
 
 
 def check_known(module: nn.Module, path: str, known: Known) -> None:

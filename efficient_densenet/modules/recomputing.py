@@ -46,7 +46,10 @@ class Settings(nn.Module):
     _recomputing_mode: Recompute = "bottleneck"
     _recomputing_kernels: Kernels = "auto"
     _recomputing_is_generated: ClassVar[bool] = False
-    """Whether the class was made by the conversion, so that its forward is the recomputing one."""
+    """Whether the class was made by the conversion, so that its forward is the recomputing one.
+
+    That of a class which is derived from it need not be.
+    """
 
     @property
     def recompute(self) -> Recompute:

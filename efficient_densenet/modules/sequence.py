@@ -213,7 +213,6 @@ def is_plain(module: nn.Module | None, base: type[M]) -> TypeGuard[M]:
     return (
         isinstance(module, base)
         and (module._recomputing_is_generated or type(module).forward is base.forward)
-        and type(module).__call__ is nn.Module.__call__
         and not is_patched(module)
     )
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from efficient_densenet import convert_, explain
 from efficient_densenet.convert import fronts
-from efficient_densenet.convert.twin import plain_attributes
+from efficient_densenet.convert.recording.twin import plain_attributes
 from support.compare import assert_all_close, assert_same_training, randomise_
 from support.libraries import NETWORKS, blocks, small
 from support.traps import OPAQUE, TRAPS

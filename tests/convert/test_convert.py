@@ -7,8 +7,8 @@ import torch
 
 from efficient_densenet import convert_, explain, revert_
 from efficient_densenet.convert.fronts import recognised
-from efficient_densenet.convert.match import DenseMatch
-from efficient_densenet.convert.stand_ins import stand_in
+from efficient_densenet.convert.recognition.match import DenseMatch
+from efficient_densenet.convert.recording.inputs import input_for
 from efficient_densenet.modules.naive import DenseBlock
 from support.compare import (
     MODES,
@@ -70,7 +70,7 @@ def test_evaluation_equals_originals(network):
 def test_blocks_keep_what_ledger_says(network):
     converted, original = pair(network, torch.float32)
     for block, naive in zip(blocks(converted), same_modules(converted, original), strict=True):
-        like = stand_in(block)
+        like = input_for(block)
         dims, channels = like.dim() - 2, like.shape[1]
         size = SIDES[dims] * (2 if recognised(block, DenseMatch).entry else 1)
         x = torch.randn(4, channels, *(size,) * dims).requires_grad_()

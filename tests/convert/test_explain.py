@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from efficient_densenet import convert_, densenet_cifar, explain
-from efficient_densenet.convert.twin import plain_attributes
+from efficient_densenet.convert.recording.twin import plain_attributes
 from support.compare import assert_same_training
 from support.libraries import NETWORKS, blocks, small
 from support.storages import kept_bytes
@@ -99,7 +99,7 @@ def test_layers_of_blocks_of_this_package_that_are_run_again_are_named():
     assert report["features.denseblock1"].run_again == ()
     assert report["features.denseblock2"].run_again == (
         "denselayer1.norm1 is a InstanceNorm2d",
-        "denselayer2 has hooks or a forward of its own",
+        "denselayer2 has hooks, or a forward or call of its own",
     )
     assert "2 layers are run again" in str(report)
 

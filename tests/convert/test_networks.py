@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from efficient_densenet.convert.dense import match_dense
-from efficient_densenet.convert.match import match_transition
-from efficient_densenet.convert.record import record
+from efficient_densenet.convert.recognition.dense import match_dense
+from efficient_densenet.convert.recognition.match import match_transition
+from efficient_densenet.convert.recording.record import record
 from efficient_densenet.modules.reading import Unsupported
 from support.libraries import NETWORKS
 

@@ -245,6 +245,97 @@ class TestSequences:
         assert_same_training(converted, original, INPUT, rtol=1e-9)
 
 
+def halving(name):
+    """A transition of which the method ``name``, not the forward function, pools."""
+
+    class Halving(Transition):
+        def forward(self, x, embedding=None):
+            return self.conv(F.relu(self.norm(x)))
+
+    plain = getattr(nn.Module, name)
+    setattr(Halving, name, lambda self, *args: self.pool(plain(self, *args)))
+    return Halving()
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+class TestCalls:
+    """What a class does around its forward function is done once."""
+
+    def test_module_that_is_called_by_user(self, name):
+        original = halving(name).double()
+        x = torch.randn(2, C0 + 3 * K, 6, 4, dtype=torch.float64)
+        converted = copy.deepcopy(original)
+        assert convert_(converted).replaced == ()
+        assert len(convert_(Transition()).replaced) == 1
+        assert_same_training(converted, original, x, rtol=1e-9)
+
+    def test_module_of_another_one(self, name):
+        converted, original = pair(nn.Sequential(Dense(), halving(name)))
+        assert_same_training(converted, original, INPUT, rtol=1e-9)
+        for model in (converted, original):
+            model[1].scale = 2  # an attribute more: it is recorded again
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is naive")
+            assert_same_training(converted, original, INPUT, rtol=1e-9)
+
+
+def test_class_that_lets_nobody_set_attributes():
+    class Closed(Dense):
+        def __setattr__(self, name, value):
+            if "closed" in vars(self) and name != "training":
+                raise AttributeError(f"{name} cannot be set")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(Closed())
+    vars(model[0])["closed"] = True
+    converted, original = pair(model)
+    assert converted[0].why_naive(INPUT) is None
+    assert_same_training(converted, original, INPUT, rtol=1e-9)
+    revert_(converted)
+    assert type(converted[0]) is Closed
+
+
+class TestDerivedClasses:
+    """Classes that are made from that of a converted module."""
+
+    def converted_to(self, derive):
+        converted, original = pair(nn.Sequential(Dense(), Transition()))
+        converted[0].__class__ = derive(type(converted[0]))
+        return converted, original
+
+    def doubled(self, base):
+        class Doubled(base):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        return Doubled
+
+    @pytest.mark.filterwarnings("ignore:.*is naive")
+    def test_forward_function_of_its_own_is_run(self):
+        converted, original = self.converted_to(self.doubled)
+        original[0].__class__ = self.doubled(Dense)
+        assert "derived from that of a converted module" in converted[0].why_naive(INPUT)
+        assert_same_training(converted, original, INPUT, rtol=1e-9)
+
+    def test_class_that_pytorch_derives_recomputes(self):
+        def derived(base):
+            return type(base)(f"Derived{base.__name__}", (base,), {"__module__": "torch.nn"})
+
+        converted, original = self.converted_to(derived)
+        assert converted[0].why_naive(INPUT) is None
+        assert_same_training(converted, original, INPUT, rtol=1e-9)
+
+    def test_class_stays(self):
+        converted, _ = self.converted_to(self.doubled)
+        cls = type(converted[0])
+        assert type(copy.deepcopy(converted)[0]) is cls
+        convert_(converted, recompute="norm")
+        assert type(converted[0]) is cls
+        with pytest.raises(ValueError, match="0 is a Doubled, a class derived from"):
+            revert_(converted)
+        assert isinstance(converted[1], Converted)
+
+
 class TestNames:
     """What converted modules have besides is in the way of no attribute."""
 

@@ -51,7 +51,7 @@ def with_method(module, name):
 
 REFUSED = [
     (read_norm, nn.GroupNorm(2, 4), "part is a GroupNorm"),
-    (read_norm, with_hook(nn.BatchNorm2d(4)), "part has hooks or a forward of its own"),
+    (read_norm, with_hook(nn.BatchNorm2d(4)), "part has hooks, or a forward or call of its own"),
     (read_conv, Half(4, 4, 1), "part is a Half"),
     (read_conv, with_method(nn.Conv2d(4, 4, 1), "_conv_forward"), "part has a _conv_forward"),
     (read_conv, with_method(nn.Conv2d(4, 4, 1), "forward"), "part has a forward of its own"),

@@ -15,7 +15,7 @@ BATCH, SIZE = 2, 224
 """Without values no size is large; networks with a head for one size mostly expect this one."""
 
 
-def stand_in(module: nn.Module) -> Tensor | None:
+def input_for(module: nn.Module) -> Tensor | None:
     """A map for the first norm or convolution below ``module``, ``None`` if there is neither.
 
     As many dimensions as convolutions have, as many channels as the first of them reads, and the

@@ -7,12 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from efficient_densenet.convert.contents import kept, put_back
-from efficient_densenet.convert.converted import class_of
-from efficient_densenet.convert.graph import Nest
-from efficient_densenet.convert.surroundings import Found, Surroundings, is_foreign
-from efficient_densenet.convert.twin import INTERNAL, Unrecordable
-from efficient_densenet.convert.values import LIMIT, Describer, TooLarge
+from efficient_densenet.convert.recording.twin import INTERNAL, Unrecordable
+from efficient_densenet.convert.state.contents import contents_of, put_back
+from efficient_densenet.convert.state.surroundings import Found, Surroundings, is_foreign
+from efficient_densenet.convert.state.values import LIMIT, Describer, Nest, TooLarge, class_of
 
 
 @contextmanager
@@ -60,7 +58,7 @@ class _Around:
         self._found: list[tuple[Found, Nest]] = [(found, found.get()) for found in around.found]
         self._members = [(cls, {*vars(cls)}) for cls in around.classes]
         self._caches = [(cache, cache.cache_info().misses) for cache in around.caches]
-        self._kept = kept(describe.met)
+        self._contents = contents_of(describe.met)
         self._modules = modules
 
     def changed(self) -> Iterator[str]:
@@ -85,4 +83,4 @@ class _Around:
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()  # of tensors without values
-        put_back(self._kept)
+        put_back(self._contents)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from efficient_densenet.convert.dense import match_dense
-from efficient_densenet.convert.record import record
-from efficient_densenet.convert.twin import Unrecordable
+from efficient_densenet.convert.recognition.dense import match_dense
+from efficient_densenet.convert.recording.record import record
+from efficient_densenet.convert.recording.twin import Unrecordable
 from efficient_densenet.modules.reading import Unsupported
 from support.traps import OPAQUE, TRAPS
 from support.wild import BLOCKS, C0, K

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_densenet.convert.record import record
-from efficient_densenet.convert.twin import Unrecordable, plain_attributes
+from efficient_densenet.convert.recording.record import record
+from efficient_densenet.convert.recording.twin import Unrecordable, plain_attributes
 from support.traps import TRAPS
 from support.wild import BLOCKS, C0
 

@@ -11,10 +11,9 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from efficient_densenet.convert.graph import Call, Recording
-from efficient_densenet.convert.region import Region
-from efficient_densenet.convert.steps import Conv, Norm, Step, What, chain
-from efficient_densenet.convert.twin import OWN_FORWARD
+from efficient_densenet.convert.recognition.region import Region
+from efficient_densenet.convert.recognition.steps import Conv, Norm, Step, What, chain
+from efficient_densenet.convert.recording.graph import Call, Recording
 from efficient_densenet.kernels.interface import Activation, Pool
 from efficient_densenet.modules.opaque import Form
 from efficient_densenet.modules.reading import Dropout, Unsupported
@@ -177,8 +176,7 @@ def match_norm(recording: Recording, call: Call) -> NormMatch:
 
 def _whole_chain(region: Region) -> list[What]:
     """All that a call does to its first argument."""
-    if region.recording.patched.get(region.call.path) == OWN_FORWARD:
-        raise Unsupported("the module", OWN_FORWARD)
+    region.check_runs_forward()
     start = region.arguments[0] if region.arguments else None
     steps = chain(region, region.result, lambda value: value is start)
     region.check_nothing_else(node for step in steps for node in step.nodes)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from efficient_densenet.convert.graph import Call, Node, Value
-from efficient_densenet.convert.match import ChainMatch, UnitMatch, units_of
-from efficient_densenet.convert.region import Region
-from efficient_densenet.convert.steps import Norm, Step, step
+from efficient_densenet.convert.recognition.match import ChainMatch, UnitMatch, units_of
+from efficient_densenet.convert.recognition.region import Region
+from efficient_densenet.convert.recognition.steps import Norm, Step, step
+from efficient_densenet.convert.recording.graph import Call, Node, Value
 from efficient_densenet.modules.reading import Unsupported
 
 

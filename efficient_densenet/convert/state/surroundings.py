@@ -6,6 +6,7 @@ installed libraries: whatever these call is taken to stay what it is.
 
 from __future__ import annotations
 
+import builtins
 import dis
 import functools
 import sys
@@ -14,8 +15,7 @@ from functools import cached_property, partial, partialmethod
 from types import CodeType, FunctionType, ModuleType
 from typing import NamedTuple
 
-from efficient_densenet.convert.graph import Nest
-from efficient_densenet.convert.values import Describer, TooLarge, is_constant, is_same
+from efficient_densenet.convert.state.values import Describer, Nest, TooLarge, is_constant, is_same
 
 FOREIGN = {"torch", "numpy", "efficient_densenet", *sys.stdlib_module_names}
 INSTALLED = ("site-packages", "dist-packages")
@@ -137,9 +137,10 @@ class Surroundings:
         self._find(function.__globals__, names, attributes)
         enclosed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in enclosed:
-            if not _is_empty(cell) and self._is_new(cell, ""):
-                self._add(name, *_access(cell, "cell_contents"))
-                self._enter(cell.cell_contents, attributes, f"{name}.", ())
+            if self._is_new(cell, ""):
+                get, put = _access(cell, "cell_contents")
+                self._add(name, get, put, get() is MISSING)
+                self._enter(get(), attributes, f"{name}.", ())
         for name in ("__defaults__", "__kwdefaults__", "__dict__"):
             if getattr(function, name):
                 self._add(f"{function.__name__}.{name}", *_access(function, name))
@@ -154,11 +155,13 @@ class Surroundings:
     ) -> None:
         """Look at ``names`` in a Python module; if they are modules, at ``attributes`` in these."""
         is_foreign = any(_root_of(module.__name__) in FOREIGN for module in within)
-        for name in [name for name in names if name in space]:
-            value = space[name]
+        for name in names:
+            value = space.get(name, MISSING)
+            if value is MISSING and (within or hasattr(builtins, name)):
+                continue
             if self._is_new(space, name):
-                get, put = partial(space.get, name, MISSING), partial(space.__setitem__, name)
-                self._add(prefix + name, get, put, is_foreign)
+                get, put = partial(space.get, name, MISSING), partial(_set_global, space, name)
+                self._add(prefix + name, get, put, is_foreign or value is MISSING)
             self._enter(value, attributes, f"{prefix}{name}.", within)
 
     def _enter(
@@ -172,11 +175,11 @@ class Surroundings:
         name: str,
         get: Callable[[], Nest],
         put: Callable[[Nest], object],
-        is_foreign: bool = False,
+        is_only_replaced: bool = False,
     ) -> None:
         value = get()
-        constant = is_foreign or is_constant(value)
-        description = None if is_foreign else self._describe(value)
+        constant = is_only_replaced or is_constant(value)
+        description = None if is_only_replaced else self._describe(value)
         self.found.append(Found(name, get, put, value if constant else description, constant))
         if self._describe.limit is not None and len(self.found) > self._describe.limit:
             raise TooLarge
@@ -229,22 +232,33 @@ def _function_in(thing: Nest) -> FunctionType | None:
 
 
 def _access(thing: Nest, name: str) -> tuple[Callable[[], Nest], Callable[[Nest], object]]:
-    return partial(getattr, thing, name), partial(setattr, thing, name)
+    """What reads an attribute, and what sets it; one that is not there is ``MISSING``."""
+
+    def get() -> Nest:
+        try:
+            return getattr(thing, name)
+        except ValueError:  # of a cell that is empty
+            return MISSING
+
+    def put(value: Nest) -> None:
+        delattr(thing, name) if value is MISSING else setattr(thing, name, value)
+
+    return get, put
 
 
-def _is_empty(cell: Nest) -> bool:
-    try:
-        return cell.cell_contents is MISSING
-    except ValueError:
-        return True
+def _set_global(space: dict[str, Nest], name: str, value: Nest) -> None:
+    if value is MISSING:
+        del space[name]
+    else:
+        space[name] = value
 
 
 @functools.lru_cache(4096)
 def _names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The globals that code and the functions in it read, and the attributes of anything."""
+    """The globals that code and the functions in it read or set, and attributes of anything."""
     names, attributes = set(), set()
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL"):
             names.add(instruction.argval)
         elif "ATTR" in instruction.opname or instruction.opname == "LOAD_METHOD":
             attributes.add(instruction.argval)

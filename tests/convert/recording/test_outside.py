@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from efficient_densenet import convert_, explain, revert_
-from efficient_densenet.convert.values import described
+from efficient_densenet.convert.state.values import described
 from support.deciding import INPUT, Layer, block
 
 SEEN, COUNTS, STORE, CALLS = [], {}, types.SimpleNamespace(maps=[]), 0
@@ -54,8 +54,32 @@ def counts_enclosed():
     return lambda layer, y: calls.append(1), lambda: list(calls)
 
 
+def makes_global(layer, y):
+    global LATEST
+    LATEST = y
+
+
+def makes_enclosed():
+    latest: torch.Tensor
+
+    def make(layer, y):
+        nonlocal latest
+        latest = y
+
+    return make, lambda: latest_is_made(make.__closure__[0])
+
+
+def latest_is_made(cell):
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
 KEPT = {
     "global": (counts_globally, lambda: CALLS, "CALLS"),
+    "new global": (makes_global, lambda: "LATEST" in globals(), "LATEST"),
+    "new enclosed": (*makes_enclosed(), "latest"),
     "class": (counts_in_class, lambda: Counting.calls, "Counting.calls"),
     "new in class": (adds_to_class, lambda: {*vars(Counting)}, "Counting.latest"),
     "dict": (counts_in_dict, lambda: dict(COUNTS), "COUNTS"),

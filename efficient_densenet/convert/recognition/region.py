@@ -7,8 +7,8 @@ from functools import cached_property
 
 from torch import nn
 
-from efficient_densenet.convert.graph import Call, Node, Note, Recording, Value, values_in
-from efficient_densenet.convert.twin import OWN_FORWARD
+from efficient_densenet.convert.recording.graph import Call, Node, Note, Recording, Value, values_in
+from efficient_densenet.convert.recording.twin import OWN_CALL, OWN_FORWARD
 from efficient_densenet.modules.reading import Unsupported
 
 FORWARD = "the forward function"
@@ -92,6 +92,12 @@ class Region:
             raise Unsupported(
                 self.place(node), f"computes {node.name} under an autocast of its own"
             )
+
+    def check_runs_forward(self) -> None:
+        """Raise :class:`Unsupported` if the call is not that of its class's forward alone."""
+        patch = self.recording.patched.get(self.call.path)
+        if patch in (OWN_FORWARD, OWN_CALL):
+            raise Unsupported("the module", patch)
 
     def check_plain(self, inner: Call) -> None:
         """Raise :class:`Unsupported` if a module from here in to ``inner`` is patched."""

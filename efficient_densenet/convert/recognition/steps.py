@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from efficient_densenet.convert.converted import class_of
-from efficient_densenet.convert.graph import Nest, Node, Value
-from efficient_densenet.convert.region import Region
+from efficient_densenet.convert.recognition.region import Region
+from efficient_densenet.convert.recording.graph import Node, Value
+from efficient_densenet.convert.state.values import Nest, class_of
 from efficient_densenet.kernels.interface import Activation, Pool
 from efficient_densenet.modules.reading import NORMS, Dropout, Unsupported, uses_batch_statistics
 

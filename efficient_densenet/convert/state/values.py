@@ -8,13 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from efficient_densenet.convert.converted import class_of
-from efficient_densenet.convert.graph import Nest
-
+Nest = Any
+"""Numbers, strings, ``None``, tensors, other objects, and lists, tuples, dicts of them."""
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 ATOMS = (FunctionType, BuiltinFunctionType, type, ModuleType, Enum)
 """What a copy of a module shares with it: decided by as it is, or by what its code names."""
@@ -118,6 +118,17 @@ class Describer:
             return Same(value)
         self.code.append(type(value))
         return [self([*part] if isinstance(part, Iterator) else part) for part in parts]
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before it was converted."""
+    cls: type[nn.Module] = getattr(type(module), "_recomputing_original", type(module))
+    return cls
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, whatever its own says to attributes that are set."""
+    object.__setattr__(module, "__class__", cls)
 
 
 def is_constant(value: object) -> bool:

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from efficient_densenet import convert_
-from efficient_densenet.convert import fronts, state, values
-from efficient_densenet.convert.values import Describer, TooLarge, described
+from efficient_densenet.convert import fronts
+from efficient_densenet.convert.state import snapshot, values
+from efficient_densenet.convert.state.values import Describer, TooLarge, described
 from support.compare import assert_same_training
 from support.deciding import INPUT, Block, Layer, assert_follows, block, either
 
@@ -228,7 +229,7 @@ def test_block_with_too_much_to_compare_is_naive(monkeypatch):
         lambda layer, y: either(layer.table[0], y),
         lambda layer: setattr(layer, "table", [False, *([i] for i in range(50))]),
     )
-    monkeypatch.setattr(state, "LIMIT", 100)
+    monkeypatch.setattr(snapshot, "LIMIT", 100)
     report = convert_(model)
     assert report[""].reason == "the module holds more than can be compared at every call"
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from efficient_densenet.convert.graph import Nest
+from efficient_densenet.convert.state.values import Nest
 
-Kept = list[tuple[Nest, Nest]]
+Contents = list[tuple[Nest, Nest]]
 """Containers, and copies of what they held."""
 
 
-def kept(things: Iterable[Nest]) -> Kept:
+def contents_of(things: Iterable[Nest]) -> Contents:
     """What those of ``things`` hold that are lists, sets or dicts, or have attributes."""
     return [(inside, _copied(inside)) for thing in things for inside in _containers_in(thing)]
 
 
-def put_back(contents: Kept) -> None:
+def put_back(contents: Contents) -> None:
     """Let containers hold what they held, if they do not."""
     for thing, held in contents:
         if _identities(thing) != _identities(held):

@@ -17,9 +17,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
-from efficient_densenet.convert.converted import class_of
-from efficient_densenet.convert.graph import Arguments, Function, Keywords, Nest
-from efficient_densenet.convert.values import COMPILED, DEPTH, Describer, TooLarge
+from efficient_densenet.convert.recording.graph import Arguments, Function, Keywords
+from efficient_densenet.convert.state.values import (
+    COMPILED,
+    DEPTH,
+    Describer,
+    Nest,
+    TooLarge,
+    class_of,
+    set_class,
+)
+from efficient_densenet.modules.reading import has_own_call
 from efficient_densenet.modules.recomputing import Settings
 
 HOOKS = (
@@ -33,6 +41,7 @@ HOOKS = (
 )
 INTERNAL = {*HOOKS, "_parameters", "_buffers", "_modules", COMPILED}
 OWN_FORWARD = "has a forward function of its own"
+OWN_CALL = "has a call function of its own"
 SOME_MOMENTUM = 0.1
 
 
@@ -146,22 +155,24 @@ class _Alone(nn.SyncBatchNorm):
 def _make_runnable(part: nn.Module) -> None:
     """Take from a copied module what would run elsewhere, or reads values."""
     vars(part).pop("forward", None)
-    part._compiled_call_impl = None
-    part.__class__ = class_of(part)
+    vars(part).pop(COMPILED, None)
+    set_class(part, class_of(part))
     if isinstance(part, Settings):
-        part.recompute = "none"
+        vars(part)["_recomputing_mode"] = "none"
     if isinstance(part, nn.SyncBatchNorm):
         cls = type(part)
         bases = (_Alone,) if cls is nn.SyncBatchNorm else (cls, _Alone)
-        part.__class__ = type(cls.__name__, bases, {"_recomputing_original": cls})
+        set_class(part, type(cls.__name__, bases, {"_recomputing_original": cls}))
     if isinstance(part, _BatchNorm) and part.momentum is None:
-        part.momentum = SOME_MOMENTUM  # else it reads how many batches there were
+        vars(part)["momentum"] = SOME_MOMENTUM  # else it reads how many batches there were
 
 
 def _patches(module: nn.Module) -> Iterator[tuple[str, str]]:
     for path, part in module.named_modules():
         if "forward" in vars(part):
             yield path, OWN_FORWARD
+        elif not path and has_own_call(type(part)):
+            yield path, OWN_CALL  # that of a module below is recorded as its caller's
         elif any(vars(part).get(name) for name in HOOKS):
             yield path, "has hooks"
 

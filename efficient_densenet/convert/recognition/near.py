@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from efficient_densenet.convert.graph import Call, Node, Recording, Value, values_in
+from efficient_densenet.convert.recording.graph import Call, Node, Recording, Value, values_in
 
 Pieces = tuple[Value, ...]
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from efficient_densenet.convert.arguments import stand_ins
-from efficient_densenet.convert.converted import class_of, converted_class
-from efficient_densenet.convert.graph import Nest
+from efficient_densenet.convert.converted import converted_class
+from efficient_densenet.convert.recording.arguments import stand_ins
+from efficient_densenet.convert.recording.twin import Unrecordable, tensors_in, twin_of
+from efficient_densenet.convert.state.values import Nest, class_of, set_class
 from efficient_densenet.convert.survey import Found
-from efficient_densenet.convert.twin import Unrecordable, tensors_in, twin_of
 from efficient_densenet.modules.recomputing import Recomputing, Settings
 
 
@@ -45,10 +45,10 @@ def kept_bytes(
 def _recompute(twin: nn.Module, module: nn.Module, found: Found) -> None:
     """Let the copy of a module recompute as the module does, or would be converted to do."""
     if not isinstance(twin, Settings):
-        twin.__class__ = converted_class(class_of(twin), found.front)
+        set_class(twin, converted_class(class_of(twin), found.front))
         found.teach(twin)
     if isinstance(module, Settings) and isinstance(twin, Settings):
-        twin.recompute = module.recompute
+        vars(twin)["_recomputing_mode"] = module.recompute
 
 
 def _kept(twin: nn.Module, args: tuple[Nest, ...], kwargs: Mapping[str, Nest]) -> int:

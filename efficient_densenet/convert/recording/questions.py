@@ -14,8 +14,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.checkpoint import CheckpointFunction
 
-from efficient_densenet.convert.graph import Arguments, Function, Keywords, Nest
-from efficient_densenet.convert.twin import tensors_in
+from efficient_densenet.convert.recording.graph import Arguments, Function, Keywords
+from efficient_densenet.convert.recording.twin import tensors_in
+from efficient_densenet.convert.state.values import Nest
 
 ANSWERED_ALIKE = {"dim", "ndim", "ndimension", "__setitem__"}
 """What Python may ask of a map: the answer is the same for every map."""

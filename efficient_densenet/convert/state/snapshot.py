@@ -14,15 +14,15 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 
-from efficient_densenet.convert.converted import class_of
-from efficient_densenet.convert.graph import Nest
-from efficient_densenet.convert.surroundings import MISSING, Surroundings
-from efficient_densenet.convert.values import (
+from efficient_densenet.convert.state.surroundings import MISSING, Surroundings
+from efficient_densenet.convert.state.values import (
     CHOICES,
     COMPILED,
     LIMIT,
     Describer,
+    Nest,
     TooLarge,
+    class_of,
     is_constant,
     is_same,
 )

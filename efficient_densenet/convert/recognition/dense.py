@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from efficient_densenet.convert.chains import match_chain
-from efficient_densenet.convert.graph import Call, Node, Recording, Value, values_in
-from efficient_densenet.convert.match import (
+from efficient_densenet.convert.recognition.chains import match_chain
+from efficient_densenet.convert.recognition.match import (
     DenseMatch,
     LayerCall,
     LayerMatch,
     Returns,
     units_of,
 )
-from efficient_densenet.convert.region import FORWARD, Region
-from efficient_densenet.convert.steps import chain
-from efficient_densenet.convert.twin import OWN_FORWARD
+from efficient_densenet.convert.recognition.region import FORWARD, Region
+from efficient_densenet.convert.recognition.steps import chain
+from efficient_densenet.convert.recording.graph import Call, Node, Recording, Value, values_in
+from efficient_densenet.convert.recording.twin import OWN_FORWARD
 from efficient_densenet.modules.opaque import Form
 from efficient_densenet.modules.reading import Unsupported
 
@@ -31,8 +31,7 @@ def match_dense(recording: Recording, call: Call) -> DenseMatch:
         Unsupported: if it is none, or one that holds something else, with the reason.
     """
     region = Region(recording, call)
-    if recording.patched.get(call.path) == OWN_FORWARD:
-        raise Unsupported("the module", OWN_FORWARD)
+    region.check_runs_forward()
     reasons: list[tuple[int, Unsupported]] = []
     for reading in _readings(region):
         layers: list[_Layer] = []

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from efficient_densenet import convert_
-from efficient_densenet.convert import fronts, surroundings
-from efficient_densenet.convert.surroundings import Surroundings
-from efficient_densenet.convert.values import Describer
+from efficient_densenet.convert import fronts
+from efficient_densenet.convert.state import surroundings
+from efficient_densenet.convert.state.surroundings import Surroundings
+from efficient_densenet.convert.state.values import Describer
 from support.deciding import INPUT, Layer, assert_follows, block, either
 
 FLAGS = {"leaky": False}

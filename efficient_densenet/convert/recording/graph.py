@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
-Nest = Any
-"""An argument or a result: numbers, strings, ``None``, values, and lists, tuples, dicts of them."""
+from efficient_densenet.convert.state.values import Nest
+
 Arguments = tuple[Nest, ...]
 Keywords = dict[str, Nest]
 Function = Callable[..., Nest]

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from efficient_densenet.convert.contents import Kept, kept
-from efficient_densenet.convert.graph import Nest
-from efficient_densenet.convert.twin import Unrecordable, hollow
-from efficient_densenet.convert.values import Describer, TooLarge, described
+from efficient_densenet.convert.recording.twin import Unrecordable, hollow
+from efficient_densenet.convert.state.contents import Contents, contents_of
+from efficient_densenet.convert.state.values import Describer, Nest, TooLarge, described
 
 
 def own_class(tensor: Tensor) -> type[Tensor] | None:
@@ -45,7 +44,7 @@ def stand_ins(thing: Nest, as_own: bool = False) -> Nest:
     return thing
 
 
-class Contents:
+class ArgumentContents:
     """What the containers and objects among ``arguments`` hold at this moment.
 
     Raises:
@@ -66,6 +65,6 @@ class Contents:
             return False
         return bool(described(self._arguments) == self._description)
 
-    def kept(self) -> Kept:
+    def copied(self) -> Contents:
         """All that can be put back, with what it holds."""
-        return kept(self._met)
+        return contents_of(self._met)

@@ -1,0 +1,1 @@
+"""Finds in a recorded forward pass what can recompute, and describes it as plain data."""

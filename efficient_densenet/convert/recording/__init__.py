@@ -1,0 +1,1 @@
+"""Records a forward pass as a graph, on a copy of the module without values."""

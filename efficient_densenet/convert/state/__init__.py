@@ -1,0 +1,1 @@
+"""What Python may decide by in a module: compared at every call, to know what still holds."""
