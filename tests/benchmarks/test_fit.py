@@ -22,6 +22,7 @@ def found() -> dict:
     return {"conditions": CONDITIONS, "networks": [fit.examine(SMALL, rounds=2, budgets=3)]}
 
 
+@pytest.mark.slow
 def test_mixes_are_measured_beside_uniform_modes(found) -> None:
     candidates = found["networks"][0]["candidates"]
     names = [candidate["name"] for candidate in candidates]
@@ -31,6 +32,7 @@ def test_mixes_are_measured_beside_uniform_modes(found) -> None:
     assert peaks["mix 1"] < peaks["naive"] and peaks["checkpointed"] < peaks["naive"]
 
 
+@pytest.mark.slow
 def test_mix_above_its_budget_is_noticed(found) -> None:
     network = found["networks"][0]
     mix = network["candidates"][-1]
@@ -39,6 +41,7 @@ def test_mix_above_its_budget_is_noticed(found) -> None:
         assert fit.right({**network, "candidates": [candidate]}) == right
 
 
+@pytest.mark.slow
 def test_mixes_are_shown_as_table_and_picture(found, tmp_path: Path) -> None:
     text = shown.tables_of(found)
     assert text.count("| mix ") == 3 and "small, peaks and budgets in MiB" in text

@@ -47,8 +47,14 @@ FINE = part(runner_parts.fine)
     [
         (part(runner_parts.breaks), FAILED, "ValueError: no such thing", None),
         (part(runner_parts.finds_fault), FAILED, "the other half is wrong", "half of it"),
-        (part(runner_parts.hangs, 3.0), CUT_OFF, "the other half", "half of it"),
-        (part(runner_parts.always_dies), FAILED, "exit code 3", "little"),
+        pytest.param(
+            *(part(runner_parts.hangs, 3.0), CUT_OFF, "the other half", "half of it"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(part(runner_parts.always_dies), FAILED, "exit code 3", "little"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: value.name if isinstance(value, Part) else "",
 )
@@ -76,6 +82,7 @@ def test_part_is_cut_off_when_time_of_all_is_over(monkeypatch: pytest.MonkeyPatc
     assert second.status == SKIPPED and "0 s are left" in (second.error or "")
 
 
+@pytest.mark.slow
 def test_part_knows_how_long_it_has() -> None:
     (own,) = run(part(runner_parts.tells_time_left, 20.0))
     assert 0.0 < own.result < 20.0
@@ -83,6 +90,7 @@ def test_part_knows_how_long_it_has() -> None:
     assert 0.0 < all_of_it.result < LEAST + 2
 
 
+@pytest.mark.slow
 def test_what_kills_process_is_left_out_of_another_try() -> None:
     (record,) = run(part(runner_parts.dies_of_one))
     assert record.status == OK
@@ -94,6 +102,7 @@ def test_process_that_dies_between_parts_is_replaced() -> None:
     assert (first.status, second.status) == (OK, OK)
 
 
+@pytest.mark.slow
 def test_children_of_part_end_with_it(tmp_path: Path) -> None:
     note = tmp_path / "child"
     run(FINE, part(partial(runner_parts.hangs_with_a_child, note=note), 4.0))
@@ -104,6 +113,7 @@ def test_children_of_part_end_with_it(tmp_path: Path) -> None:
     assert not stat.exists() or ") Z" in stat.read_text()
 
 
+@pytest.mark.slow
 def test_part_that_leaves_traces_is_its_process_last() -> None:
     numbers = part(runner_parts.numbers)
     leaving = part(runner_parts.numbers, leaves_traces=True)
