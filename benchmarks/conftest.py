@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from _pytest.terminal import TerminalReporter
 
 from benchmarks import report
@@ -13,7 +12,14 @@ from benchmarks.cases import BRIEF, CASES, COMPETITORS, Case, Competitor
 from benchmarks.curves import CURVES, Curve
 from benchmarks.instruments import Rows
 from benchmarks.progress import Progress, duration, expected, published
-from benchmarks.provenance import RESULTS, Json, limits, provenance, publish
+from benchmarks.provenance import (
+    RESULTS,
+    Json,
+    limits,
+    provenance,
+    publish,
+    with_instruction_set,
+)
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
@@ -102,8 +108,7 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.C
         return
     terminalreporter.section("memory and time of one training step")
     terminalreporter.write_line(report.markdown(results, provenance()))
-    name = f"steps_{torch.backends.cpu.get_cpu_capability().lower()}" if limits() else "steps"
-    publish(name, report.rows(results), folder_of(config))
+    publish(with_instruction_set("steps"), report.rows(results), folder_of(config))
     if not config.getoption("full"):
         terminalreporter.write_line(f"--full adds {_more()}")
 

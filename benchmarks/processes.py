@@ -1,6 +1,7 @@
 """How much a step's time differs from process to process: the suite's cases in several of them.
 
     python -m benchmarks.processes    # into docs/results/processes.json; some 12 minutes
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.processes
 
 Within a process competitors take turns, and the median of each is taken; processes differ more than
 that, since memory lies elsewhere in each. A process has all cases.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from benchmarks.cases import BRIEF, CASES, NAIVE, Case, Competitor
-from benchmarks.provenance import ROOT, Json, publish
+from benchmarks.provenance import ROOT, Json, publish, with_instruction_set
 
 PROCESSES, STEPS = 5, 5
 ALONE = "import json; from benchmarks.{program} import times; print(json.dumps(times()))"
@@ -75,7 +76,10 @@ def ratios(runs: Sequence[Times], baseline: Competitor = NAIVE) -> list[Json]:
 
 
 def main() -> None:
-    publish("processes", {"steps": STEPS, "rows": ratios(in_processes("processes"))})
+    publish(
+        with_instruction_set("processes"),
+        {"steps": STEPS, "rows": ratios(in_processes("processes"))},
+    )
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ def limits() -> list[str]:
     return [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
 
 
+def with_instruction_set(name: str) -> str:
+    """The name of results that are published beside those of the whole CPU, if it is limited."""
+    return f"{name}_{torch.backends.cpu.get_cpu_capability().lower()}" if limits() else name
+
+
 def _instruction_set() -> str:
     used = torch.backends.cpu.get_cpu_capability()
     return f"{used} by {' '.join(limits())}" if limits() else used

@@ -39,6 +39,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/benchmarks.md": {
         "alternatives": alternatives.tables,
         "processes": benchmarks.processes,
+        "processes-avx2": benchmarks.processes_avx2,
         "small-maps": benchmarks.small_maps,
         "traffic": benchmarks.traffic,
         "any-layer": benchmarks.any_layer,

@@ -48,6 +48,11 @@ def processes() -> str:
     return processes_of(results("processes"))
 
 
+def processes_avx2() -> str:
+    """The same on a CPU that is told to use no more than AVX2."""
+    return processes_of(results("processes_avx2"))
+
+
 def processes_of(found: Found) -> str:
     """The same of what the program found."""
     competitors, cells = _by_case(found)

@@ -37,6 +37,7 @@ DEPENDS = {
     "planned_peaks": PLANS,
     "plans": PLANS,
     "processes": STEP,
+    "processes_avx2": STEP,
     "small_maps": STEP,
     "steps": STEP,
     "steps_avx2": STEP,
