@@ -97,6 +97,7 @@ def test_what_kills_process_is_left_out_of_another_try() -> None:
     assert record.result == ["first", "deadly: failed: the process died with exit code 3", "last"]
 
 
+@pytest.mark.slow
 def test_process_that_dies_between_parts_is_replaced() -> None:
     first, second = run(part(runner_parts.dies_after_its_end), part(runner_parts.fine))
     assert (first.status, second.status) == (OK, OK)
@@ -121,6 +122,7 @@ def test_part_that_leaves_traces_is_its_process_last() -> None:
     assert first == same != other
 
 
+@pytest.mark.slow
 def test_part_beside_others_runs_from_start_and_is_read_in_its_turn(
     tmp_path: Path,
 ) -> None:
@@ -134,6 +136,7 @@ def test_part_beside_others_runs_from_start_and_is_read_in_its_turn(
     assert records[2].result["waiter"] == "it came"
 
 
+@pytest.mark.slow
 def test_everything_told_is_written_at_once() -> None:
     written: list[list[tuple[str, object]]] = []
     run_parts(

@@ -56,7 +56,9 @@ def test_kernels_are_built_without_spilling(launches, capability):
             assert built.registers <= MOST_REGISTERS or dtype != torch.bfloat16, one.name
 
 
-@every_target
+@pytest.mark.parametrize(
+    "capability", [c if c == 90 else pytest.param(c, marks=pytest.mark.slow) for c in TARGETS]
+)
 def test_built_kernels_keep_nan_and_denormal_numbers(launches, capability):
     """In the code that they are built to, ``max.f32`` would drop the one, ``.ftz`` the others.
 

@@ -264,8 +264,8 @@ sys.exit(main(sys.argv[1:]))
     ("options", "status", "said"),
     [
         ("--budget 16MiB", 0, "largest batch"),
-        ("--budget 16KiB", 1, "none fits"),
-        ("--budget 16MiB --json", 0, '"largest"'),
+        pytest.param("--budget 16KiB", 1, "none fits", marks=pytest.mark.slow),
+        pytest.param("--budget 16MiB --json", 0, '"largest"', marks=pytest.mark.slow),
         ("--budget 16MiB --chart plan.png", 2, "a chart needs 'matplotlib"),
     ],
     ids=["a table", "nothing fits", "json", "a chart"],
