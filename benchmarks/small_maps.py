@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import processes
 from benchmarks.cases import BRIEF, DENSENET_121, NAIVE_CHANNELS_LAST, Case, block
-from benchmarks.provenance import publish
+from benchmarks.provenance import publish, with_instruction_set
 
 STEPS = 25
 CASES = (
@@ -37,7 +37,8 @@ def main() -> None:
     runs = processes.in_processes("small_maps")
     naive = {case: median(run[case][str(NAIVE_CHANNELS_LAST)] for run in runs) for case in runs[0]}
     rows = processes.ratios(runs, NAIVE_CHANNELS_LAST)
-    publish("small_maps", {"steps": STEPS, "naive_seconds": naive, "rows": rows})
+    found = {"steps": STEPS, "naive_seconds": naive, "rows": rows}
+    publish(with_instruction_set("small_maps"), found)
 
 
 if __name__ == "__main__":
